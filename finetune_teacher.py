@@ -1,0 +1,218 @@
+"""Fine-tune a BERT on one GLUE task: a teacher, or a student without distillation.
+
+The model is measured on the dev set before the first step, and the best dev checkpoint is kept,
+so fine-tuning a teacher again can only improve it.
+
+Example:
+    python finetune_teacher.py --task_name RTE --data_dir data/glue_data/RTE \
+        --bert_model models/bert-base-uncased-rte --output_dir models/final_rte_teacher \
+        --num_train_epochs 5 --train_batch_size 32 --learning_rate 2e-5
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from transformer.checkpoint import save_pretrained
+from transformer.distillation import to_device
+from transformer.evaluation import Selection, evaluate_splits, write_results
+from transformer.file_utils import UserError
+from transformer.glue import (
+    GLUE_TASKS,
+    Features,
+    GlueTask,
+    batches,
+    encode_examples,
+    get_task,
+    label_order,
+    load_examples,
+)
+from transformer.modeling import TinyBertForSequenceClassification
+from transformer.optimization import BertAdam, param_groups
+from transformer.runtime import (
+    JsonLog,
+    RunningMean,
+    add_common_arguments,
+    autocast,
+    get_device,
+    log_start,
+    parameter_count,
+    prepare_output_dir,
+    resolve_precision,
+    run_script,
+    save_arguments,
+    set_seed,
+)
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "finetune_teacher.py", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data_dir", required=True, help="the task's folder of TSV files")
+    parser.add_argument("--bert_model", required=True, help="model folder to start from")
+    parser.add_argument("--output_dir", required=True, help="folder to write the model to")
+    parser.add_argument("--task_name", default=None,
+                        help=f"one of {', '.join(GLUE_TASKS)}; without it, data_dir's name")
+    parser.add_argument("--max_seq_length", type=int, default=128,
+                        help="longest input in word pieces; longer ones are cut")
+    parser.add_argument("--train_batch_size", type=int, default=32, help="rows a step")
+    parser.add_argument("--eval_batch_size", type=int, default=32, help="rows a batch on dev")
+    parser.add_argument("--learning_rate", type=float, default=2e-5, help="peak learning rate")
+    parser.add_argument("--num_train_epochs", type=float, default=3.0,
+                        help="passes over the rows; 0 only measures")
+    parser.add_argument("--warmup_proportion", type=float, default=0.1,
+                        help="share of the steps over which the learning rate rises")
+    parser.add_argument("--weight_decay", "--wd", type=float, default=0.01,
+                        help="decoupled weight decay, per unit of learning rate")
+    parser.add_argument("--max_train_rows", type=int, default=0,
+                        help="train on the first rows only; 0: all")
+    parser.add_argument("--aug_train", action="store_true",
+                        help="train on train_aug.tsv (data_augmentation.py writes it)")
+    parser.add_argument("--do_lower_case", action="store_true",
+                        help="lower-case the text; without it the model's own setting holds")
+    parser.add_argument("--new_classifier", action="store_true",
+                        help="bert_model has no classifier of this task: start with a fresh one")
+    parser.add_argument("--from_scratch", action="store_true",
+                        help="random weights in the shape of bert_model's config.json")
+    parser.add_argument("--vocab_dir", default=None,
+                        help="model folder whose vocabulary to use; without it, bert_model's")
+    add_common_arguments(parser)
+    return parser
+
+
+def find_task(task_name: str | None, data_dir: str) -> GlueTask:
+    """Return the task by its name, or else by the name of its folder, which must be a task's."""
+    if task_name is not None:
+        return get_task(task_name)
+    try:
+        return get_task(Path(data_dir).resolve().name)
+    except UserError as error:
+        raise UserError(f"--data_dir {data_dir}: {error}; or give --task_name") from error
+
+
+def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceClassification:
+    """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
+    if args.from_scratch:
+        model = TinyBertForSequenceClassification.from_scratch(
+            args.bert_model, num_labels=task.num_labels)
+    elif args.new_classifier:
+        model = TinyBertForSequenceClassification.from_pretrained(
+            args.bert_model, new_head=True, num_labels=task.num_labels)
+    else:
+        model = TinyBertForSequenceClassification.from_pretrained(
+            args.bert_model, num_labels=task.num_labels)
+    if not task.is_regression and (args.from_scratch or args.new_classifier):
+        model.config.set_labels(task.labels)
+    return model
+
+
+def train_epoch(
+    model: torch.nn.Module,
+    features: Features,
+    epoch_batches: list[list[int]],
+    optimizer: BertAdam,
+    device: torch.device,
+    context: Callable,
+    description: str,
+) -> dict[str, float]:
+    """Train on each batch once; returns the mean loss."""
+    model.train()
+    means = RunningMean()
+    for rows in tqdm(epoch_batches, desc=description, unit="step", disable=None):
+        batch = to_device(features.collate(rows), device)
+        with context():
+            logits = model(
+                batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])[0]
+        if logits.shape[-1] == 1:
+            loss = F.mse_loss(logits.squeeze(-1).float(), batch["labels"])
+        else:
+            loss = F.cross_entropy(logits.float(), batch["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        means.add({"loss": loss})
+    return means.read()
+
+
+def main(args: argparse.Namespace) -> None:
+    # Settings
+    task = find_task(args.task_name, args.data_dir)
+    device = get_device(args.no_cuda)
+    dtype = resolve_precision(args.precision, device)
+    set_seed(args.seed)
+
+    # Model and data
+    model = load_model(args, task)
+    tokenizer = BertTokenizer.from_pretrained(
+        args.vocab_dir or args.bert_model, do_lower_case=args.do_lower_case or None)
+    model.config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
+    model.to(device)
+    labels = label_order(task, model.config.id2label)
+
+    def load(split: str, max_rows: int | None = None) -> Features:
+        examples = load_examples(task, args.data_dir, split, max_rows)
+        return encode_examples(
+            examples, tokenizer, args.max_seq_length, labels, task.is_regression)
+
+    train = load("aug" if args.aug_train else "train", args.max_train_rows or None)
+    dev = {split: load(split) for split in task.dev_files}
+
+    # Output
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    start = log_start(args, device, dtype, task=task.name, rows=len(train),
+                      parameters=parameter_count(model))
+    save_arguments(output_dir, start)
+    log = JsonLog(output_dir / "log.jsonl")
+
+    def context():
+        return autocast(device, dtype)
+
+    def measure(epoch: int, facts: dict[str, float]) -> dict[str, dict[str, float]]:
+        metrics = evaluate_splits(model, dev, task, device, args.eval_batch_size, context)
+        log.write({"epoch": epoch, **facts, "metrics": metrics["dev"], "all_metrics": metrics})
+        logger.info("epoch %d  %s  %s", epoch, facts, metrics)
+        return metrics
+
+    # Training: measured before the first step; the best dev checkpoint stays
+    generator = torch.Generator().manual_seed(args.seed)
+    steps_per_epoch = -(-len(train) // args.train_batch_size)
+    steps = round(args.num_train_epochs * steps_per_epoch)
+    optimizer = BertAdam(
+        param_groups(model, args.weight_decay), lr=args.learning_rate,
+        warmup=args.warmup_proportion, t_total=steps)
+    before = measure(0, {})
+    selection = Selection(task)
+    selection.update(before)
+    save_pretrained(model, output_dir, tokenizer)
+    for epoch, done in enumerate(range(0, steps, steps_per_epoch), start=1):
+        began = time.monotonic()
+        epoch_batches = batches(train.lengths, args.train_batch_size, generator)[: steps - done]
+        means = train_epoch(model, train, epoch_batches, optimizer, device, context,
+                            f"{task.name} epoch {epoch}")
+        rows = sum(map(len, epoch_batches))
+        means["rows_per_second"] = round(rows / (time.monotonic() - began), 1)
+        if selection.update(measure(epoch, means)):
+            save_pretrained(model, output_dir, tokenizer)
+
+    # Results
+    write_results(output_dir, {
+        "task": task.name, **selection.results(), "before": before["dev"],
+        "rows": len(dev["dev"]), "train_rows": len(train),
+    })
+    logger.info("%s on dev: before %s, best %s, last %s", task.name,
+                before["dev"], selection.best["dev"], selection.last["dev"])
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

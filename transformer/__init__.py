@@ -1,0 +1,1 @@
+"""The package that the TinyBERT scripts share; importing it has no side effects."""

@@ -1,0 +1,199 @@
+"""Reading and writing model directories: strict loading, atomic saving.
+
+A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `pytorch_model.bin`
+(or `model.safetensors` when reading) and `vocab.txt`.
+"""
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from transformer.file_utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    VOCAB_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    atomic_path,
+    download,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Parts of a checkpoint that stand beside the encoder; a model without them may leave them unread.
+HEADS = ("cls.", "classifier.", "fit_dense.", "fit_denses.", "qa_outputs.", "dropout.")
+# Buffers that some versions of the Hugging Face library store; they carry no weights.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def canonical_key(key: str) -> str:
+    """Return the Hugging Face name of a parameter, whatever dialect `key` is written in.
+
+    A `module.` prefix (DataParallel) goes, TensorFlow's `gamma`/`beta` become `weight`/`bias`,
+    and the encoder's parameters get the `bert.` prefix.
+    """
+    key = key.removeprefix("module.")
+    key = re.sub(r"\.gamma$", ".weight", key)
+    key = re.sub(r"\.beta$", ".bias", key)
+    if key.split(".")[0] in ("embeddings", "encoder", "pooler"):
+        key = f"bert.{key}"
+    return key
+
+
+def fetch_model(model: Path | str, cache_dir: Path | str | None = None) -> Path:
+    """Return the local directory of a model given as a directory or as the URL of one.
+
+    Below an http(s):// or s3:// URL, `config.json`, `pytorch_model.bin` and `vocab.txt` are
+    expected; they are downloaded once into `cache_dir`.
+    """
+    if "://" not in str(model):
+        return Path(model)
+    url = str(model).rstrip("/")
+    folder = Path(cache_dir or ".cache/models") / re.sub(r"\W+", "_", url)
+    for name in (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME):
+        download(f"{url}/{name}", folder / name)
+    return folder
+
+
+def weights_path(model_dir: Path | str) -> Path:
+    """Return the weights file of a model directory (or `model_dir` itself when it is a file)."""
+    path = Path(model_dir)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model directory")
+    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
+
+
+def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
+    """Read the weights of a model directory onto the CPU, under their canonical names.
+
+    Raises:
+        UserError: no weights file, a damaged one, or one that holds something else.
+    """
+    path = weights_path(model_dir)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: damaged, or not a file of weights ({reason[:120]})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors")
+    named = {}
+    for key, tensor in state.items():
+        key = canonical_key(key)
+        if not key.endswith(BUFFERS):
+            named[key] = tensor
+    # Newer Hugging Face models store the bias of the MLM decoder twice.
+    if "cls.predictions.bias" in named:
+        named.pop("cls.predictions.decoder.bias", None)
+    elif "cls.predictions.decoder.bias" in named:
+        named["cls.predictions.bias"] = named.pop("cls.predictions.decoder.bias")
+    return named
+
+
+def _key_list(keys: Iterable[str]) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:6]) + (f", ... ({len(keys)} in all)" if len(keys) > 6 else "")
+
+
+def load_weights(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    source: Path | str,
+    allow_missing: tuple[str, ...] = (),
+) -> list[str]:
+    """Fill every parameter of `model` from `state`, or raise.
+
+    Args:
+        model: the model to fill in place.
+        state: tensors by canonical name, as `load_state` returns them.
+        source: what to call the checkpoint in messages.
+        allow_missing: name prefixes (such as `"fit_dense."`) that may keep their initial values.
+
+    Returns:
+        The names that were allowed to be missing and are.
+
+    Raises:
+        UserError: a parameter without a value, an encoder tensor without a parameter, or a
+            shape that differs. The message holds both lists of names.
+    """
+    own = {canonical_key(key): tensor for key, tensor in model.state_dict().items()}
+    state = dict(state)
+    if "cls.predictions.decoder.weight" in own and "cls.predictions.bias" in state:
+        # The decoder is the word embedding; files that store tied tensors once leave it out.
+        embeddings = state.get("bert.embeddings.word_embeddings.weight", torch.empty(0))
+        decoder = state.setdefault("cls.predictions.decoder.weight", embeddings)
+        if not torch.equal(decoder, embeddings):
+            raise UserError(
+                f"{source}: cls.predictions.decoder.weight differs from the word embeddings;"
+                " expected the same tensor"
+            )
+    missing = [key for key in own if key not in state]
+    fatal = [key for key in missing if not key.startswith(allow_missing)]
+    unread = [key for key in state if key not in own]
+    strange = [key for key in unread if not key.startswith((*HEADS, "bert.pooler."))]
+    if fatal or strange:
+        raise UserError(
+            f"{source}: the checkpoint does not fit {type(model).__name__}."
+            f" Missing from it: [{_key_list(fatal)}]."
+            f" In it but not in the model: [{_key_list(strange or unread)}]."
+        )
+    for key, tensor in own.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"
+                f" {list(tensor.shape)} in the model that config.json describes"
+            )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in state:
+                tensor.copy_(state[key])
+    if unread:
+        logger.info("%s: not needed and not read: %s", source, _key_list(unread))
+    if missing:
+        logger.info("%s: not in the checkpoint, newly initialised: %s", source, _key_list(missing))
+    return missing
+
+
+def save_weights(model: nn.Module, path: Path | str) -> None:
+    """Write the state of `model` to `path` as CPU tensors, atomically."""
+    state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def save_pretrained(
+    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
+) -> None:
+    """Write `model` as a standard Hugging Face BERT checkpoint.
+
+    Writes `config.json`, the vocabulary when a tokenizer is given, and last
+    `pytorch_model.bin`; each file replaces its predecessor atomically.
+    """
+    output_dir = Path(output_dir)
+    config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
+    write_json(output_dir / CONFIG_NAME, config)
+    if tokenizer is not None:
+        tokenizer.save_vocabulary(output_dir)
+    save_weights(model, output_dir / WEIGHTS_NAME)

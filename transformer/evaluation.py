@@ -1,0 +1,265 @@
+"""Metrics by task, evaluation of a model on encoded rows, and the files that hold the result."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+from torch import nn
+from torch.nn import functional
+
+from transformer.file_utils import UserError, write_json, write_text
+from transformer.glue import Features, GlueTask, batches, get_task
+
+logger = logging.getLogger(__name__)
+
+POSITIVE = "1"  # the class whose F1 is reported: a paraphrase, a duplicate
+
+
+def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> bool:
+    """Say loudly that a model answers the same for every row; returns whether it does."""
+    constant = bool(np.all(predicted == predicted[0]))
+    if constant and np.any(gold != gold[0]):
+        logger.warning(
+            "!!! The model predicts %s for all %d rows: it has learned nothing, or its weights "
+            "were not loaded. Its score is that of a constant answer. !!!", what, len(predicted),
+        )  # fmt: skip
+    return constant
+
+
+def _correlations(predicted: np.ndarray, gold: np.ndarray) -> dict[str, float]:
+    """Pearson and Spearman correlation and their mean; 0 where one side does not vary."""
+    pearson = spearman = 0.0
+    if not np.all(np.isfinite(predicted)):
+        logger.warning("!!! The model's scores are not finite numbers: training diverged. !!!")
+    elif not _warn_if_constant(predicted, gold, "one score only") and np.any(gold != gold[0]):
+        pearson = float(pearsonr(predicted, gold)[0])
+        spearman = float(spearmanr(predicted, gold)[0])
+    return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+
+
+def _classification_metrics(
+    task: GlueTask, predicted: np.ndarray, gold: np.ndarray, labels_order: tuple[str, ...]
+) -> dict[str, float]:
+    """Metrics of class numbers [rows] that count in `labels_order`."""
+    if task.metrics == ("mcc",):
+        return {"mcc": float(matthews_corrcoef(gold, predicted))}
+    accuracy = float(np.mean(predicted == gold))
+    if "f1" not in task.metrics:
+        return {"acc": accuracy}
+    positive = labels_order.index(POSITIVE)
+    f1 = float(f1_score(gold == positive, predicted == positive, zero_division=0.0))
+    return {"acc": accuracy, "f1": f1, "acc_and_f1": (accuracy + f1) / 2}
+
+
+def compute_metrics(
+    task: str | GlueTask,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    labels_order: tuple[str, ...] | None = None,
+) -> dict[str, float]:
+    """Compute a task's metrics, as fractions of 1, from logits [rows, labels] and gold labels.
+
+    `labels_order` names the columns of `logits` and the class numbers in `labels`; without it
+    they stand in the task's own order. A model that gives every row the same answer is warned
+    about, and its correlations are 0 and not undefined.
+    """
+    task = get_task(task)
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if len(logits) != len(labels) or not len(labels):
+        raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels")
+    if task.is_regression:
+        return _correlations(logits.reshape(len(labels)).astype(np.float64), labels)
+    order = task.labels if labels_order is None else tuple(labels_order)
+    predicted = logits.argmax(axis=1)
+    _warn_if_constant(predicted, labels, f"one class only ({order[predicted[0]]!r})")
+    return _classification_metrics(task, predicted, labels, order)
+
+
+def majority_baseline(task: str | GlueTask, features: Features) -> dict[str, float]:
+    """Compute the task's metrics of always predicting the most common class, as fractions of 1.
+
+    For STS-B, of always predicting the same score: all 0.
+    """
+    task = get_task(task)
+    if task.is_regression:
+        return dict.fromkeys(("pearson", "spearmanr", "corr"), 0.0)
+    gold = features.labels.numpy()
+    predicted = np.full_like(gold, np.bincount(gold).argmax())
+    return _classification_metrics(task, predicted, gold, features.label_names)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and restore each part's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def predict_logits(
+    model: nn.Module,
+    features: Features,
+    device: torch.device | str,
+    batch_size: int = 32,
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+) -> torch.Tensor:
+    """Run a model over all rows, dropout off: logits [rows, labels], float32, in row order."""
+    order = batches(features.lengths, batch_size)
+    outputs = []
+    with _eval_mode(model), torch.inference_mode():
+        for indices in order:
+            batch = features.collate(indices)
+            inputs = [
+                batch[key].to(device) for key in ("input_ids", "token_type_ids", "attention_mask")
+            ]
+            with autocast():
+                logits = model(*inputs)[0]  # [batch, labels]
+            outputs.append(logits.float())
+        sorted_logits = torch.cat(outputs).cpu()
+    logits = torch.empty_like(sorted_logits)
+    logits[torch.tensor([row for indices in order for row in indices])] = sorted_logits
+    return logits
+
+
+def evaluate_splits(
+    model: nn.Module, splits: Mapping[str, Features], *arguments: Any
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of each split (MNLI has two); `arguments` are those of `evaluate`."""
+    return {
+        split: evaluate(model, features, *arguments)["metrics"]
+        for split, features in splits.items()
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    features: Features,
+    task: str | GlueTask,
+    device: torch.device | str,
+    batch_size: int = 32,
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, Any]:
+    """Evaluate a classifier on encoded rows; the model's mode is as before afterwards.
+
+    `model(input_ids, token_type_ids, attention_mask)[0]` are its logits; `autocast` makes the
+    context it runs in. Returns "metrics" (see `compute_metrics`), "loss" (mean cross-entropy, or
+    squared error for STS-B), "logits" [rows, labels] float32, "predictions" [rows] (class
+    numbers or scores) and "rows", in the order of `features`.
+    """
+    task = get_task(task)
+    if not len(features):
+        raise UserError(f"no rows of {task.name} to evaluate; expected at least one")
+    logits = predict_logits(model, features, device, batch_size, autocast)
+    if logits.shape[1] != task.num_labels:
+        raise UserError(
+            f"the model puts out {logits.shape[1]} numbers a row; "
+            f"expected {task.num_labels} for task {task.name}"
+        )
+    metrics = compute_metrics(task, logits.numpy(), features.labels.numpy(), features.label_names)
+    if task.is_regression:
+        predictions = logits[:, 0].numpy()
+        loss = functional.mse_loss(logits[:, 0], features.labels)
+    else:
+        predictions = logits.numpy().argmax(axis=1)
+        loss = functional.cross_entropy(logits, features.labels)
+    return {
+        "metrics": metrics,
+        "loss": float(loss),
+        "logits": logits.numpy(),
+        "predictions": predictions,
+        "rows": len(features),
+    }
+
+
+class Selection:
+    """Keeps the scores of a run's dev evaluations: the best, by the task's metric, and the last.
+
+    It starts at minus infinity, so the first evaluation always counts as the best.
+    """
+
+    def __init__(self, task: GlueTask) -> None:
+        self.metric = task.metrics[0]
+        self.count = 0
+        self.best_score = -math.inf
+        self.best: dict[str, dict[str, float]] = {}
+        self.last: dict[str, dict[str, float]] = {}
+
+    def update(self, metrics: dict[str, dict[str, float]]) -> bool:
+        """Note the metrics by split; returns whether those on "dev" are the best so far."""
+        self.count += 1
+        self.last = metrics
+        score = metrics["dev"][self.metric]
+        if not score > self.best_score:
+            return False
+        self.best_score, self.best = score, metrics
+        return True
+
+    def results(self) -> dict[str, Any]:
+        """Return what `write_results` should say of the run."""
+        return {
+            "split": "dev",
+            "metrics": self.best["dev"],
+            "all_metrics": self.best,
+            "best": self.best["dev"],
+            "last": self.last["dev"],
+            "selection": f"best of {self.count} dev evaluations by {self.metric}",
+        }
+
+
+# ------------------------------------------------------------------ result files
+
+
+def _flatten(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of nested results: metrics by their own name, others as outer_inner."""
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, prefix if key == "metrics" else f"{prefix}{key}_")
+        else:
+            yield prefix + ("eval_loss" if key == "loss" else key), value
+
+
+def _as_json(value: Any) -> Any:
+    """Turn numpy and torch numbers into Python's; numbers JSON lacks (nan, inf) into null."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items() if not _is_array(item)}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _as_json(value.item())
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 0
+
+
+def write_results(output_dir: Path | str, result: Mapping[str, Any]) -> None:
+    """Write a result as `eval_results.txt` and `eval_results.json`, each atomically.
+
+    The text has one "key = value" line a value, sorted, as the original wrote it: metrics under
+    their own names, the loss as `eval_loss`, other nested values as "outer_inner". Arrays
+    (logits, predictions) are left out of both.
+    """
+    output_dir = Path(output_dir)
+    flat = {key: value for key, value in _flatten(result) if not _is_array(value)}
+    lines = [f"{key} = {_scalar(flat[key])}\n" for key in sorted(flat)]
+    write_json(output_dir / "eval_results.json", _as_json(result))
+    write_text(output_dir / "eval_results.txt", "".join(lines))
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value

@@ -1,0 +1,617 @@
+"""BERT and its TinyBERT students, parts before whole.
+
+Parameter names are those of the original and of Hugging Face, so checkpoints of either load.
+Every model returns what distillation needs: raw attention scores and all hidden states.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transformer.checkpoint import load_state, load_weights
+from transformer.file_utils import CONFIG_NAME, UserError, read_json
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # the exact one, with erf, as BERT
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
+
+
+class BertConfig:
+    """The shape of a BERT model, read from and written to `config.json`.
+
+    Fields it does not know are kept and written back, so a foreign config survives.
+
+    Args:
+        vocab_size: number of word pieces.
+        hidden_size: width of the hidden states; a multiple of `num_attention_heads`.
+        intermediate_size: width of the feed-forward layer.
+        classifier_relu: apply a ReLU between the pooler and the classifier, as the original
+            TinyBERT did; false as in every Hugging Face BERT.
+        num_labels, id2label: size and names of the classifier's outputs; names win.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        max_position_embeddings: int = 512,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        pad_token_id: int = 0,
+        classifier_relu: bool = False,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        **other: Any,
+    ) -> None:
+        if hidden_size % num_attention_heads:
+            raise UserError(
+                f"hidden_size {hidden_size} is not a multiple of"
+                f" num_attention_heads {num_attention_heads}"
+            )
+        if hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act {hidden_act!r}; expected one of {sorted(ACTIVATIONS)}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.pad_token_id = pad_token_id
+        self.classifier_relu = classifier_relu
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        self.id2label = {int(i): name for i, name in id2label.items()}
+        for derived in ("label2id", "model_type", "architectures"):
+            other.pop(derived, None)
+        self.other = other
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: i for i, name in self.id2label.items()}
+
+    def set_labels(self, names: tuple[str, ...]) -> None:
+        """Name the classifier's outputs, in their order."""
+        self.id2label = dict(enumerate(names))
+
+    def check_vocabulary(self, pieces: int, source: Path | str) -> None:
+        """Raise a `UserError` unless a vocabulary of `pieces` word pieces fits this model.
+
+        The embedding may be padded by fewer than 128 rows, as some toolkits do.
+        """
+        if not pieces <= self.vocab_size < pieces + 128:
+            raise UserError(
+                f"{source}: its vocabulary has {pieces} word pieces;"
+                f" the model expects {self.vocab_size}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
+        return cls(**values)
+
+    @classmethod
+    def from_json_file(cls, path: Path | str) -> "BertConfig":
+        """Read a `config.json`; errors name the file."""
+        values = read_json(path)
+        if values.get("model_type", "bert") != "bert":
+            raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
+        try:
+            return cls.from_dict(values)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {k: v for k, v in vars(self).items() if k not in ("other", "id2label")}
+        return {
+            "model_type": "bert",
+            **self.other,
+            **values,
+            "num_labels": self.num_labels,
+            "id2label": {str(i): name for i, name in self.id2label.items()},
+            "label2id": self.label2id,
+        }
+
+
+def find_config(directory: Path | str) -> Path:
+    """Return the config file of a model or config directory (or the file itself)."""
+    path = Path(directory)
+    path = path if path.is_file() else path / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a model's {CONFIG_NAME}")
+    return path
+
+
+# ------------------------------------------------------------------ parts
+
+
+class BertEmbeddings(nn.Module):
+    """Sum of word, position and segment embeddings, normalised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        embeddings = self.word_embeddings(input_ids)  # [batch, length, hidden]
+        embeddings = embeddings + self.position_embeddings.weight[:length]
+        embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+class BertSelfAttention(nn.Module):
+    """Multi-head attention that also returns its scores before the softmax."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.head_width = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.heads, self.head_width).transpose(1, 2)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        query = self.split_heads(self.query(hidden))  # [batch, heads, length, head width]
+        key = self.split_heads(self.key(hidden))
+        value = self.split_heads(self.value(hidden))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_width) + mask
+        attention = self.dropout(scores.softmax(dim=-1))  # [batch, heads, length, length]
+        context = (attention @ value).transpose(1, 2)  # [batch, length, heads, head width]
+        return context.flatten(start_dim=2), scores
+
+
+class BertSelfOutput(nn.Module):
+    """Projection of the attention's context, added to its input and normalised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(context)) + residual)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        context, scores = self.self(hidden, mask)
+        return self.output(context, hidden), scores
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden))  # [batch, length, intermediate]
+
+
+class BertOutput(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, intermediate: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(intermediate)) + residual)
+
+
+class BertLayer(nn.Module):
+    """One Transformer layer: attention, then the feed-forward network."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        attended, scores = self.attention(hidden, mask)
+        return self.output(self.intermediate(attended), attended), scores
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        all_hidden, all_scores = [hidden], []
+        for layer in self.layer:
+            hidden, scores = layer(hidden, mask)
+            all_hidden.append(hidden)
+            all_scores.append(scores)
+        return all_hidden, all_scores
+
+
+class BertPooler(nn.Module):
+    """A tanh layer on the hidden state of [CLS]."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden[:, 0]))  # [batch, hidden]
+
+
+class BertPredictionHeadTransform(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(hidden)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """The masked-LM head; its decoder shares the weight of the word embeddings."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder.weight = word_embeddings.weight
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden)) + self.bias
+
+
+# ------------------------------------------------------------------ wholes
+
+
+class BertModelOutput(NamedTuple):
+    """What `BertModel` returns.
+
+    hidden_states: layers + 1 tensors [batch, length, hidden], the embeddings first.
+    attention_scores: layers tensors [batch, heads, length, length], raw, before the softmax;
+        keys that are padding carry -10000.
+    pooled_output: [batch, hidden], or None for a model without a pooler.
+    """
+
+    hidden_states: list[Tensor]
+    attention_scores: list[Tensor]
+    pooled_output: Tensor | None
+
+
+class BertPreTrainedModel(nn.Module):
+    """Initialisation and loading that all models share."""
+
+    hugging_face_class = "BertModel"
+    # Parameters that a checkpoint may always lack, and those of a head that the caller asks for.
+    optional: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_weights(self, *parts: nn.Module) -> None:
+        """Initialise new parts as BERT: normal weights, zero biases."""
+        for module in (module for part in parts for module in part.modules()):
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_scratch(cls, config_dir: Path | str, **kwargs: Any) -> "BertPreTrainedModel":
+        """Build a model with random weights from the `config.json` of a directory."""
+        return cls(BertConfig.from_json_file(find_config(config_dir)), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_dir: Path | str, new_head: bool = False, **kwargs: Any
+    ) -> "BertPreTrainedModel":
+        """Load a model directory strictly: every parameter must come from the checkpoint.
+
+        Args:
+            model_dir: directory with `config.json` and `pytorch_model.bin` or
+                `model.safetensors`.
+            new_head: the caller wants a freshly initialised head where the checkpoint has none.
+            kwargs: passed on to the class.
+
+        Raises:
+            UserError: missing or damaged files, or a checkpoint that does not fill the model.
+        """
+        config = BertConfig.from_json_file(find_config(model_dir))
+        state = load_state(model_dir)
+        model = cls(config, **cls.constructor_arguments(config, state, model_dir, kwargs))
+        allowed = cls.optional + (cls.head if new_head else ())
+        load_weights(model, state, model_dir, allowed)
+        return model
+
+    @classmethod
+    def constructor_arguments(
+        cls, config: BertConfig, state: dict[str, Tensor], source: Path | str, kwargs: dict
+    ) -> dict[str, Any]:
+        """Return `kwargs` completed by what only the checkpoint tells."""
+        return kwargs
+
+
+def _has_pooler(state: dict[str, Tensor]) -> bool:
+    return "bert.pooler.dense.weight" in state
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder: embeddings, Transformer layers and (unless told otherwise) the pooler."""
+
+    def __init__(self, config: BertConfig, add_pooler: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooler else None
+        self.init_weights(self)
+
+    @classmethod
+    def constructor_arguments(cls, config, state, source, kwargs):
+        return {"add_pooler": _has_pooler(state), **kwargs}
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [batch, length]
+        token_type_ids: Tensor | None = None,  # [batch, length], 0 or 1
+        attention_mask: Tensor | None = None,  # [batch, length], 1 for real tokens
+    ) -> BertModelOutput:
+        limit = self.config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            raise UserError(
+                f"a sequence of {input_ids.shape[1]} tokens; the model has {limit} positions"
+                " (lower --max_seq_length)"
+            )
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.embeddings(input_ids, token_type_ids)
+        mask = (1.0 - attention_mask[:, None, None, :].to(hidden.dtype)) * MASKED_SCORE
+        all_hidden, all_scores = self.encoder(hidden, mask)
+        pooled = None if self.pooler is None else self.pooler(all_hidden[-1])
+        return BertModelOutput(all_hidden, all_scores, pooled)
+
+
+class _PreTrainingHeads(nn.Module):
+    def __init__(
+        self, config: BertConfig, word_embeddings: nn.Embedding, next_sentence: bool
+    ) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config, word_embeddings)
+        if next_sentence:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForMaskedLM(BertPreTrainedModel):
+    """BERT with its masked-LM head (data augmentation and the demo's pre-training)."""
+
+    hugging_face_class = "BertForMaskedLM"
+    head = ("cls.predictions.bias", "cls.predictions.transform.")
+
+    def __init__(self, config: BertConfig, add_pooler: bool = True) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooler)
+        self.cls = _PreTrainingHeads(config, self.bert.embeddings.word_embeddings, False)
+        self.init_weights(self.cls.predictions.transform)
+
+    @classmethod
+    def constructor_arguments(cls, config, state, source, kwargs):
+        return {"add_pooler": _has_pooler(state), **kwargs}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        masked_positions: Tensor | None = None,  # bool [batch, length]
+        labels: Tensor | None = None,  # [batch, length], -100 is ignored
+    ) -> Tensor:
+        """Return logits [batch, length, vocab], those [count, vocab] at `masked_positions`,
+        or with `labels` the mean cross-entropy over the labelled tokens, a scalar."""
+        hidden = self.bert(input_ids, token_type_ids, attention_mask).hidden_states[-1]
+        if labels is not None:
+            masked_positions = labels != -100
+        if masked_positions is not None:
+            hidden = hidden[masked_positions]  # [count, hidden]
+        logits = self.cls.predictions(hidden).float()
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits, labels[masked_positions])
+
+
+class BertForPreTraining(BertPreTrainedModel):
+    """BERT with both of its pre-training heads."""
+
+    hugging_face_class = "BertForPreTraining"
+    head = (*BertForMaskedLM.head, "cls.seq_relationship.")
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = _PreTrainingHeads(config, self.bert.embeddings.word_embeddings, True)
+        self.init_weights(self.cls.predictions.transform, self.cls.seq_relationship)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return masked-LM logits [batch, length, vocab] and next-sentence logits [batch, 2]."""
+        output = self.bert(input_ids, token_type_ids, attention_mask)
+        words = self.cls.predictions(output.hidden_states[-1])
+        return words, self.cls.seq_relationship(output.pooled_output)
+
+
+class _FittedModel(BertPreTrainedModel):
+    """A student: its hidden states are mapped to the teacher's width by `fit_dense` (W_h, W_e).
+
+    One map serves all layers, as in the original code. Checkpoints with a map per layer
+    (`fit_denses.0`, ...) are loaded as such.
+    """
+
+    optional = ("fit_dense.",)
+
+    def add_fit_dense(self, fit_size: int | None, per_layer: bool) -> None:
+        width = self.config.hidden_size
+        fit_size = width if fit_size is None else fit_size
+        if per_layer:
+            layers = self.config.num_hidden_layers + 1
+            self.fit_denses = nn.ModuleList(nn.Linear(width, fit_size) for _ in range(layers))
+        else:
+            self.fit_dense = nn.Linear(width, fit_size)
+        for fit in self.fit_denses if per_layer else [self.fit_dense]:
+            self.init_weights(fit)
+            if width == fit_size:  # equal widths need no map: start from the identity
+                nn.init.eye_(fit.weight)
+
+    def fit_hidden(self, hidden_states: list[Tensor]) -> list[Tensor]:
+        """Map all hidden states to the teacher's width, [batch, length, teacher width]."""
+        if hasattr(self, "fit_denses"):
+            return [f(h) for f, h in zip(self.fit_denses, hidden_states, strict=True)]
+        return [self.fit_dense(h) for h in hidden_states]
+
+    @classmethod
+    def constructor_arguments(cls, config, state, source, kwargs):
+        per_layer = "fit_denses.0.weight" in state
+        stored = state.get("fit_denses.0.weight" if per_layer else "fit_dense.weight")
+        kwargs = {"per_layer_fit": per_layer, **kwargs}
+        if stored is not None:
+            wanted = kwargs.get("fit_size")
+            if wanted is not None and wanted != stored.shape[0]:
+                raise UserError(
+                    f"{source}: its fit_dense maps to width {stored.shape[0]},"
+                    f" the teacher is {wanted} wide"
+                )
+            kwargs["fit_size"] = stored.shape[0]
+        return kwargs
+
+
+class TinyBertForPreTraining(_FittedModel):
+    """The student of general distillation.
+
+    Args:
+        fit_size: the teacher's width; None means the student's own.
+    """
+
+    def __init__(
+        self, config: BertConfig, fit_size: int | None = None, per_layer_fit: bool = False
+    ) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.add_fit_dense(fit_size, per_layer_fit)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return attention scores and hidden states, the latter at the teacher's width."""
+        output = self.bert(input_ids, token_type_ids, attention_mask)
+        return output.attention_scores, self.fit_hidden(output.hidden_states)
+
+
+class TinyBertForSequenceClassification(_FittedModel):
+    """A classifier on the pooled output; teacher and student of task distillation.
+
+    Args:
+        num_labels: size of the classifier; None means what the config says.
+        fit_size: the teacher's width; None means the model's own.
+    """
+
+    hugging_face_class = "BertForSequenceClassification"
+    head = ("classifier.",)
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_labels: int | None = None,
+        fit_size: int | None = None,
+        per_layer_fit: bool = False,
+    ) -> None:
+        super().__init__(config)
+        if num_labels is not None and num_labels != config.num_labels:
+            config.set_labels(tuple(f"LABEL_{i}" for i in range(num_labels)))
+        self.bert = BertModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_fit_dense(fit_size, per_layer_fit)
+        self.init_weights(self.classifier)
+
+    @classmethod
+    def constructor_arguments(cls, config, state, source, kwargs):
+        kwargs = super().constructor_arguments(config, state, source, kwargs)
+        if "classifier.weight" in state:
+            stored = state["classifier.weight"].shape[0]
+            wanted = kwargs.get("num_labels")
+            if wanted is not None and wanted != stored:
+                raise UserError(f"{source}: its classifier has {stored} labels; expected {wanted}")
+            kwargs["num_labels"] = stored
+        return kwargs
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        is_student: bool = False,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return logits [batch, labels], attention scores and hidden states.
+
+        With `is_student` the hidden states are mapped to the teacher's width.
+        """
+        output = self.bert(input_ids, token_type_ids, attention_mask)
+        pooled = output.pooled_output
+        if self.config.classifier_relu:
+            # Kept from the original: only where the config asks for it.
+            pooled = torch.relu(pooled)
+        hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
+        return self.classifier(pooled), output.attention_scores, hidden

@@ -1,0 +1,249 @@
+"""What every script needs around its work: errors, seeds, device, precision, output folders."""
+
+import argparse
+import contextlib
+import copy
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformer.file_utils import UserError, write_json
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ------------------------------------------------------------------ starting a script
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
+    """Return the names (`dest`) of the flags that stand on the command line."""
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    return set(vars(silent.parse_args(argv)))
+
+
+def run_script(
+    main: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line, set up logging and run `main(args)`.
+
+    `args.given` holds the names of the flags that were given. A user's mistake becomes one
+    line on stderr and exit code 2; Ctrl-C leaves with 130.
+    """
+    args = parser.parse_args(argv)
+    args.given = given_flags(parser, argv)
+    setup_logging()
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
+            PermissionError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def setup_logging() -> None:
+    """Log to stderr, one short line a message."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("urllib3", "botocore", "boto3", "matplotlib", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every training script has beyond the original's."""
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                        help="autocast precision; auto: bf16 where the device computes in it")
+    parser.add_argument("--overwrite_output_dir", action="store_true",
+                        help="write into an output folder that is not empty")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `add_training_arguments`, and --seed and --no_cuda."""
+    add_training_arguments(parser)
+    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------ device and precision
+
+
+def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
+    """Return the GPU of this process, or the CPU.
+
+    Raises:
+        UserError: started as one of several processes; the training scripts run as one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes; expected a single process"
+        )
+    if no_cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = max(local_rank, 0)
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--local_rank {local_rank}: there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def cpu_has_bf16() -> bool:
+    """Say whether this CPU multiplies bf16 matrices in hardware (avx512_bf16 or AMX)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve_precision(
+    name: str, device: torch.device, fp16: bool = False
+) -> torch.dtype | None:
+    """Return the dtype to autocast to, or None for float32.
+
+    Args:
+        name: auto, fp32 or bf16. auto takes bf16 where the device computes in it.
+        device: where the model runs.
+        fp16: the flag --fp16, for GPUs without bf16; it wins over auto.
+
+    Raises:
+        UserError: --fp16 on a CPU, or together with another --precision.
+    """
+    if fp16:
+        if device.type != "cuda":
+            raise UserError("--fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+        if name not in ("auto", "fp16"):
+            raise UserError(f"--fp16 and --precision {name} contradict each other")
+        return torch.float16
+    if name == "auto":
+        able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+        name = "bf16" if able else "fp32"
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Return a context that computes in `dtype` where that is safe; None computes in float32."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def training_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return the number of optimizer steps of `epochs` passes; a part of a pass is allowed."""
+    if epochs <= 0:
+        raise UserError(f"--num_train_epochs {epochs}; expected more than 0")
+    return max(1, round(epochs * steps_per_epoch))
+
+
+# ------------------------------------------------------------------ output and logs
+
+
+def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
+    """Make the output folder; one that holds files already is an error unless `overwrite`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; expected a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(
+            f"{path}: exists and is not empty; choose another folder"
+            " or pass --overwrite_output_dir"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class RunningMean:
+    """Means of named scalars; they stay on their device until they are read."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Count one more observation of each scalar."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the means since the last reading and start again."""
+        means = {name: float(total) / self.count for name, total in self.totals.items()}
+        self.totals, self.count = {}, 0
+        return means
+
+
+class JsonLog:
+    """A log file with one JSON object a line, flushed line by line."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.write_text("", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def commit_id() -> str:
+    """Return the git commit of this code, with `+` when files differ; "unknown" outside git."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def parameter_count(model: torch.nn.Module) -> str:
+    """Return the number of parameters in millions, such as `14.5M`."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+
+
+def log_start(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None, **facts: Any
+) -> dict[str, Any]:
+    """Print how this run starts (commit, device, precision, facts, arguments) and return it."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())
+                 if k != "given"}
+    start = {
+        "commit": commit_id(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": "fp32" if dtype is None else str(dtype).removeprefix("torch."),
+        **facts,
+        "arguments": arguments,
+    }
+    logger.info("%s", "  ".join(f"{k} {v}" for k, v in start.items() if k != "arguments"))
+    logger.info("%s", "  ".join(f"{k}={v}" for k, v in arguments.items()))
+    return start
+
+
+def save_arguments(output_dir: Path, start: dict[str, Any]) -> None:
+    """Write what `log_start` returned to `args.json`."""
+    write_json(output_dir / "args.json", start)
