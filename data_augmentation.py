@@ -59,8 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="refuse to replace an output file that exists")
     add("--max_train_rows", type=int, default=0,
         help="augment only this many rows, the first of the file; 0: all")
-    add("--batch_tokens", type=int, default=BATCH_TOKENS,
-        help="word pieces in one batch of the model; lower it if memory runs out")
+    add("--batch_tokens", type=int, default=0,
+        help="word pieces in one batch of the model, fewer need less memory; 0: "
+             f"{BATCH_TOKENS['cuda']} on a GPU, {BATCH_TOKENS['cpu']} on a CPU")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="autocast precision of the model; auto: bf16 where the device computes in it")
     add("--no_cuda", action="store_true", help="compute on the CPU")

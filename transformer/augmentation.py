@@ -42,7 +42,7 @@ PLAIN_WORD = re.compile("[a-z]+")
 UNKNOWN_VECTOR = b"<unk> "
 VECTOR_BLOCK = 1024  # lines of a vector file parsed at once
 SCORE_CELLS = 1 << 25  # cells of one block of similarities: 128 MiB of float32
-BATCH_TOKENS = 16384
+BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # a CPU wants what fits into its caches
 BATCH_ROWS = 1024  # one row costs a whole vocabulary of logits
 
 
@@ -247,7 +247,7 @@ class DataAugmentor:
     drop_non_words: leave out [UNK], [unused7], punctuation and `##` pieces *before* taking the M
         best, and fold the case of the word vectors; False takes the M best of the whole
         vocabulary and then drops the `##` pieces, as the original does
-    batch_tokens: positions in one batch of the model
+    batch_tokens: word pieces in one batch of the model; 0 takes what suits the device
     autocast_dtype: None computes in float32
     counts: running totals: `words` that may be varied and those with `no_candidates`; word
         `pieces` and those `unknown`
@@ -263,15 +263,15 @@ class DataAugmentor:
         p: float = 0.4,
         seed: int = 42,
         drop_non_words: bool = True,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ):
         if not isinstance(model, BertForMaskedLM):
             raise UserError(f"{type(model).__name__}: expected BertForMaskedLM with its head")
-        if M < 1 or N < 0 or not 0 <= p <= 1 or batch_tokens < 1:
+        if M < 1 or N < 0 or not 0 <= p <= 1 or batch_tokens < 0:
             raise UserError(
-                f"M={M}, N={N}, p={p}, batch_tokens={batch_tokens}: expected M and batch_tokens "
-                "of at least 1, N of at least 0 and p from 0 to 1"
+                f"M={M}, N={N}, p={p}, batch_tokens={batch_tokens}: expected M of at least 1, N "
+                "and batch_tokens of at least 0 and p from 0 to 1"
             )
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(
@@ -283,9 +283,9 @@ class DataAugmentor:
         self.glove = glove
         self.M, self.N, self.p, self.seed = M, N, p, seed
         self.drop_non_words = drop_non_words
-        self.batch_tokens = batch_tokens
-        self.autocast_dtype = autocast_dtype
         self.device = next(model.parameters()).device
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        self.autocast_dtype = autocast_dtype
         self.counts: Counter[str] = Counter()
         self._pieces: dict[str, list[int]] = {}
         self._spellings = list(tokenizer.vocab)

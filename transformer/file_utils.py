@@ -187,9 +187,10 @@ def _fetch_all(
             failures = 0 if _size(part) > most_bytes else failures + 1
             most_bytes = max(most_bytes, _size(part))
             if failures >= attempts:
+                kept = f"; {_size(part)} bytes are kept in {part} for another call"
                 raise UserError(
-                    f"{url}: could not be downloaded: {error} ({attempts} attempts brought no new "
-                    f"bytes; {_size(part)} bytes are kept in {part} for another try)"
+                    f"{url}: could not be downloaded: {error} ({attempts} attempts brought "
+                    f"nothing new{kept if _size(part) else ''})"
                 ) from error
             wait = delay * 2 ** max(failures - 1, 0) if error.wait is None else error.wait
             wait = min(wait, LONGEST_WAIT_SECONDS)
@@ -252,7 +253,7 @@ def _open_http(url: str, start: int, timeout: float) -> _Body:
     except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
         raise UserError(f"{url}: cannot be opened: {error}") from error
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise _TemporaryError(f"no connection ({error})") from error
+        raise _TemporaryError(f"no connection ({_root_cause(error)})") from error
     except requests.RequestException as error:
         raise UserError(f"{url}: cannot be opened: {error}") from error
     code = response.status_code
@@ -287,7 +288,7 @@ def _http_chunks(response: requests.Response) -> Iterator[bytes]:
     try:
         yield from response.iter_content(CHUNK_BYTES)
     except requests.RequestException as error:
-        raise _TemporaryError(f"the connection broke ({error})") from error
+        raise _TemporaryError(f"the connection broke ({_root_cause(error)})") from error
     finally:
         response.close()
 
@@ -319,7 +320,7 @@ def _open_s3(url: str, start: int, timeout: float) -> _Body:
             raise _TemporaryError(str(error)) from error
         raise UserError(f"{url}: {error}") from error
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
-        raise _TemporaryError(f"no connection ({error})") from error
+        raise _TemporaryError(f"no connection ({_root_cause(error)})") from error
     except botocore.exceptions.BotoCoreError as error:
         raise UserError(f"{url}: {error}") from error
     total = answer.get("ContentRange", "").rpartition("/")[2]
@@ -333,9 +334,16 @@ def _s3_chunks(body: Any, broken: type[Exception]) -> Iterator[bytes]:
     try:
         yield from body.iter_chunks(CHUNK_BYTES)
     except broken as error:
-        raise _TemporaryError(f"the connection broke ({error})") from error
+        raise _TemporaryError(f"the connection broke ({_root_cause(error)})") from error
     finally:
         body.close()
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return what happened first; the libraries wrap it in several lines of their own."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:

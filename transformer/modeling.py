@@ -61,6 +61,15 @@ class BertConfig:
         id2label: dict[int, str] | None = None,
         **other: Any,
     ) -> None:
+        sizes = {
+            "vocab_size": vocab_size, "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers, "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size, "type_vocab_size": type_vocab_size,
+            "max_position_embeddings": max_position_embeddings,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"{name} is {size!r}; expected a whole number from 1")
         if hidden_size % num_attention_heads:
             raise UserError(
                 f"hidden_size {hidden_size} is not a multiple of"
@@ -120,11 +129,13 @@ class BertConfig:
     def from_json_file(cls, path: Path | str) -> "BertConfig":
         """Read a `config.json`; errors name the file."""
         values = read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object with the shape of a BERT")
         if values.get("model_type", "bert") != "bert":
             raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
         try:
             return cls.from_dict(values)
-        except (UserError, TypeError) as error:
+        except (UserError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

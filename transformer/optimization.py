@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
+
+# With this step count Adam's bias corrections, 1 - beta ** step, are 1 in float32.
+NO_BIAS_CORRECTION = 1e9
 
 # A schedule maps (progress in [0, 1], warm-up share in [0, 1]) to a factor of the learning rate.
 Schedule = Callable[[float, float], float]
@@ -98,6 +102,7 @@ class BertAdam(torch.optim.Optimizer):
             "lr": lr, "b1": b1, "b2": b2, "e": e,
             "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
         }
+        self._updates: dict[torch.Tensor, torch.Tensor] = {}  # scratch, reused step by step
         super().__init__(params, defaults)
 
     def get_lr(self) -> list[float]:
@@ -129,24 +134,41 @@ class BertAdam(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["next_m"] = torch.zeros_like(p)
                 self.state[p]["next_v"] = torch.zeros_like(p)
-        first = [self.state[p]["next_m"] for p in parameters]
-        second = [self.state[p]["next_v"] for p in parameters]
-
         gradients = [p.grad for p in parameters]
         if group["max_grad_norm"] > 0:
-            norms = torch._foreach_norm(gradients)
-            # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which the original calls.
-            factors = [(group["max_grad_norm"] / (n + 1e-6)).clamp(max=1.0) for n in norms]
-            gradients = torch._foreach_mul(gradients, factors)
-
-        torch._foreach_mul_(first, group["b1"])
-        torch._foreach_add_(first, gradients, alpha=1 - group["b1"])
-        torch._foreach_mul_(second, group["b2"])
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - group["b2"])
-
-        divisors = torch._foreach_sqrt(second)
-        torch._foreach_add_(divisors, group["e"])
-        update = torch._foreach_div(first, divisors)
+            clip_each(gradients, group["max_grad_norm"])
+        # Adam's part, by the fused kernel, which reads and writes each tensor once: written out
+        # as single operations, the step of a small BERT on a CPU outlasts its forward and
+        # backward pass. It goes to tensors of its own, not onto the parameters, because these
+        # are to be rounded once a step, as in the original.
+        for p in parameters:
+            if p not in self._updates:
+                self._updates[p] = torch.empty_like(p)
+        updates = [self._updates[p] for p in parameters]
+        torch._foreach_zero_(updates)
+        lr = self._scheduled(group)
+        adamw(
+            updates, gradients,
+            exp_avgs=[self.state[p]["next_m"] for p in parameters],
+            exp_avg_sqs=[self.state[p]["next_v"] for p in parameters],
+            max_exp_avg_sqs=[],
+            state_steps=[torch.full((), NO_BIAS_CORRECTION, device=p.device) for p in parameters],
+            fused=True, amsgrad=False, maximize=False,
+            beta1=group["b1"], beta2=group["b2"], eps=group["e"], lr=lr, weight_decay=0.0,
+        )
         if group["weight_decay"] > 0:
-            torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
-        torch._foreach_add_(parameters, update, alpha=-self._scheduled(group))
+            torch._foreach_add_(updates, parameters, alpha=-lr * group["weight_decay"])
+        torch._foreach_add_(parameters, updates)
+
+
+def clip_each(gradients: list[torch.Tensor], max_norm: float) -> None:
+    """Scale each gradient with a 2-norm above `max_norm` down to it, in place."""
+    norms = torch._foreach_norm(gradients)
+    # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which the original calls.
+    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    if gradients[0].device.type == "cpu":  # reading a factor costs nothing there
+        for gradient, factor in zip(gradients, factors, strict=True):
+            if factor < 1.0:
+                gradient.mul_(factor)
+    else:
+        torch._foreach_mul_(gradients, factors)

@@ -1,0 +1,244 @@
+"""Metrics, evaluation and result files: right numbers, in the right order, said loudly."""
+
+import contextlib
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from transformer.evaluation import compute_metrics, evaluate, majority_baseline, write_results
+from transformer.file_utils import UserError
+from transformer.glue import GLUE_TASKS, Features
+
+PAD = 0
+
+
+def make_features(rows, labels, label_names=("0", "1")):
+    """Features of the given word-piece rows, each of one segment."""
+    lengths = [len(row) for row in rows]
+    return Features(
+        ids=np.array([piece for row in rows for piece in row], dtype=np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        first_lengths=np.array(lengths, dtype=np.int32),
+        labels=torch.tensor(labels),
+        label_names=label_names,
+        pad_id=PAD,
+    )
+
+
+class BagOfPieces(nn.Module):
+    """A classifier whose logits are the sum of one vector a piece; padding does not count."""
+
+    def __init__(self, num_labels, vocabulary=50):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(vocabulary, num_labels, generator=generator))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        pieces = self.dropout(self.table[input_ids]) * attention_mask[..., None]
+        return pieces.sum(1), [], []
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 20, (37,), generator=generator).tolist()
+    return [torch.randint(1, 50, (n,), generator=generator).tolist() for n in lengths]
+
+
+def one_hot(classes, count=2):
+    return np.eye(count, dtype=np.float32)[np.array(classes)]
+
+
+# ------------------------------------------------------------------ metrics
+
+
+def test_f1_and_mcc_agree_with_a_count_by_hand():
+    gold = np.array([1, 1, 1, 0, 0, 0, 0, 1])
+    predicted = one_hot([1, 0, 1, 0, 1, 0, 0, 1])  # 3 true positives, 1 false, 1 missed, 3 negative
+    metrics = compute_metrics("mrpc", predicted, gold)
+    assert metrics == pytest.approx({"acc": 0.75, "f1": 0.75, "acc_and_f1": 0.75})
+    expected = (3 * 3 - 1 * 1) / math.sqrt(4 * 4 * 4 * 4)
+    assert compute_metrics("cola", predicted, gold) == pytest.approx({"mcc": expected})
+
+
+def test_f1_counts_the_paraphrases_whatever_their_class_number():
+    gold, predicted = np.array([1, 1, 1, 0]), np.array([1, 0, 1, 0])
+    usual = compute_metrics("mrpc", one_hot(predicted), gold, ("0", "1"))
+    swapped = compute_metrics("mrpc", one_hot(1 - predicted), 1 - gold, ("1", "0"))
+    assert usual == swapped == pytest.approx({"acc": 0.75, "f1": 0.8, "acc_and_f1": 0.775})
+
+
+def test_correlations_agree_with_their_definitions():
+    gold = np.array([0.0, 1.0, 2.0, 5.0], dtype=np.float32)
+    predicted = np.array([[0.1], [0.0], [2.0], [9.0]], dtype=np.float32)
+    metrics = compute_metrics("sts-b", predicted, gold)
+    assert metrics["pearson"] == pytest.approx(np.corrcoef(predicted[:, 0], gold)[0, 1])
+    assert metrics["spearmanr"] == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * (16 - 1))
+    assert metrics["corr"] == pytest.approx((metrics["pearson"] + 0.8) / 2)
+
+
+@pytest.mark.parametrize("name", GLUE_TASKS)
+def test_every_task_reports_exactly_the_metrics_of_its_table_row(name):
+    task = GLUE_TASKS[name]
+    gold = np.arange(12) % (task.num_labels if task.labels else 5)
+    logits = gold[:, None].astype(np.float32) if task.is_regression else one_hot(gold, 3)
+    metrics = compute_metrics(name, logits, gold)
+    assert set(metrics) == set(task.metrics)
+    assert all(value == pytest.approx(1.0) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "said"),
+    [
+        ("rte", one_hot([1, 1, 1, 1]), "one class only ('not_entailment') for all 4 rows"),
+        ("cola", one_hot([0, 0, 0, 0]), "one class only ('0') for all 4 rows"),
+        ("sts-b", np.full((4, 1), 2.5), "one score only for all 4 rows"),
+        ("sts-b", np.array([[1], [np.nan], [2], [3]]), "not finite"),
+    ],
+)
+def test_a_constant_answer_is_said_loudly_and_never_scored_nan(task, logits, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics = compute_metrics(task, logits, np.array([0, 1, 1, 0]))
+    assert said in caplog.text
+    assert all(math.isfinite(value) for value in metrics.values())
+    if task != "rte":
+        assert set(metrics.values()) == {0.0}
+
+
+def test_varied_answers_are_not_warned_about(caplog):
+    compute_metrics("rte", one_hot([0, 1, 1, 1]), np.array([1, 1, 0, 1]))
+    compute_metrics("rte", one_hot([0]), np.array([0]))
+    assert not caplog.records
+
+
+def test_majority_baseline_is_the_share_of_the_most_common_class(caplog):
+    features = make_features([[1]] * 4, [0, 0, 1, 0], ("1", "0"))
+    assert majority_baseline("rte", features) == {"acc": 0.75}
+    assert majority_baseline("cola", features) == {"mcc": 0.0}
+    assert majority_baseline("mrpc", features)["f1"] == pytest.approx(2 * 0.75 / 1.75)
+    assert not caplog.records
+
+
+# ------------------------------------------------------------------ evaluate
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_results_come_in_the_order_of_the_rows_whatever_the_batch_size(rows, batch_size):
+    model = BagOfPieces(3)
+    gold = [number % 3 for number in range(len(rows))]
+    features = make_features(rows, gold, ("contradiction", "entailment", "neutral"))
+    result = evaluate(model, features, "mnli", "cpu", batch_size)
+    expected = torch.stack([model.table[row].sum(0) for row in rows]).detach()
+    np.testing.assert_allclose(result["logits"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert result["predictions"].tolist() == expected.argmax(1).tolist()
+    assert result["rows"] == len(rows) and result["logits"].dtype == np.float32
+    loss = nn.functional.cross_entropy(expected, torch.tensor(gold))
+    assert result["loss"] == pytest.approx(float(loss), rel=1e-4)
+    accuracy = (expected.argmax(1) == torch.tensor(gold)).float().mean()
+    assert result["metrics"]["acc"] == pytest.approx(float(accuracy))
+
+
+def test_regression_is_judged_by_squared_error_and_correlation(rows):
+    model = BagOfPieces(1)
+    expected = torch.stack([model.table[row].sum() for row in rows]).detach()
+    result = evaluate(model, make_features(rows, (expected + 0.5).tolist(), ()), "sts-b", "cpu")
+    assert result["loss"] == pytest.approx(0.25, rel=1e-3)
+    assert result["metrics"]["corr"] == pytest.approx(1.0)
+    np.testing.assert_allclose(result["predictions"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_off_during_evaluation_and_modes_are_restored(rows):
+    model = BagOfPieces(2)
+    features = make_features(rows, [number % 2 for number in range(len(rows))])
+    model.train()
+    model.dropout.eval()  # a frozen part of a model in training
+    first, second = (evaluate(model, features, "rte", "cpu")["logits"] for _ in range(2))
+    assert np.array_equal(first, second)
+    assert model.training and not model.dropout.training
+    model.forward = None
+    with pytest.raises(TypeError):
+        evaluate(model, features, "rte", "cpu")
+    assert model.training and not model.dropout.training
+
+
+def test_autocast_is_entered_for_every_batch_and_logits_are_float32(rows):
+    entered = []
+
+    @contextlib.contextmanager
+    def autocast():
+        entered.append(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 2)
+
+        def forward(self, input_ids, token_type_ids, attention_mask):
+            return (self.linear(attention_mask.sum(1, keepdim=True).float()),)
+
+    features = make_features(rows, [number % 2 for number in range(len(rows))])
+    result = evaluate(Linear(), features, "rte", "cpu", 10, autocast)
+    assert len(entered) == 4 and result["logits"].dtype == np.float32
+
+
+def test_a_head_of_the_wrong_size_and_no_rows_are_the_users_errors(rows):
+    features = make_features(rows, [0] * len(rows))
+    with pytest.raises(UserError, match="puts out 3 numbers a row; expected 2 for task rte"):
+        evaluate(BagOfPieces(3), features, "rte", "cpu")
+    with pytest.raises(UserError, match="no rows of rte"):
+        evaluate(BagOfPieces(2), features.first(0), "rte", "cpu")
+
+
+def test_f1_of_a_checkpoint_with_swapped_labels_is_the_same(rows):
+    model, swapped = BagOfPieces(2), BagOfPieces(2)
+    swapped.table.data = model.table.data.flip(1)
+    gold = [number % 3 > 0 for number in range(len(rows))]
+    usual = make_features(rows, [int(label) for label in gold], ("0", "1"))
+    other = make_features(rows, [1 - int(label) for label in gold], ("1", "0"))
+    expected = evaluate(model, usual, "qqp", "cpu")["metrics"]
+    assert evaluate(swapped, other, "qqp", "cpu")["metrics"] == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ result files
+
+
+def test_result_files_hold_sorted_lines_and_the_whole_structure(tmp_path):
+    result = {
+        "task": "mrpc",
+        "metrics": {"f1": np.float64(0.5), "acc": 0.25},
+        "best": {"acc": 0.5, "step": 100},
+        "loss": float("nan"),
+        "rows": np.int64(408),
+        "logits": np.zeros((408, 2)),
+        "predictions": torch.zeros(408),
+        "model_dir": tmp_path,
+    }
+    write_results(tmp_path / "out", result)
+    lines = (tmp_path / "out" / "eval_results.txt").read_text().splitlines()
+    assert lines == [
+        "acc = 0.25",
+        "best_acc = 0.5",
+        "best_step = 100",
+        "eval_loss = nan",
+        "f1 = 0.5",
+        f"model_dir = {tmp_path}",
+        "rows = 408",
+        "task = mrpc",
+    ]
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == {
+        "task": "mrpc",
+        "metrics": {"f1": 0.5, "acc": 0.25},
+        "best": {"acc": 0.5, "step": 100},
+        "loss": None,
+        "rows": 408,
+        "model_dir": str(tmp_path),
+    }
+    assert len(list((tmp_path / "out").iterdir())) == 2

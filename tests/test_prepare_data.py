@@ -1,0 +1,233 @@
+"""prepare_data.py: from WikiExtractor's JSON to a corpus, and on real text to real instances."""
+
+import bz2
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import nltk
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prepare_data
+from transformer.pretraining_data import build_corpus, document_instances, read_corpus_lines
+from transformer.runtime import run_script
+from transformer.tokenization import BertTokenizer
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
+DUMP = SHARED / "data" / "enwiki-sample-pages-articles.xml.bz2"
+STATS = SHARED / "golden" / "pregenerate_stats.json"
+VOCAB = SHARED / "golden" / "bert_base_uncased_vocab.txt"
+EXPECTED_SENTENCES = 20304
+SEEDS = 20
+
+ARTICLES = [
+    ["Dr. Smith went home. He slept.", "A title.\n\nMr. Jones  met Dr. Smith.\tThey ate."],
+    ["", "Rain\u2028fell. It was cold.", " \n "],
+    ["The last one. It ends."],
+]
+
+
+def write_articles(folder: Path, articles: list[list[str]] = ARTICLES) -> Path:
+    """Lay files out as WikiExtractor does: AA/wiki_00, AA/wiki_01, ..."""
+    (folder / "AA").mkdir(parents=True)
+    for number, texts in enumerate(articles):
+        lines = [json.dumps({"id": "1", "url": "u", "title": "t", "text": t}) for t in texts]
+        (folder / "AA" / f"wiki_{number:02d}").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(input_dir: Path, output_file: Path, *flags: str) -> None:
+    """Run the script's main with a trained splitter, which needs no network."""
+    argv = ["--input_dir", str(input_dir), "--output_file", str(output_file), "--punkt", "train"]
+    run_script(prepare_data.main, prepare_data.get_args_parser(), [*argv, *flags])
+
+
+def refused(capsys, *args: str | Path) -> str:
+    """Run, expect exit code 2 and one line on stderr, and return that line."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(*args)
+    assert exit_info.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_writes_one_sentence_a_line_and_a_blank_line_between_documents(tmp_path, capsys):
+    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--num_workers", "1")
+    documents = (tmp_path / "corpus.txt").read_text().removesuffix("\n").split("\n\n")
+    assert [document.split("\n")[0] for document in documents] == [
+        "Dr. Smith went home.", "A title.", "Rain fell.", "The last one.",
+    ]
+    printed = capsys.readouterr().out
+    assert "4 documents" in printed and "2 articles without text" in printed
+
+
+def test_a_sentence_with_a_blank_line_does_not_split_its_document(tmp_path):
+    text = "One thing\n\n and \u2029 another\x0b\x85thing\r\n\r\nfollow"
+    run(write_articles(tmp_path / "in", [[text, text]]), tmp_path / "corpus.txt")
+    documents = (tmp_path / "corpus.txt").read_text().removesuffix("\n").split("\n\n")
+    assert len(documents) == 2
+    assert documents[0].splitlines() == ["One thing", "and another thing", "follow"]
+
+
+@given(st.text(alphabet=st.sampled_from("aB. \n\t\r\u2028\x1c\x85!?"), max_size=60))
+def test_sentences_keep_every_character_and_hold_no_line_break(text):
+    sentences = prepare_data.split_sentences(text, prepare_data.PunktSentenceTokenizer())
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert all(len(sentence.splitlines()) == 1 for sentence in sentences)
+
+
+def test_output_is_the_same_whatever_the_workers_and_the_order_of_the_folder(tmp_path):
+    many = [[f"File {n} text {i}. It goes on." for i in range(3)] for n in range(7)]
+    input_dir = write_articles(tmp_path / "in", many)
+    reversed_dir = tmp_path / "reversed"
+    (reversed_dir / "AA").mkdir(parents=True)
+    for path in sorted((input_dir / "AA").iterdir(), reverse=True):
+        (reversed_dir / "AA" / path.name).write_bytes(path.read_bytes())
+    run(input_dir, tmp_path / "one.txt", "--num_workers", "1")
+    run(reversed_dir, tmp_path / "three.txt", "--num_workers", "3")
+    assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "three.txt").read_bytes()
+    assert "File 0 text 0." in (tmp_path / "one.txt").read_text().splitlines()[0]
+
+
+def test_compressed_files_are_read(tmp_path):
+    input_dir = write_articles(tmp_path / "in")
+    run(input_dir, tmp_path / "plain.txt")
+    for path in list((input_dir / "AA").iterdir()):
+        path.with_name(f"{path.name}.bz2").write_bytes(bz2.compress(path.read_bytes()))
+        path.unlink()
+    run(input_dir, tmp_path / "compressed.txt")
+    assert (tmp_path / "plain.txt").read_bytes() == (tmp_path / "compressed.txt").read_bytes()
+
+
+def test_zero_files_is_an_error_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "0 files" in refused(capsys, tmp_path / "empty", tmp_path / "out" / "corpus.txt")
+    assert "no such folder" in refused(capsys, tmp_path / "missing", tmp_path / "corpus.txt")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "corpus.txt").exists()
+
+
+def test_zero_documents_is_an_error_and_writes_nothing(tmp_path, capsys):
+    input_dir = write_articles(tmp_path / "in", [["", " "]])
+    message = refused(capsys, input_dir, tmp_path / "out" / "corpus.txt")
+    assert "0 documents" in message and str(input_dir) in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("{not json", "not JSON"), ("[1]", "no text"), ('{"id": "7"}', "no text"),
+     ('{"text": 3}', "no text")],
+)
+def test_a_malformed_line_is_named_with_its_file(tmp_path, capsys, line, complaint):
+    input_dir = write_articles(tmp_path / "in")
+    broken = input_dir / "AA" / "wiki_01"
+    broken.write_text(broken.read_text() + line + "\n")
+    message = refused(capsys, input_dir, tmp_path / "corpus.txt")
+    assert f"{broken}, line 4" in message and complaint in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_an_existing_output_is_kept_unless_overwrite_is_given(tmp_path, capsys):
+    input_dir, output = write_articles(tmp_path / "in"), tmp_path / "corpus.txt"
+    output.write_text("precious")
+    assert "--overwrite" in refused(capsys, input_dir, output)
+    assert output.read_text() == "precious"
+    run(input_dir, output, "--overwrite")
+    assert "Dr. Smith" in output.read_text()
+
+
+def test_says_which_sentence_model_it_used(tmp_path, capsys):
+    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt")
+    assert "Punkt trained on" in capsys.readouterr().out
+
+
+def test_punkt_tab_is_used_where_it_is_there(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    parameters = prepare_data.train_punkt(["Then Dr. Brown came. We asked Dr. Black. "] * 20)
+    nltk.tokenize.punkt.save_punkt_params(parameters, str(folder))
+    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--punkt", "auto")
+    assert "sentence splitter: nltk's punkt_tab" in capsys.readouterr().out
+    assert (tmp_path / "corpus.txt").read_text().startswith("Dr. Smith went home.\nHe slept.\n")
+
+
+def test_a_punkt_model_trained_on_the_corpus_learns_its_abbreviations():
+    filler = "The man went to the house. He saw a dog there. It was red. "
+    text = (filler + "Then Dr. Brown came home. We asked Dr. Black about it. ") * 20
+    trained = prepare_data.PunktSentenceTokenizer(prepare_data.train_punkt([text]))
+    sentence = "They met Dr. White."
+    assert prepare_data.split_sentences(sentence, trained) == [sentence]
+    assert len(prepare_data.split_sentences(sentence, type(trained)())) == 2
+
+
+def test_the_sample_to_train_on_is_bounded_and_spread_over_the_corpus(tmp_path):
+    many = [[f"{number:02d} " + "x" * 97] * 10 for number in range(40)]
+    input_dir = write_articles(tmp_path / "in", many)
+    files = prepare_data.find_input_files(input_dir)
+    sample = list(prepare_data.sample_articles(files, 5000))
+    assert 4000 <= sum(map(len, sample)) <= 5100
+    assert int(sample[-1][:2]) >= 30
+
+
+@pytest.fixture(scope="module")
+def wikipedia_corpus(tmp_path_factory) -> Path:
+    """The real Wikipedia sample through WikiExtractor and prepare_data.py."""
+    if not DUMP.is_file():
+        pytest.skip(f"the Wikipedia sample is not at {DUMP} (set TINYBERT_SHARED)")
+    folder = tmp_path_factory.mktemp("wikipedia")
+    subprocess.run(
+        [sys.executable, "-m", "wikiextractor.WikiExtractor", str(DUMP), "--json", "-q",
+         "-o", str(folder / "extracted")],
+        check=True, timeout=120,
+    )
+    run(folder / "extracted", folder / "corpus.txt", "--num_workers", "2")
+    return folder / "corpus.txt"
+
+
+def test_the_wikipedia_sample_gives_the_original_number_of_sentences(wikipedia_corpus):
+    lines = wikipedia_corpus.read_text(encoding="utf-8").split("\n")
+    # One of the 106 articles is empty.
+    assert sum(not line for line in lines[:-1]) + 1 == 105
+    assert sum(map(bool, lines)) == EXPECTED_SENTENCES
+
+
+def instance_statistics(corpus, seed: int) -> list[float]:
+    """The golden columns; the second segment counts its [SEP]."""
+    rows = [
+        (first[1] - first[0] + second[1] - second[0] + 3, is_random, second[1] - second[0] + 1)
+        for document in range(corpus.documents)
+        for first, second, is_random in document_instances(
+            corpus, document, Random(f"{seed}/0/{document}")
+        )
+    ]
+    lengths, is_random, second = np.array(rows).T
+    return [len(rows), lengths.mean(), is_random.mean(), second.mean(), (lengths == 128).mean()]
+
+
+def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(wikipedia_corpus):
+    corpus = build_corpus(read_corpus_lines(wikipedia_corpus), BertTokenizer(VOCAB))
+    golden = json.loads(STATS.read_text())
+    runs = np.array(golden["runs"])
+    ours = np.array([instance_statistics(corpus, seed) for seed in range(SEEDS)])
+    mean = ours.mean(axis=0)
+    assert (runs.min(axis=0) <= mean).all() and (mean <= runs.max(axis=0)).all(), mean
+    error = np.array(golden["std"]) * np.sqrt(1 / len(runs) + 1 / SEEDS)
+    assert (abs(mean - golden["mean"]) < 3 * error).all()
+    # A document's target length moves all columns together; at equal mean length, what is left
+    # is small enough to notice one token too many in a segment.
+    design = np.c_[np.ones(SEEDS), ours[:, 1]]
+    weights = np.linalg.lstsq(design, ours, rcond=None)[0]
+    residuals = (runs - np.c_[np.ones(len(runs)), runs[:, 1]] @ weights).mean(axis=0)
+    spread = (ours - design @ weights).std(axis=0, ddof=2)
+    columns = [0, 2, 3, 4]
+    limit = 4 * spread[columns] * np.sqrt(1 / len(runs) + 2 / SEEDS)
+    assert (abs(residuals[columns]) < limit).all(), residuals

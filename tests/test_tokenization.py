@@ -1,0 +1,155 @@
+"""The tokenizer gives the original's tokens and refuses vocabularies that are not one."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from transformer.file_utils import UserError
+from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer, load_vocab
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB = GOLDEN / "bert_base_uncased_vocab.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BertTokenizer:
+    return BertTokenizer(VOCAB)
+
+
+def golden_rows(name: str) -> list[dict]:
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+def write_vocab(path: Path, *pieces: str) -> Path:
+    path.write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    return path
+
+
+def test_lower_cased_tokens_and_ids_are_the_originals(tokenizer):
+    rows = golden_rows("tokenization.json")
+    for row in rows:
+        assert tokenizer.basic_tokenizer.tokenize(row["text"]) == row["basic"]
+        assert tokenizer.tokenize(row["text"]) == row["tokens"]
+        assert tokenizer.convert_tokens_to_ids(row["tokens"]) == row["ids"]
+        assert tokenizer.convert_ids_to_tokens(row["ids"]) == row["tokens"]
+    assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
+
+
+def test_cased_tokens_are_the_originals():
+    tokenizer = BertTokenizer(VOCAB, do_lower_case=False)
+    for row in golden_rows("tokenization_cased.json"):
+        assert tokenizer.tokenize(row["text"]) == row["tokens"]
+
+
+def test_special_tokens_are_kept_only_where_they_stand_alone(tokenizer):
+    assert tokenizer.tokenize("A [MASK] [SEP]\t[CLS]") == ["a", "[MASK]", "[SEP]", "[CLS]"]
+    assert tokenizer.tokenize("[MASK].")[:3] == ["[", "mask", "]"]
+    assert tokenizer.tokenize("\u4e2d[MASK]") == ["\u4e2d", "[MASK]"]
+    for token in SPECIAL_TOKENS:
+        assert tokenizer.tokenize(token) == [token]
+        assert tokenizer.encode_batch([token, "x"])[0] == [tokenizer.vocab[token]]
+
+
+def test_texts_without_any_token_are_empty_rows(tokenizer):
+    texts = ["", " \t\n", "\u200b\x00", "a"]
+    assert [len(ids) for ids in tokenizer.encode_batch(texts)] == [0, 0, 0, 1]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_a_word_of_more_than_100_characters_is_unknown(tokenizer):
+    assert tokenizer.tokenize("a" * 101) == ["[UNK]"]
+    assert "[UNK]" not in tokenizer.tokenize("a" * 100)
+
+
+def test_final_sigma_is_lower_cased_as_in_python(tokenizer):
+    words = tokenizer.basic_tokenizer.tokenize("\u039f\u0394\u039f\u03a3 [MASK] x")
+    assert words == ["\u03bf\u03b4\u03bf\u03c2", "[MASK]", "x"]
+
+
+def test_vocabulary_is_in_id_order_and_survives_pickling(tokenizer):
+    assert list(tokenizer.vocab.values()) == list(range(len(tokenizer))) == list(range(30522))
+    assert tokenizer.vocab["[MASK]"] == tokenizer.mask_id == 103
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.tokenize("Unaffable cats") == tokenizer.tokenize("Unaffable cats")
+
+
+def test_unknown_pieces_and_ids_are_named(tokenizer):
+    with pytest.raises(UserError, match="'Qwertz'"):
+        tokenizer.convert_tokens_to_ids(["the", "Qwertz"])
+    for wrong in (-1, 30522):
+        with pytest.raises(UserError, match=str(wrong)):
+            tokenizer.convert_ids_to_tokens([1, wrong])
+
+
+def test_a_vocabulary_with_windows_line_ends_reads_the_same(tmp_path):
+    file = tmp_path / "vocab.txt"
+    file.write_bytes("\r\n".join([*SPECIAL_TOKENS, "a", "##b", ""]).encode())
+    assert load_vocab(file) == {piece: i for i, piece in enumerate([*SPECIAL_TOKENS, "a", "##b"])}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([*SPECIAL_TOKENS, "a", "", "b"], "line 7 is blank"),
+        ([*SPECIAL_TOKENS, "a", "b", "a"], "line 8 repeats 'a' of line 6"),
+        (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"], r"lacks \[MASK\]"),
+        ([], "lacks"),
+    ],
+)
+def test_a_broken_vocabulary_is_refused_by_line(tmp_path, pieces, message):
+    file = write_vocab(tmp_path / "vocab.txt", *pieces)
+    with pytest.raises(UserError, match=message) as error:
+        BertTokenizer(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_or_binary_vocabulary_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"vocab\.txt: no such file"):
+        BertTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
+def test_case_rule_comes_from_the_model_directory(tmp_path):
+    write_vocab(tmp_path / "vocab.txt", *SPECIAL_TOKENS, "a", "b")
+    assert BertTokenizer.from_pretrained(tmp_path).do_lower_case  # no capitals
+    normalizer = {"normalizer": {"type": "BertNormalizer", "lowercase": False}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(normalizer))
+    assert not BertTokenizer.from_pretrained(tmp_path).do_lower_case
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert BertTokenizer.from_pretrained(tmp_path).do_lower_case
+
+
+def test_a_vocabulary_with_capitals_is_cased(tmp_path):
+    write_vocab(tmp_path / "vocab.txt", *SPECIAL_TOKENS, "a", "Berlin")
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert not tokenizer.do_lower_case
+    assert tokenizer.tokenize("Berlin berlin") == ["Berlin", "[UNK]"]
+
+
+def test_a_contradicting_case_flag_wins_and_warns(tmp_path, caplog):
+    write_vocab(tmp_path / "vocab.txt", *SPECIAL_TOKENS, "a")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    with caplog.at_level(logging.WARNING):
+        assert BertTokenizer.from_pretrained(tmp_path, True).do_lower_case
+        assert not caplog.records
+        assert not BertTokenizer.from_pretrained(tmp_path, False).do_lower_case
+    assert "do_lower_case=True" in caplog.text
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_saved_vocabulary_reads_back_here_and_in_transformers(tmp_path, tokenizer, lower):
+    original = BertTokenizer(VOCAB, do_lower_case=lower)
+    original.save_vocabulary(tmp_path)
+    back = BertTokenizer.from_pretrained(tmp_path)
+    assert back.vocab == original.vocab
+    assert back.do_lower_case == lower
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertTokenizer.from_pretrained(str(tmp_path))
+    for row in golden_rows("tokenization.json")[:20]:
+        ids = theirs(row["text"], add_special_tokens=False)["input_ids"]
+        assert ids == original.encode_batch([row["text"]])[0]
