@@ -58,7 +58,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--no_overwrite", action="store_true",
         help="refuse to replace an output file that exists")
     add("--max_train_rows", type=int, default=0,
-        help="augment only this many rows, the first of the file; 0: all")
+        help="read only this many rows, the first of the file; 0: all")
+    add("--max_varied_rows", type=int, default=0,
+        help="vary only this many rows, the first, and copy the others as they are; 0: all")
     add("--batch_tokens", type=int, default=0,
         help="word pieces in one batch of the model, fewer need less memory; 0: "
              f"{BATCH_TOKENS['cuda']} on a GPU, {BATCH_TOKENS['cpu']} on a CPU")
@@ -69,15 +71,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def augmented_rows(
-    table: TaskRows, augmentor: DataAugmentor, chunk_rows: int = CHUNK_ROWS
+    table: TaskRows, augmentor: DataAugmentor, varied: int, chunk_rows: int = CHUNK_ROWS
 ) -> Iterator[list[list[str]]]:
     """Yield for each row of the table the rows that replace it: itself, then its variations.
 
     The two sentences of a pair are varied one at a time, each beside the original of the other.
+    Rows after the first `varied` stay alone.
     """
     columns = [column for column in (table.text_a, table.text_b) if column is not None]
-    for start in range(0, len(table.rows), chunk_rows):
-        chunk = table.rows[start : start + chunk_rows]
+    for start in range(0, varied, chunk_rows):
+        chunk = table.rows[start : min(start + chunk_rows, varied)]
         variations = iter(augmentor.augment([row[column] for row in chunk for column in columns]))
         for row in chunk:
             new_rows = [row]
@@ -85,6 +88,8 @@ def augmented_rows(
                 for sentence in next(variations)[1:]:
                     new_rows.append([*row[:column], sentence, *row[column + 1 :]])
             yield new_rows
+    for row in table.rows[varied:]:
+        yield [row]
 
 
 def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
@@ -97,14 +102,16 @@ def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
     return path
 
 
-def write_augmented(table: TaskRows, augmentor: DataAugmentor, output_file: Path) -> int:
+def write_augmented(
+    table: TaskRows, augmentor: DataAugmentor, varied: int, output_file: Path
+) -> int:
     """Write header and rows; the file appears when it is complete. Returns the rows written."""
     written = 0
-    progress = tqdm(total=len(table.rows), desc=output_file.name, unit="row")
+    progress = tqdm(total=len(table.rows), desc=output_file.name, unit="row", disable=None)
     with TsvWriter(output_file) as writer, progress:
         if table.header is not None:
             writer.write(table.header)
-        for new_rows in augmented_rows(table, augmentor):
+        for new_rows in augmented_rows(table, augmentor, varied):
             for row in new_rows:
                 writer.write(row)
             written += len(new_rows)
@@ -133,8 +140,9 @@ def main(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     data_dir = Path(args.glue_dir) / task.folder
     output_file = output_path(args, data_dir)
-    if args.max_train_rows < 0:
-        raise UserError(f"--max_train_rows {args.max_train_rows}: expected 0 (all) or more")
+    for name in ("max_train_rows", "max_varied_rows"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 0 (all) or more")
     table = task_rows(task, data_dir)
     if args.max_train_rows:
         table = table._replace(rows=table.rows[: args.max_train_rows])
@@ -155,7 +163,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Write
     start = time.perf_counter()
-    written = write_augmented(table, augmentor, output_file)
+    varied = min(args.max_varied_rows or len(table.rows), len(table.rows))
+    written = write_augmented(table, augmentor, varied, output_file)
     report(augmentor, len(table.rows), written, time.perf_counter() - start)
     logger.info("wrote %s", output_file)
 

@@ -40,6 +40,7 @@ from transformer.runtime import (
     RunningMean,
     add_common_arguments,
     autocast,
+    check_numbers,
     get_device,
     log_start,
     parameter_count,
@@ -147,6 +148,7 @@ def train_epoch(
 
 def main(args: argparse.Namespace) -> None:
     # Settings
+    check_numbers(args)
     task = find_task(args.task_name, args.data_dir)
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
@@ -157,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = BertTokenizer.from_pretrained(
         args.vocab_dir or args.bert_model, do_lower_case=args.do_lower_case or None)
     model.config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
+    model.config.check_length(args.max_seq_length, args.bert_model)
     model.to(device)
     labels = label_order(task, model.config.id2label)
 

@@ -33,7 +33,7 @@ from transformer.distillation import (
     train,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, UserError, upload_folder
+from transformer.file_utils import WEIGHTS_NAME, upload_folder
 from transformer.glue import batches
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
@@ -43,6 +43,7 @@ from transformer.runtime import (
     RunningMean,
     add_training_arguments,
     autocast,
+    check_numbers,
     get_device,
     log_start,
     parameter_count,
@@ -144,11 +145,14 @@ class Corpus:
         rest = -(-self.rows(int(epochs)) // batch_size)
         return whole + round((epochs - int(epochs)) * rest)
 
-    def passes(self, batch_size: int, generator: torch.Generator, pad_to: int | None,
-               ) -> Iterator[tuple[Collate, list[list[int]]]]:
-        """Yield for each pass what makes batches, and the rows of each step."""
+    def passes(self, first: PregeneratedDataset, batch_size: int, generator: torch.Generator,
+               pad_to: int | None) -> Iterator[tuple[Collate, list[list[int]]]]:
+        """Yield for each pass what makes batches, and the rows of each step.
+
+        The first pass reads `first`, which is what `load(0)` returns.
+        """
         for epoch in count():
-            data = self.load(epoch)
+            data = first if epoch == 0 else self.load(epoch)
 
             def collate(rows: list[int], data: PregeneratedDataset = data) -> Batch:
                 return data.collate(rows, pad_to)
@@ -184,6 +188,7 @@ def measure(losses: GeneralDistillationLoss, data: PregeneratedDataset, batch_si
 
 def main(args: argparse.Namespace) -> None:
     # Settings
+    check_numbers(args)
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
     set_seed(args.seed)
@@ -191,13 +196,11 @@ def main(args: argparse.Namespace) -> None:
     # Models and data
     teacher, student = load_models(args)
     tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
-    for model in (teacher, student):
+    for model, source in ((teacher, args.teacher_model), (student, args.student_model)):
         model.config.check_vocabulary(len(tokenizer), args.teacher_model)
-    limit = min(m.config.max_position_embeddings for m in (teacher, student))
-    if args.max_seq_length > limit:
-        raise UserError(
-            f"--max_seq_length {args.max_seq_length}; the models have {limit} positions")
+        model.config.check_length(args.max_seq_length, source)
     corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
+    first_epoch = corpus.load(0)  # before anything is written: it may be damaged
     training_steps(args.num_train_epochs, 1)
     total_steps = max(1, corpus.steps(args.num_train_epochs, args.train_batch_size))
 
@@ -214,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
         return autocast(device, dtype)
 
     if args.do_eval:
-        values = measure(losses, corpus.load(0), args.eval_batch_size, device, context)
+        values = measure(losses, first_epoch, args.eval_batch_size, device, context)
         write_results(output_dir, {"losses": values, "rows": corpus.rows(0)})
         logger.info("%s: %s", args.student_model, values)
         return
@@ -225,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
                          warmup=args.warmup_proportion, t_total=total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
-    passes = corpus.passes(args.train_batch_size, generator,
+    passes = corpus.passes(first_epoch, args.train_batch_size, generator,
                            args.max_seq_length if args.match_original else None)
     steps = islice(train(student, losses, passes, optimizer, args.gradient_accumulation_steps,
                          device, context, scaler), total_steps)

@@ -55,6 +55,7 @@ from transformer.runtime import (
     RunningMean,
     add_training_arguments,
     autocast,
+    check_numbers,
     get_device,
     log_start,
     parameter_count,
@@ -161,10 +162,11 @@ class DistillationLoss:
 
 def load_tokenizer(args: argparse.Namespace, model_dir: Path,
                    *models: nn.Module) -> BertTokenizer:
-    """Load the vocabulary of `model_dir` and check that it fits the models."""
+    """Load the vocabulary of `model_dir` and check that it and the rows' length fit the models."""
     tokenizer = BertTokenizer.from_pretrained(model_dir, args.do_lower_case or None)
     for model in models:
         model.config.check_vocabulary(len(tokenizer), model_dir)
+        model.config.check_length(args.max_seq_length, "the model")
     return tokenizer
 
 
@@ -225,6 +227,7 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
 
 def main(args: argparse.Namespace) -> None:
     # Settings
+    check_numbers(args)
     task = get_task(args.task_name)
     apply_task_defaults(args, task)
     device = get_device(args.no_cuda)

@@ -116,6 +116,10 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
 def main(args: argparse.Namespace) -> None:
     if (args.bert_model is None) != (args.output_dir is None):
         raise UserError("--bert_model and --output_dir belong together; one of them is missing")
+    kept = args.keep_layers and len(args.keep_layers.split(","))
+    if kept and "num_layers" in args.given and kept != args.num_layers:
+        raise UserError(f"--keep_layers {args.keep_layers} and --num_layers {args.num_layers}"
+                        " contradict each other; one of them is enough")
     if args.bert_model is None:
         models = Path(args.models_dir)
         pairs = [(models / source, models / target) for source, target in SEED_MODELS.items()]

@@ -407,6 +407,13 @@ def test_chunks_and_max_train_rows_do_not_change_a_rows_variations(
     assert script("RTE", rows, "--N", 5)[2].read_bytes() == whole
 
 
+def test_rows_beyond_max_varied_rows_are_copied_as_they_are(script):
+    rows = [PAIR_HEADER, *PAIRS]
+    one = read_tsv(script("RTE", rows, "--N", 5, "--max_train_rows", 1)[2])
+    first_varied = read_tsv(script("RTE", rows, "--N", 5, "--max_varied_rows", 1)[2])
+    assert first_varied == one + [list(row) for row in PAIRS[1:]]
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
@@ -439,7 +446,7 @@ def test_an_interrupted_run_leaves_no_half_written_file(script, monkeypatch):
     _, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 2)
     before = output.read_bytes()
 
-    def interrupted(table, augmentor):
+    def interrupted(table, augmentor, varied):
         yield [table.rows[0]]
         raise KeyboardInterrupt
 
@@ -467,7 +474,7 @@ def test_the_closing_line_counts_rows_and_words(script, caplog):
     output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 4)[2]
     assert f"2 rows in, {len(read_tsv(output)) - 1} rows out" in caplog.text
     assert "rows/s" in caplog.text
-    assert "0 of 22 word pieces are [UNK]" in caplog.text
+    assert "0 of 19 word pieces are [UNK]" in caplog.text
     assert "[UNK]; does" not in caplog.text
     script("RTE", [PAIR_HEADER, ["0", "Zebra zebu", "zeal", "entailment"]], "--N", 4)
     assert "100 % of the word pieces are [UNK]" in caplog.text

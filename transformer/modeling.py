@@ -121,6 +121,13 @@ class BertConfig:
                 f" the model expects {self.vocab_size}"
             )
 
+    def check_length(self, length: int, source: Path | str) -> None:
+        """Raise a `UserError` unless the model has positions for `length` word pieces."""
+        if length > self.max_position_embeddings:
+            raise UserError(
+                f"--max_seq_length {length}; {source} has {self.max_position_embeddings} positions"
+            )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
         return cls(**values)

@@ -82,6 +82,25 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
 
 
+# The smallest value of each number that a training script is given.
+LEAST = {
+    "train_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "eval_step": 1,
+    "max_seq_length": 3, "max_train_rows": 0, "num_train_epochs": 0, "learning_rate": 0,
+    "weight_decay": 0, "warmup_proportion": 0, "temperature": 1e-6,
+}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a number that makes no sense, before anything is read."""
+    for name, least in LEAST.items():
+        value = getattr(args, name, least)
+        if not value >= least:  # also nan
+            raise UserError(f"--{name} {value}; expected at least {least}")
+    warmup = getattr(args, "warmup_proportion", 0.0)
+    if warmup >= 1:
+        raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
+
+
 def set_seed(seed: int) -> None:
     """Seed Python, numpy and torch."""
     random.seed(seed)
