@@ -192,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
     set_seed(args.seed)
+    address = s3_address(args.data_url)
 
     # Models and data
     teacher, student = load_models(args)
@@ -247,8 +248,8 @@ def main(args: argparse.Namespace) -> None:
     save_pretrained(student, output_dir, tokenizer)
     write_results(output_dir, {"losses": {k: v for k, v in record.items() if "loss" in k},
                                "steps": total_steps, "rows": corpus.rows(0)})
-    if args.data_url:
-        upload_folder(output_dir, args.data_url)
+    if address:
+        upload_folder(output_dir, *address)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, s3_address, upload_folder
 from transformer.pretraining_data import (
     Corpus,
     EpochSettings,
@@ -65,16 +65,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--max_seq_len {args.max_seq_len}: expected at least {shortest} tokens, two of text "
             "and the special ones"
         )
-
-
-def s3_address(url: str) -> tuple[str, str] | None:
-    """Split s3://bucket/folder into its two parts; None for an empty address."""
-    if not url:
-        return None
-    bucket, _, folder = url.removeprefix("s3://").partition("/")
-    if not url.startswith("s3://") or not bucket:
-        raise UserError(f"--data_url {url}: expected s3://bucket/folder")
-    return bucket, folder.strip("/")
 
 
 # ------------------------------------------------------------------ stages
@@ -153,22 +143,6 @@ def publish(folder: Path, output_dir: Path, epochs: int) -> list[Path]:
         for path in epoch_paths(folder, epoch):
             files.append(path.replace(output_dir / path.name))
     return files
-
-
-def upload(files: list[Path], bucket: str, folder: str) -> None:
-    """Copy files to an S3 bucket, with the credentials that boto3 finds."""
-    import boto3
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        client = boto3.client("s3")
-        for path in tqdm(files, unit="file", desc="upload"):
-            client.upload_file(str(path), bucket, f"{folder}/{path.name}".lstrip("/"))
-    except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise UserError(
-            f"--data_url s3://{bucket}/{folder}: {error}; the files are in {files[0].parent}"
-        ) from error
 
 
 # ------------------------------------------------------------------ command line
@@ -255,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Copy, where asked to.
     if address:
-        upload(files, *address)
+        upload_folder(output_dir, *address)
     size = sum(path.stat().st_size for path in files)
     print(
         f"{output_dir}: {len(rows)} epochs of {', '.join(f'{count:,}' for count in rows)} "

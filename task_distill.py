@@ -37,7 +37,7 @@ from transformer.distillation import (
     train,
 )
 from transformer.evaluation import Selection, evaluate_splits, write_results
-from transformer.file_utils import UserError, upload_folder
+from transformer.file_utils import UserError, s3_address, upload_folder
 from transformer.glue import (
     GLUE_TASKS,
     Features,
@@ -233,6 +233,7 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     set_seed(args.seed)
+    address = s3_address(args.data_url)
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
         return
@@ -299,8 +300,8 @@ def main(args: argparse.Namespace) -> None:
         result |= selection.results()
         logger.info("%s on dev: best %s, last %s", task.name, result["best"], result["last"])
     write_results(output_dir, result)
-    if args.data_url:
-        upload_folder(output_dir, args.data_url)
+    if address:
+        upload_folder(output_dir, *address)
 
 
 if __name__ == "__main__":

@@ -469,24 +469,33 @@ def _check_link(archive: Path, folder: Path, name: str) -> None:
 # ------------------------------------------------------------------ uploads
 
 
-def upload_folder(folder: Path | str, url: str) -> None:
-    """Copy every file below `folder` to `url`, an address s3://bucket/prefix.
-
-    Raises `UserError` for another kind of address and for a refused upload.
-    """
+def s3_address(url: str) -> tuple[str, str] | None:
+    """Split s3://bucket/prefix into bucket and prefix; None for an empty address."""
+    if not url:
+        return None
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket:
         raise UserError(f"--data_url {url}: expected s3://bucket/prefix")
+    return bucket, prefix.strip("/")
+
+
+def upload_folder(folder: Path | str, bucket: str, prefix: str) -> None:
+    """Copy every file below `folder` to an S3 bucket, with the credentials that boto3 finds.
+
+    A refused upload is a `UserError` that says where the files still are.
+    """
     import boto3  # here, because it takes a second to load and few runs need it
-    import botocore.exceptions
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
 
     folder = Path(folder)
-    client = boto3.session.Session().client("s3")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        key = "/".join(filter(None, [prefix.strip("/"), path.relative_to(folder).as_posix()]))
-        log.info("uploading %s to s3://%s/%s", path, bucket, key)
-        try:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    try:
+        client = boto3.client("s3")
+        for path in tqdm(files, unit="file", desc="upload", disable=None):
+            key = f"{prefix}/{path.relative_to(folder).as_posix()}".lstrip("/")
             client.upload_file(str(path), bucket, key)
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError,
-                boto3.exceptions.S3UploadFailedError) as error:
-            raise UserError(f"--data_url {url}: {path} was not uploaded ({error})") from error
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        raise UserError(
+            f"--data_url s3://{bucket}/{prefix}: {error}; the files are in {folder}"
+        ) from error
