@@ -33,7 +33,7 @@ from transformer.distillation import (
     train,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, upload_folder
+from transformer.file_utils import WEIGHTS_NAME, s3_address, upload_folder
 from transformer.glue import batches
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
