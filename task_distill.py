@@ -18,6 +18,8 @@ Examples:
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -29,6 +31,8 @@ from tqdm import tqdm
 
 from transformer.checkpoint import fetch_model, save_pretrained
 from transformer.distillation import (
+    Batch,
+    Collate,
     check_heads,
     freeze,
     intermediate_losses,
@@ -36,7 +40,12 @@ from transformer.distillation import (
     prediction_loss,
     train,
 )
-from transformer.evaluation import Selection, evaluate_splits, write_results
+from transformer.evaluation import (
+    Selection,
+    evaluate_splits,
+    predict_logits,
+    write_results,
+)
 from transformer.file_utils import UserError, s3_address, upload_folder
 from transformer.glue import (
     GLUE_TASKS,
@@ -132,32 +141,37 @@ def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
 
 
 @dataclass
-class DistillationLoss:
-    """The loss of one stage, from a batch to named scalars whose sum is minimised.
-
-    student, teacher: models that return logits, attention scores and hidden states.
-    prediction: Eq. 10 on the logits; otherwise Eq. 7-9 on the layers.
-    """
+class IntermediateLoss:
+    """Eq. 7-9 on a batch: attention scores, hidden states and embeddings, summed over layers."""
 
     student: nn.Module
     teacher: nn.Module
-    prediction: bool
-    temperature: float
     match_original: bool
 
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         mask = batch["attention_mask"]
         inputs = (batch["input_ids"], batch["token_type_ids"], mask)
         with torch.no_grad():
-            teacher_logits, teacher_scores, teacher_hidden = self.teacher(*inputs)
-        if self.prediction:
-            student_logits = self.student(*inputs)[0]
-            return {"cls_loss": prediction_loss(
-                student_logits, teacher_logits, self.temperature, self.match_original)}
+            _, teacher_scores, teacher_hidden = self.teacher(*inputs)
         _, student_scores, student_hidden = self.student(*inputs, is_student=True)
         return intermediate_losses(
             student_scores, student_hidden, teacher_scores, teacher_hidden, mask,
             self.match_original)
+
+
+@dataclass
+class PredictionLoss:
+    """Eq. 10 on a batch that brings its rows' teacher logits."""
+
+    student: nn.Module
+    temperature: float
+    match_original: bool
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = (batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        return {"cls_loss": prediction_loss(
+            self.student(*inputs)[0], batch["teacher_logits"], self.temperature,
+            self.match_original)}
 
 
 def load_tokenizer(args: argparse.Namespace, model_dir: Path,
@@ -202,6 +216,24 @@ def load_models(
     return freeze(teacher), student, load_tokenizer(args, teacher_dir, teacher, student)
 
 
+def make_losses(
+    args: argparse.Namespace, student: nn.Module, teacher: nn.Module, features: Features,
+    device: torch.device, context: Callable[[], AbstractContextManager],
+) -> tuple[Callable[[Batch], dict[str, Tensor]], Collate]:
+    """Return the stage's loss, and what makes its batches out of row numbers."""
+    pad_to = args.max_seq_length if args.match_original else None
+    if not args.pred_distill:
+        losses = IntermediateLoss(student, teacher, args.match_original)
+        return losses, partial(features.collate, pad_to=pad_to)
+    # The teacher is frozen: its answer to a row is computed once, not every epoch.
+    teacher_logits = predict_logits(teacher, features, device, args.eval_batch_size, context)
+
+    def make_batch(rows: Sequence[int]) -> Batch:
+        return features.collate(rows, pad_to) | {"teacher_logits": teacher_logits[rows]}
+
+    return PredictionLoss(student, args.temperature, args.match_original), make_batch
+
+
 def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
                   dtype: torch.dtype | None) -> None:
     """Measure the student on each dev set of the task and write the results."""
@@ -244,6 +276,8 @@ def main(args: argparse.Namespace) -> None:
     features = load_features(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                              args.max_train_rows)
     dev = {split: load_features(args, task, split, tokenizer, labels) for split in task.dev_files}
+    steps_per_epoch = -(-len(features) // args.train_batch_size)
+    total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
 
     # Output
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
@@ -254,25 +288,21 @@ def main(args: argparse.Namespace) -> None:
     teacher.to(device)
     student.to(device)
 
+    def context():
+        return autocast(device, dtype)
+
     # Distillation
-    steps_per_epoch = -(-len(features) // args.train_batch_size)
-    total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
     optimizer = BertAdam(
         param_groups(student, args.weight_decay), lr=args.learning_rate,
         schedule="warmup_linear" if args.pred_distill else "none",
         warmup=args.warmup_proportion, t_total=total_steps)
-    losses = DistillationLoss(
-        student, teacher, args.pred_distill, args.temperature, args.match_original)
-    pad_to = args.max_seq_length if args.match_original else None
+    losses, make_batch = make_losses(args, student, teacher, features, device, context)
     generator = torch.Generator().manual_seed(args.seed)
-    epochs = (
-        (partial(features.collate, pad_to=pad_to),
-         batches(features.lengths, args.train_batch_size, generator))
-        for _ in count()
-    )
+    epochs = ((make_batch, batches(features.lengths, args.train_batch_size, generator))
+              for _ in count())
     means, selection, losses_at_end = RunningMean(), Selection(task), {}
     steps = islice(train(student, losses, epochs, optimizer, args.gradient_accumulation_steps,
-                         device, lambda: autocast(device, dtype)), total_steps)
+                         device, context), total_steps)
     progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
     for step, (step_losses, epoch_ends) in enumerate(progress, start=1):
         means.add(step_losses)
@@ -281,8 +311,8 @@ def main(args: argparse.Namespace) -> None:
             record = {"step": step, "epoch": round(step / steps_per_epoch, 3),
                       "lr": optimizer.get_lr()[0], **losses_at_end}
             if args.pred_distill:
-                metrics = evaluate_splits(student, dev, task, device, args.eval_batch_size,
-                                          lambda: autocast(device, dtype))
+                metrics = evaluate_splits(
+                    student, dev, task, device, args.eval_batch_size, context)
                 record |= {"metrics": metrics["dev"], "all_metrics": metrics}
                 if selection.update(metrics):
                     save_pretrained(student, output_dir, tokenizer)
