@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--do_lower_case", action="store_true",
                         help="lower-case the text; without it the model's own setting holds")
     parser.add_argument("--new_classifier", action="store_true",
-                        help="bert_model has no classifier of this task: start with a fresh one")
+                        help="fresh classifier: bert_model has none, or another task's")
     parser.add_argument("--from_scratch", action="store_true",
                         help="random weights in the shape of bert_model's config.json")
     parser.add_argument("--vocab_dir", default=None,
@@ -108,8 +108,8 @@ def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceC
         model = TinyBertForSequenceClassification.from_scratch(
             args.bert_model, num_labels=task.num_labels)
     elif args.new_classifier:
-        model = TinyBertForSequenceClassification.from_pretrained(
-            args.bert_model, new_head=True, num_labels=task.num_labels)
+        model = TinyBertForSequenceClassification.from_pretrained(args.bert_model, new_head=True)
+        model.renew_classifier(task.num_labels)
     else:
         model = TinyBertForSequenceClassification.from_pretrained(
             args.bert_model, num_labels=task.num_labels)

@@ -14,6 +14,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -130,14 +131,20 @@ class Corpus:
     tokenizer: BertTokenizer
     max_seq_length: int
     reduce_memory: bool
+    loaded: PregeneratedDataset | None = None
 
     def rows(self, epoch: int) -> int:
         """Return the number of instances in the epoch that pass `epoch` (from 0) reads."""
         return read_metrics(self.folder, epoch % count_epochs(self.folder)).num_training_examples
 
     def load(self, epoch: int) -> PregeneratedDataset:
-        return PregeneratedDataset(self.folder, epoch, self.tokenizer, self.max_seq_length,
-                                   self.reduce_memory)
+        """Return the data that pass `epoch` (from 0) reads; only one epoch is kept."""
+        number = epoch % count_epochs(self.folder)
+        if self.loaded is None or self.loaded.epoch != number:
+            self.loaded = None  # frees the old epoch's memory first
+            self.loaded = PregeneratedDataset(self.folder, epoch, self.tokenizer,
+                                              self.max_seq_length, self.reduce_memory)
+        return self.loaded
 
     def steps(self, epochs: float, batch_size: int) -> int:
         """Return the number of optimizer steps of `epochs` passes."""
@@ -145,19 +152,17 @@ class Corpus:
         rest = -(-self.rows(int(epochs)) // batch_size)
         return whole + round((epochs - int(epochs)) * rest)
 
-    def passes(self, first: PregeneratedDataset, batch_size: int, generator: torch.Generator,
-               pad_to: int | None) -> Iterator[tuple[Collate, list[list[int]]]]:
-        """Yield for each pass what makes batches, and the rows of each step.
-
-        The first pass reads `first`, which is what `load(0)` returns.
-        """
+    def passes(
+        self, batch_size: int, generator: torch.Generator, pad_to: int | None
+    ) -> Iterator[tuple[Collate, list[list[int]]]]:
+        """Yield for each pass what makes batches, and the rows of each step."""
         for epoch in count():
-            data = first if epoch == 0 else self.load(epoch)
+            lengths = self.load(epoch).lengths
+            yield partial(self.collate, pad_to=pad_to), batches(lengths, batch_size, generator)
 
-            def collate(rows: list[int], data: PregeneratedDataset = data) -> Batch:
-                return data.collate(rows, pad_to)
-
-            yield collate, batches(data.lengths, batch_size, generator)
+    def collate(self, rows: list[int], pad_to: int | None) -> Batch:
+        """Return the rows of the epoch that was loaded last."""
+        return self.loaded.collate(rows, pad_to)
 
 
 def load_models(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
@@ -201,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         model.config.check_vocabulary(len(tokenizer), args.teacher_model)
         model.config.check_length(args.max_seq_length, source)
     corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
-    first_epoch = corpus.load(0)  # before anything is written: it may be damaged
+    corpus.load(0)  # before anything is written: it may be damaged
     training_steps(args.num_train_epochs, 1)
     total_steps = max(1, corpus.steps(args.num_train_epochs, args.train_batch_size))
 
@@ -218,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         return autocast(device, dtype)
 
     if args.do_eval:
-        values = measure(losses, first_epoch, args.eval_batch_size, device, context)
+        values = measure(losses, corpus.load(0), args.eval_batch_size, device, context)
         write_results(output_dir, {"losses": values, "rows": corpus.rows(0)})
         logger.info("%s: %s", args.student_model, values)
         return
@@ -229,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
                          warmup=args.warmup_proportion, t_total=total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
-    passes = corpus.passes(first_epoch, args.train_batch_size, generator,
+    passes = corpus.passes(args.train_batch_size, generator,
                            args.max_seq_length if args.match_original else None)
     steps = islice(train(student, losses, passes, optimizer, args.gradient_accumulation_steps,
                          device, context, scaler), total_steps)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from transformer.checkpoint import load_state
+from transformer.checkpoint import load_state, load_weights
 from transformer.distillation import map_layers
 from transformer.file_utils import (
     CONFIG_NAME,
@@ -26,7 +26,7 @@ from transformer.file_utils import (
     atomic_path,
     write_json,
 )
-from transformer.modeling import BertConfig, find_config
+from transformer.modeling import BertConfig, BertModel, find_config
 from transformer.runtime import prepare_output_dir, run_script
 from transformer.tokenization import BertTokenizer
 
@@ -97,10 +97,8 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     config = BertConfig.from_json_file(find_config(bert_model))
     kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
     state = load_state(bert_model)
-    found = {int(m[1]) for key in state if (m := re.match(r"bert\.encoder\.layer\.(\d+)\.", key))}
-    if found != set(range(config.num_hidden_layers)):
-        raise UserError(f"{bert_model}: the checkpoint has {len(found)} encoder layers;"
-                        f" its config says {config.num_hidden_layers}")
+    # A whole model is a condition of half of one: nothing may be missing or left over.
+    load_weights(BertModel(config, "bert.pooler.dense.weight" in state), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite)
     config.num_hidden_layers = len(kept)

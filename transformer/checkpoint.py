@@ -149,7 +149,9 @@ def load_weights(
                 " expected the same tensor"
             )
     missing = [key for key in own if key not in state]
-    fatal = [key for key in missing if not key.startswith(allow_missing)]
+    # A part may be missing as a whole only: half a classifier is a damaged one.
+    excused = tuple(part for part in allow_missing if not any(k.startswith(part) for k in state))
+    fatal = [key for key in missing if not key.startswith(excused)]
     unread = [key for key in state if key not in own]
     strange = [key for key in unread if not key.startswith((*HEADS, "bert.pooler."))]
     if fatal or strange:

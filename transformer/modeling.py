@@ -615,6 +615,12 @@ class TinyBertForSequenceClassification(_FittedModel):
             kwargs["num_labels"] = stored
         return kwargs
 
+    def renew_classifier(self, num_labels: int) -> None:
+        """Replace the classifier by a random one of `num_labels` outputs without names."""
+        self.config.set_labels(tuple(f"LABEL_{i}" for i in range(num_labels)))
+        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+        self.init_weights(self.classifier)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -134,7 +134,7 @@ class BertAdam(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["next_m"] = torch.zeros_like(p)
                 self.state[p]["next_v"] = torch.zeros_like(p)
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad.contiguous() for p in parameters]  # as the fused kernel expects
         if group["max_grad_norm"] > 0:
             clip_each(gradients, group["max_grad_norm"])
         # Adam's part, by the fused kernel, which reads and writes each tensor once: written out

@@ -1,0 +1,221 @@
+"""Tiny models, vocabularies, GLUE folders and corpora that the tests of the scripts share."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from transformer.checkpoint import save_pretrained  # noqa: E402
+from transformer.glue import GLUE_TASKS, GlueTask, get_task, write_tsv  # noqa: E402
+from transformer.modeling import (  # noqa: E402
+    BertConfig,
+    TinyBertForSequenceClassification,
+)
+from transformer.runtime import run_script  # noqa: E402
+from transformer.tokenization import BertTokenizer  # noqa: E402
+
+SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
+GOLDEN = Path(__file__).parent / "golden"
+
+GOOD = ["good", "great", "lovely", "fine", "happy"]
+BAD = ["bad", "awful", "ugly", "poor", "sad"]
+NEUTRAL = ["the", "a", "film", "was", "book", "story", "and", "very", "we", "saw", "it", "of"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = [*SPECIAL, *GOOD, *BAD, *NEUTRAL, "##s", "##ly", ".", ","]
+
+
+# ------------------------------------------------------------------ models
+
+
+def write_vocab(folder: Path, pieces: list[str] = PIECES, lower: bool = True) -> BertTokenizer:
+    """Write a vocabulary into `folder` and return its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{p}\n" for p in pieces), encoding="utf-8")
+    tokenizer = BertTokenizer(folder / "vocab.txt", lower)
+    tokenizer.save_vocabulary(folder)
+    return tokenizer
+
+
+def tiny_config(**changes) -> BertConfig:
+    """A BERT of 4 layers, 16 wide, without dropout unless `changes` say so."""
+    values = {
+        "vocab_size": len(PIECES), "hidden_size": 16, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 128,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        # Wide weights, so that a random model's outputs differ from row to row.
+        "initializer_range": 0.25,
+    }
+    return BertConfig(**{**values, **changes})
+
+
+def make_model(folder: Path, model_class=TinyBertForSequenceClassification, seed: int = 0,
+               labels: tuple[str, ...] | None = None, model_arguments: dict | None = None,
+               **changes):
+    """Save a random model with vocabulary in `folder`; returns it, in eval mode."""
+    torch.manual_seed(seed)
+    config = tiny_config(**changes)
+    if labels is not None:
+        config.set_labels(labels)
+    model = model_class(config, **(model_arguments or {}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "fit_dense" not in name and parameter.dim() == 1:
+                # Biases and LayerNorms at 0 and 1 would hide that they were not loaded.
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_pretrained(model, folder, write_vocab(folder))
+    return model.eval()
+
+
+def config_folder(folder: Path, **changes) -> Path:
+    """Write only a config.json, as `tinybert_4l_config` has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(tiny_config(**changes).to_dict())
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def random_batch(rows: int = 3, length: int = 9, vocab: int = len(PIECES), seed: int = 0):
+    """Random (input_ids, token_type_ids, attention_mask), padded at the end of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, vocab, (rows, length), generator=generator)
+    lengths = torch.randint(2, length + 1, (rows,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    segments = (torch.arange(length) >= lengths[:, None] // 2).long() * mask
+    return ids * mask, segments, mask
+
+
+# ------------------------------------------------------------------ GLUE
+
+
+def task_labels(task: GlueTask, count: int, rng: random.Random) -> list[str]:
+    if task.is_regression:
+        return [f"{rng.uniform(0, 5):.2f}" for _ in range(count)]
+    labels = [task.labels[row % len(task.labels)] for row in range(count)]
+    rng.shuffle(labels)
+    return labels
+
+
+def sentence(rng: random.Random, mood: list[str]) -> str:
+    words = rng.choices(NEUTRAL, k=rng.randint(1, 5)) + rng.choices(mood, k=rng.randint(1, 2))
+    rng.shuffle(words)
+    return " ".join(words) + " ."
+
+
+def make_rows(task: GlueTask, count: int, seed: int) -> list[list[str]]:
+    """Rows in the task's own columns; the label can be seen from the words."""
+    rng = random.Random(seed)
+    rows = [] if task.columns else [_header(task)]
+    for label in task_labels(task, count, rng):
+        place = 0 if task.is_regression else task.labels.index(label)
+        cells = dict.fromkeys(_header(task), "x")
+        cells[task.text_a] = sentence(rng, (BAD, GOOD, NEUTRAL)[place])
+        if task.text_b is not None:
+            cells[task.text_b] = sentence(rng, NEUTRAL)
+        cells[task.label] = label
+        rows.append(list(cells.values()))
+    return rows
+
+
+def _header(task: GlueTask) -> list[str]:
+    if task.columns:
+        return list(task.columns)
+    return ["id", task.text_a, *([task.text_b] if task.text_b else []), task.label]
+
+
+def make_glue(folder: Path, name: str = "SST-2", rows: int = 24, dev_rows: int = 12,
+              seed: int = 0, augmented: int = 0) -> Path:
+    """Write the files of one task into `folder`; returns it."""
+    task = get_task(name)
+    write_tsv(folder / "train.tsv", make_rows(task, rows, seed))
+    for place, file in enumerate(task.dev_files.values(), start=1):
+        write_tsv(folder / file, make_rows(task, dev_rows, seed + place))
+    if augmented:
+        write_tsv(folder / "train_aug.tsv", make_rows(task, augmented, seed + 10))
+    return folder
+
+
+# ------------------------------------------------------------------ pregenerated corpus
+
+
+def make_pregenerated(folder: Path, rows: int = 10, epochs: int = 1, max_length: int = 16,
+                      seed: int = 0) -> Path:
+    """Write epochs in the format of pregenerate_training_data.py."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for epoch in range(epochs):
+        lines = []
+        for _ in range(rows):
+            first = rng.choices(NEUTRAL, k=rng.randint(1, 5))
+            second = rng.choices(GOOD + BAD, k=rng.randint(1, max_length - 3 - len(first)))
+            lines.append(json.dumps({
+                "tokens": ["[CLS]", *first, "[SEP]", *second, "[SEP]"],
+                "segment_ids": [0] * (len(first) + 2) + [1] * (len(second) + 1),
+                "is_random_next": rng.random() < 0.5,
+                "masked_lm_positions": [], "masked_lm_labels": [],
+            }))
+        (folder / f"epoch_{epoch}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"epoch_{epoch}_metrics.json").write_text(
+            json.dumps({"num_training_examples": rows, "max_seq_len": max_length}),
+            encoding="utf-8")
+    return folder
+
+
+# ------------------------------------------------------------------ scripts
+
+
+def run(module, *arguments) -> None:
+    """Run a script in this process, as its command line would."""
+    run_script(module.main, module.get_args_parser(), [str(a) for a in arguments])
+
+
+def run_process(script: str, *arguments) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, arguments)],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def error_line(capsys, module, *arguments) -> str:
+    """Run a script that must fail as a user's mistake; returns its one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        run(module, *arguments)
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message.startswith(f"{module.get_args_parser().prog}: error: "), message
+    assert message.endswith("\n") and message.count("\n") == 1, message
+    assert "Traceback" not in message
+    return message.strip()
+
+
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_log(folder: Path) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "pytorch_model.bin", weights_only=True)
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+ALL_TASKS = list(GLUE_TASKS)

@@ -1,0 +1,373 @@
+"""Reading and writing model folders: strict, atomic, in every dialect."""
+
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from helpers import make_model, same_weights, tiny_config, weights
+from safetensors.torch import save_file
+
+from transformer import checkpoint
+from transformer.checkpoint import canonical_key, fetch_model, load_state, save_pretrained
+from transformer.file_utils import UserError
+from transformer.modeling import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    TinyBertForPreTraining,
+    TinyBertForSequenceClassification,
+)
+
+ALL_CLASSES = [BertModel, BertForMaskedLM, BertForPreTraining, TinyBertForPreTraining,
+               TinyBertForSequenceClassification]
+
+
+def rewrite(folder, change) -> None:
+    """Apply `change` to the state in a model folder."""
+    state = weights(folder)
+    torch.save(change(state), folder / "pytorch_model.bin")
+
+
+def without(*parts):
+    return lambda state: {k: v for k, v in state.items() if not any(p in k for p in parts)}
+
+
+# ------------------------------------------------------------------ dialects
+
+
+@pytest.mark.parametrize("model_class", ALL_CLASSES)
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, model_class):
+    saved = make_model(tmp_path / "m", model_class)
+    loaded = model_class.from_pretrained(tmp_path / "m")
+    assert same_weights(saved.state_dict(), loaded.state_dict())
+    assert loaded.config.to_dict() == saved.config.to_dict()
+
+
+def test_names_of_every_dialect_become_one():
+    for key in ("embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.gamma",
+                "module.bert.embeddings.LayerNorm.weight", "embeddings.LayerNorm.weight"):
+        assert canonical_key(key) == "bert.embeddings.LayerNorm.weight"
+    assert canonical_key("cls.predictions.transform.LayerNorm.beta") == (
+        "cls.predictions.transform.LayerNorm.bias")
+    assert canonical_key("classifier.weight") == "classifier.weight"
+
+
+@pytest.mark.parametrize("rename", [
+    lambda key: key.removeprefix("bert."),
+    lambda key: f"module.{key}",
+    lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"),
+    lambda key: key.removeprefix("bert.").replace("LayerNorm.bias", "LayerNorm.beta"),
+], ids=["no prefix", "DataParallel", "gamma and beta", "no prefix, beta"])
+def test_a_checkpoint_in_another_dialect_gives_the_same_model(tmp_path, rename):
+    saved = make_model(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda state: {rename(k): v for k, v in state.items()})
+    loaded = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert same_weights(saved.state_dict(), loaded.state_dict())
+
+
+def test_a_body_without_prefix_loads_into_the_bare_encoder(tmp_path):
+    saved = make_model(tmp_path / "m", BertModel)
+    assert "embeddings.word_embeddings.weight" in weights(tmp_path / "m")
+    classifier = make_model(tmp_path / "c")
+    assert same_weights(saved.state_dict(),
+                        BertModel.from_pretrained(tmp_path / "m").state_dict())
+    assert same_weights(classifier.bert.state_dict(),
+                        BertModel.from_pretrained(tmp_path / "c").state_dict())
+
+
+def test_safetensors_are_read(tmp_path):
+    saved = make_model(tmp_path / "m")
+    save_file({k: v.contiguous() for k, v in saved.state_dict().items()},
+              tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "pytorch_model.bin").unlink()
+    loaded = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert same_weights(saved.state_dict(), loaded.state_dict())
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path):
+    make_model(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda state: {k: v.half() for k, v in state.items()})
+    loaded = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_one_fit_dense_per_layer_is_loaded_and_used(tmp_path):
+    saved = make_model(tmp_path / "m", model_arguments={"fit_size": 20, "per_layer_fit": True})
+    assert "fit_denses.4.weight" in weights(tmp_path / "m")
+    loaded = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    ids = torch.randint(5, 20, (2, 6))
+    for ours, theirs in zip(loaded(ids, is_student=True)[2], saved(ids, is_student=True)[2],
+                            strict=True):
+        assert ours.shape == (2, 6, 20)
+        assert torch.equal(ours, theirs)
+
+
+def test_the_tied_decoder_may_be_absent(tmp_path):
+    saved = make_model(tmp_path / "m", BertForMaskedLM)
+    rewrite(tmp_path / "m", without("decoder.weight"))
+    loaded = BertForMaskedLM.from_pretrained(tmp_path / "m")
+    assert same_weights(saved.state_dict(), loaded.state_dict())
+    assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+
+
+def test_an_untied_decoder_is_refused(tmp_path):
+    make_model(tmp_path / "m", BertForMaskedLM)
+    rewrite(tmp_path / "m", lambda state: {
+        k: v + 1 if "decoder.weight" in k else v for k, v in state.items()})
+    with pytest.raises(UserError, match=r"decoder\.weight differs"):
+        BertForMaskedLM.from_pretrained(tmp_path / "m")
+
+
+# ------------------------------------------------------------------ strictness
+
+
+@pytest.mark.parametrize("part", [
+    "encoder.layer.2.", "encoder.layer.3.output.dense.bias", "embeddings.LayerNorm",
+    "pooler.", "classifier.", "classifier.bias", "word_embeddings",
+])
+def test_a_missing_part_is_an_error_that_names_it(tmp_path, part):
+    make_model(tmp_path / "m")
+    rewrite(tmp_path / "m", without(part))
+    with pytest.raises(UserError, match=r"Missing from it: \[.*" + part.replace(".", r"\.")):
+        TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+
+
+def test_an_extra_encoder_layer_is_an_error_that_names_it(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=3)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"not in the model: \[bert\.encoder\.layer\.2\."):
+        TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+
+
+def test_a_checkpoint_with_fewer_layers_than_its_config_is_an_error(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=2)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"Missing from it: \[bert\.encoder\.layer\.2\."):
+        BertModel.from_pretrained(tmp_path / "m")
+
+
+def test_the_masked_lm_head_must_be_there(tmp_path):
+    make_model(tmp_path / "m")  # what the original saved: a body without MLM head
+    for model_class in (BertForMaskedLM, BertForPreTraining):
+        with pytest.raises(UserError, match=r"Missing from it: \[cls\."):
+            model_class.from_pretrained(tmp_path / "m")
+
+
+def test_a_new_masked_lm_head_can_be_asked_for(tmp_path):
+    body = make_model(tmp_path / "m")
+    model = BertForMaskedLM.from_pretrained(tmp_path / "m", new_head=True)
+    assert same_weights(model.bert.state_dict(), body.bert.state_dict())
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert model(torch.tensor([[5, 6]])).isfinite().all()
+
+
+def test_a_new_head_does_not_excuse_a_missing_layer(tmp_path):
+    make_model(tmp_path / "m", BertModel)
+    rewrite(tmp_path / "m", without("encoder.layer.1."))
+    for model_class in (BertForMaskedLM, TinyBertForSequenceClassification):
+        with pytest.raises(UserError, match=r"encoder\.layer\.1\."):
+            model_class.from_pretrained(tmp_path / "m", new_head=True)
+
+
+@pytest.mark.parametrize("part", ["classifier.bias", "fit_dense.weight"])
+def test_half_a_head_is_an_error_even_where_the_whole_may_be_missing(tmp_path, part):
+    make_model(tmp_path / "m")
+    rewrite(tmp_path / "m", without(part))
+    with pytest.raises(UserError, match=part.replace(".", r"\.")):
+        TinyBertForSequenceClassification.from_pretrained(tmp_path / "m", new_head=True)
+
+
+def test_a_new_classifier_can_be_asked_for_and_only_then(tmp_path):
+    make_model(tmp_path / "m", BertModel)
+    with pytest.raises(UserError, match=r"classifier"):
+        TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+    model = TinyBertForSequenceClassification.from_pretrained(
+        tmp_path / "m", new_head=True, num_labels=3)
+    assert model.classifier.weight.shape == (3, 16)
+
+
+def test_a_stored_classifier_of_another_size_is_an_error_that_names_both(tmp_path):
+    make_model(tmp_path / "m")
+    with pytest.raises(UserError, match=r"2 labels; expected 3"):
+        TinyBertForSequenceClassification.from_pretrained(
+            tmp_path / "m", num_labels=3, new_head=True)
+
+
+def test_the_size_of_the_stored_classifier_wins_over_the_config(tmp_path):
+    make_model(tmp_path / "m", labels=("a", "b", "c"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for key in ("num_labels", "id2label", "label2id"):
+        del config[key]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    model = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert model.config.num_labels == 3
+
+
+def test_a_fit_dense_of_another_width_is_an_error_that_names_both(tmp_path):
+    make_model(tmp_path / "m", model_arguments={"fit_size": 20})
+    with pytest.raises(UserError, match=r"width 20.*24 wide"):
+        TinyBertForSequenceClassification.from_pretrained(tmp_path / "m", fit_size=24)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("hidden_size", 32), ("intermediate_size", 32), ("vocab_size", 99),
+    ("max_position_embeddings", 64), ("type_vocab_size", 3),
+])
+def test_a_tensor_of_another_shape_is_an_error_that_names_both_shapes(tmp_path, field, value):
+    make_model(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config[field] = value
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is \[.*\] in the checkpoint,\s*\[.*\] in the model"):
+        BertModel.from_pretrained(tmp_path / "m")
+
+
+def test_a_failed_load_leaves_no_half_filled_model(tmp_path):
+    make_model(tmp_path / "m", hidden_size=16)
+    model = BertModel(tiny_config(intermediate_size=40))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError):
+        checkpoint.load_weights(model, load_state(tmp_path / "m"), "m")
+    assert same_weights(before, model.state_dict())
+
+
+# ------------------------------------------------------------------ damaged files
+
+
+def legacy_bytes(state) -> bytes:
+    """The format of the published BERT files: a pickle without zip around it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_truncated_anywhere_is_an_error_that_names_it(tmp_path, legacy):
+    make_model(tmp_path / "m", num_hidden_layers=1)
+    path = tmp_path / "m" / "pytorch_model.bin"
+    if legacy:
+        path.write_bytes(legacy_bytes(weights(tmp_path / "m")))
+        BertModel.from_pretrained(tmp_path / "m")  # whole, it is read
+    whole = path.read_bytes()
+    lengths = [*range(0, 300, 13), *range(300, len(whole), len(whole) // 25), len(whole) - 1]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"pytorch_model\.bin: damaged"):
+            load_state(tmp_path / "m")
+
+
+def test_truncated_safetensors_are_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(50)}, path)
+    whole = path.read_bytes()
+    for length in (0, 1, 7, 8, 20, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+            load_state(path)
+
+
+@pytest.mark.parametrize("content", [
+    b"<html>404 Not Found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    b"PK\x03\x04", pickle.dumps({"a": 1}, protocol=2), b"\x80\x02.", b"\x00" * 100,
+])
+def test_a_file_that_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("value", [
+    [torch.ones(2)], {1: torch.ones(2)}, {"a": 3}, torch.ones(2),
+    {"model": {"bert.x": torch.ones(1)}},
+], ids=["list", "numbered", "number", "tensor", "nested"])
+def test_a_file_of_something_else_is_an_error_that_names_it(tmp_path, value):
+    torch.save(value, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*dictionary of tensors"):
+        load_state(tmp_path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        load_state(tmp_path)
+
+
+def test_missing_folder_and_missing_weights_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such model directory"):
+        load_state(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no weights; expected pytorch_model\.bin"):
+        load_state(tmp_path)
+
+
+# ------------------------------------------------------------------ saving
+
+
+def test_a_saved_folder_has_what_hugging_face_expects(tmp_path):
+    make_model(tmp_path / "m", labels=("no", "yes"))
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt"]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["model_type"] == "bert"
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    assert config["label2id"] == {"no": 0, "yes": 1}
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    make_model(tmp_path / "m")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    really_save = torch.save
+
+    def half_way(value, path):
+        really_save(value, path)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_way)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_weights(BertModel(tiny_config()), tmp_path / "m" / "pytorch_model.bin")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
+
+
+def test_equal_models_are_saved_as_equal_bytes(tmp_path):
+    model = make_model(tmp_path / "a")
+    save_pretrained(model, tmp_path / "b")
+    first, second = (tmp_path / n / "pytorch_model.bin" for n in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_local_path_is_fetched_as_it_is(tmp_path):
+    assert fetch_model(tmp_path) == tmp_path
+    assert fetch_model(str(tmp_path)) == tmp_path
+
+
+# ------------------------------------------------------------------ config.json
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "5", '{"num_attention_heads": 0}', '{"hidden_size": "wide"}', '{"vocab_size": -1}',
+    '{"id2label": [1]}', '{"hidden_size": 10, "num_attention_heads": 3}',
+    '{"hidden_act": "no_such"}', '{"model_type": "roberta"}',
+])
+def test_a_config_that_is_no_bert_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        BertModel.from_scratch(tmp_path)
+
+
+def test_a_missing_config_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        BertModel.from_scratch(tmp_path)
+
+
+def test_fields_of_others_survive_loading_and_saving(tmp_path):
+    make_model(tmp_path / "a", BertModel, classifier_dropout=0.3, transformers_version="4.0")
+    save_pretrained(BertModel.from_pretrained(tmp_path / "a"), tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["classifier_dropout"] == 0.3

@@ -1,0 +1,251 @@
+"""Fine-tuning on a task: never worse than before, heads and names kept, mistakes named."""
+
+import logging
+
+import pytest
+import torch
+from helpers import (
+    ALL_TASKS,
+    config_folder,
+    error_line,
+    make_glue,
+    make_model,
+    read_json,
+    read_log,
+    run,
+    run_process,
+    same_weights,
+    weights,
+    write_vocab,
+)
+from transformers import AutoModelForSequenceClassification
+
+import finetune_teacher
+from transformer.glue import get_task, write_tsv
+from transformer.modeling import (
+    BertForMaskedLM,
+    BertModel,
+    TinyBertForPreTraining,
+    TinyBertForSequenceClassification,
+)
+
+
+class Setup:
+    """A GLUE folder and a classifier with random weights."""
+
+    def __init__(self, root, name="SST-2", **glue):
+        self.root, self.task = root, get_task(name)
+        self.data = make_glue(root / self.task.folder, name, **glue)
+        self.model = root / "model"
+        make_model(self.model, labels=self.task.labels or ("LABEL_0",), num_hidden_layers=2)
+
+    def arguments(self, output, *more):
+        return ["--task_name", self.task.name, "--data_dir", self.data, "--bert_model",
+                self.model, "--output_dir", self.root / output, "--train_batch_size", 8,
+                "--precision", "fp32", "--no_cuda", *more]
+
+    def run(self, output, *more):
+        run(finetune_teacher, *self.arguments(output, *more))
+        return self.root / output
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    return Setup(tmp_path, rows=48, dev_rows=20)
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_task_is_trained_and_named(tmp_path, name):
+    setup = Setup(tmp_path, name, rows=11, dev_rows=8)
+    output = setup.run("out", "--num_train_epochs", 2)
+    assert {p.name for p in output.iterdir()} == {
+        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "args.json",
+        "eval_results.txt", "eval_results.json", "log.jsonl"}
+    result = read_json(output / "eval_results.json")
+    assert result["task"] == name and set(result["metrics"]) == set(setup.task.metrics)
+    names = tuple(read_json(output / "config.json")["id2label"].values())
+    assert names == (setup.task.labels or ("LABEL_0",))
+    log = read_log(output)
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    assert set(log[0]["all_metrics"]) == set(setup.task.dev_files)
+
+
+def test_a_task_that_can_be_learned_is_learned(sst2):
+    output = sst2.run("out", "--num_train_epochs", 25, "--learning_rate", 5e-3)
+    result = read_json(output / "eval_results.json")
+    assert result["metrics"]["acc"] >= 0.9
+    assert read_log(output)[-1]["loss"] < 0.3
+
+
+def test_regression_is_learned(tmp_path):
+    setup = Setup(tmp_path, "STS-B", rows=24)
+    output = setup.run("out", "--num_train_epochs", 40, "--learning_rate", 5e-3)
+    log = read_log(output)
+    assert log[-1]["loss"] < 0.5 * log[1]["loss"]
+
+
+def test_the_result_is_never_worse_than_before(sst2):
+    good = sst2.run("good", "--num_train_epochs", 25, "--learning_rate", 5e-3)
+    score = read_json(good / "eval_results.json")["metrics"]
+    sst2.model = good
+    # A rate that ruins the model: nothing of it may be kept.
+    again = sst2.run("again", "--num_train_epochs", 3, "--learning_rate", 5.0)
+    result = read_json(again / "eval_results.json")
+    assert result["before"] == score == result["metrics"] == result["best"]
+    assert result["last"]["acc"] < score["acc"]
+    assert same_weights(weights(good), weights(again))
+
+
+def test_without_epochs_it_only_measures_and_copies(sst2):
+    output = sst2.run("out", "--num_train_epochs", 0)
+    assert same_weights(weights(sst2.model), weights(output))
+    result = read_json(output / "eval_results.json")
+    assert result["selection"].startswith("best of 1 dev evaluation")
+
+
+def test_the_labels_of_the_model_stay_in_its_own_order(tmp_path):
+    setup = Setup(tmp_path, "RTE")
+    make_model(setup.model, labels=("not_entailment", "entailment"), num_hidden_layers=2)
+    output = setup.run("out", "--num_train_epochs", 1)
+    assert list(read_json(output / "config.json")["id2label"].values()) == [
+        "not_entailment", "entailment"]
+
+
+def test_the_result_gives_the_same_logits_in_hugging_face(sst2):
+    output = sst2.run("out", "--num_train_epochs", 1)
+    ids = torch.randint(5, 25, (3, 7))
+    ours = TinyBertForSequenceClassification.from_pretrained(output).eval()(ids)[0]
+    theirs = AutoModelForSequenceClassification.from_pretrained(output).eval()(ids).logits
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path):
+    setup = Setup(tmp_path)
+    make_model(setup.model, BertModel, num_hidden_layers=2, hidden_dropout_prob=0.1)
+    outputs = [setup.run(f"out{i}", "--new_classifier", "--seed", seed, "--num_train_epochs", 1)
+               for i, seed in enumerate((5, 5, 6))]
+    first, second, other = ((p / "pytorch_model.bin").read_bytes() for p in outputs)
+    assert first == second != other
+
+
+def test_a_base_model_needs_the_word_for_a_new_classifier(sst2, capsys):
+    make_model(sst2.model, BertForMaskedLM, num_hidden_layers=2)
+    message = error_line(capsys, finetune_teacher, *sst2.arguments("out"))
+    assert "classifier.weight" in message
+    assert not (sst2.root / "out").exists()
+    output = sst2.run("out", "--new_classifier", "--num_train_epochs", 1)
+    assert list(read_json(output / "config.json")["id2label"].values()) == ["0", "1"]
+    TinyBertForSequenceClassification.from_pretrained(output)
+
+
+def test_a_new_classifier_replaces_one_of_another_task(sst2):
+    model = make_model(sst2.model, labels=("a", "b", "c"), num_hidden_layers=2)
+    output = sst2.run("three", "--new_classifier", "--num_train_epochs", 0)
+    assert weights(output)["classifier.weight"].shape == (2, 16)
+    model = make_model(sst2.model, labels=("equivalent", "not_equivalent"), num_hidden_layers=2)
+    output = sst2.run("two", "--new_classifier", "--num_train_epochs", 0)
+    assert not torch.equal(weights(output)["classifier.weight"], model.classifier.weight)
+    assert torch.equal(weights(output)["bert.pooler.dense.weight"], model.bert.pooler.dense.weight)
+
+
+def test_random_weights_in_a_given_shape_need_only_config_and_vocabulary(sst2):
+    shape = config_folder(sst2.root / "shape", num_hidden_layers=1, hidden_size=12)
+    write_vocab(sst2.root / "words")
+    sst2.model = shape
+    output = sst2.run("out", "--from_scratch", "--vocab_dir", sst2.root / "words",
+                      "--num_train_epochs", 1)
+    assert weights(output)["classifier.weight"].shape == (2, 12)
+    assert (output / "vocab.txt").read_text() == (sst2.root / "words" / "vocab.txt").read_text()
+
+
+def test_a_general_student_can_be_trained_without_distillation(sst2):
+    make_model(sst2.model, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12,
+               model_arguments={"fit_size": 16})
+    output = sst2.run("out", "--new_classifier", "--num_train_epochs", 1)
+    assert weights(output)["classifier.weight"].shape == (2, 12)
+
+
+def test_the_task_may_be_named_by_its_folder_only_where_that_is_a_task(sst2, capsys):
+    arguments = sst2.arguments("out", "--num_train_epochs", 0)[2:]
+    run(finetune_teacher, *arguments)
+    assert read_json(sst2.root / "out" / "eval_results.json")["task"] == "sst-2"
+    sst2.data.rename(sst2.root / "mine")
+    arguments[1] = sst2.root / "mine"
+    message = error_line(capsys, finetune_teacher, *arguments)
+    assert "mine" in message and "--task_name" in message
+
+
+def test_colas_first_row_is_trained_on(tmp_path):
+    setup = Setup(tmp_path, "CoLA", rows=7)
+    output = setup.run("out", "--num_train_epochs", 0)
+    assert read_json(output / "eval_results.json")["train_rows"] == 7
+
+
+def test_rows_can_be_bounded_and_augmented(tmp_path):
+    setup = Setup(tmp_path, rows=9, augmented=14)
+    few = setup.run("few", "--max_train_rows", 4, "--num_train_epochs", 1)
+    assert read_json(few / "eval_results.json")["train_rows"] == 4
+    more = setup.run("more", "--aug_train", "--num_train_epochs", 1)
+    assert read_json(more / "eval_results.json")["train_rows"] == 14
+
+
+def test_a_constant_classifier_is_called_out(sst2, caplog):
+    model = make_model(sst2.model, labels=("0", "1"), num_hidden_layers=2)
+    model.classifier.weight.data.zero_()
+    torch.save(model.state_dict(), sst2.model / "pytorch_model.bin")
+    with caplog.at_level(logging.WARNING):
+        sst2.run("out", "--num_train_epochs", 0)
+    assert "one class only" in caplog.text
+
+
+def test_a_process_of_its_own_prints_the_scores_before_and_after(sst2):
+    result = run_process("finetune_teacher.py", *sst2.arguments("out", "--num_train_epochs", 1))
+    assert result.returncode == 0, result.stderr
+    for word in ("before", "best", "commit", "precision", "parameters"):
+        assert word in result.stderr
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def expect_error(setup, capsys, *more, contains=()):
+    message = error_line(capsys, finetune_teacher, *setup.arguments("out", *more))
+    for text in contains:
+        assert text in message
+    assert not (setup.root / "out").exists()
+
+
+@pytest.mark.parametrize(("more", "contains"), [
+    (("--task_name", "nope"), ["nope", *ALL_TASKS]),
+    (("--bert_model", "no/such"), ["no/such"]),
+    (("--data_dir", "no/such"), ["no/such"]),
+    (("--aug_train",), ["train_aug.tsv"]),
+    (("--train_batch_size", 0), ["--train_batch_size 0"]),
+    (("--num_train_epochs", -1), ["--num_train_epochs -1"]),
+    (("--max_seq_length", 500), ["500", "128 positions"]),
+    (("--vocab_dir", "no/such"), ["no/such"]),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(sst2, capsys, more, contains):
+    expect_error(sst2, capsys, *more, contains=contains)
+
+
+def test_a_vocabulary_that_does_not_fit_is_named(sst2, capsys):
+    write_vocab(sst2.root / "words", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+                                      *(f"w{i}" for i in range(90))])
+    expect_error(sst2, capsys, "--vocab_dir", sst2.root / "words", contains=["95 word pieces"])
+
+
+def test_bad_rows_and_checkpoints_are_named(sst2, capsys):
+    path = sst2.model / "pytorch_model.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    expect_error(sst2, capsys, contains=["pytorch_model.bin", "damaged"])
+    path.write_bytes(whole)
+    write_tsv(sst2.data / "dev.tsv", [["id", "sentence", "label"], ["1", "a film"]])
+    expect_error(sst2, capsys, contains=["dev.tsv, line 2"])
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_untouched(sst2, capsys):
+    message = error_line(capsys, finetune_teacher, *sst2.arguments("model"))
+    assert "not empty" in message
+    TinyBertForSequenceClassification.from_pretrained(sst2.model)

@@ -1,0 +1,279 @@
+"""General distillation from a pregenerated folder to a student that the next stage reads."""
+
+import json
+import random
+
+import pytest
+import torch
+from helpers import (
+    BAD,
+    GOOD,
+    NEUTRAL,
+    config_folder,
+    error_line,
+    make_glue,
+    make_model,
+    make_pregenerated,
+    read_json,
+    read_log,
+    run,
+    run_process,
+    same_weights,
+    weights,
+)
+
+import general_distill
+import pregenerate_training_data
+import task_distill
+from transformer.modeling import (
+    BertForMaskedLM,
+    BertModel,
+    TinyBertForPreTraining,
+    TinyBertForSequenceClassification,
+)
+
+
+class Setup:
+    """A pregenerated corpus, a teacher of four layers and the config of a narrower student."""
+
+    def __init__(self, root, **corpus):
+        self.root = root
+        self.corpus = make_pregenerated(root / "corpus", **corpus)
+        self.teacher, self.student = root / "teacher", root / "student"
+        make_model(self.teacher, BertForMaskedLM)
+        config_folder(self.student, num_hidden_layers=2, hidden_size=12)
+
+    def arguments(self, output, *more):
+        return ["--pregenerated_data", self.corpus, "--teacher_model", self.teacher,
+                "--student_model", self.student, "--output_dir", self.root / output,
+                "--train_batch_size", 4, "--precision", "fp32", "--no_cuda", *more]
+
+    def run(self, output, *more):
+        run(general_distill, *self.arguments(output, *more))
+        return self.root / output
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return Setup(tmp_path)
+
+
+# ------------------------------------------------------------------ from end to end
+
+
+def test_from_a_corpus_to_a_task_student_without_copying_anything(setup):
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(NEUTRAL + GOOD + BAD, k=8)) + " ." for _ in range(60)]
+    documents = ["\n".join(lines[start : start + 10]) for start in range(0, 60, 10)]
+    (setup.root / "corpus.txt").write_text("\n\n".join(documents) + "\n")
+    run(pregenerate_training_data, "--train_corpus", setup.root / "corpus.txt", "--bert_model",
+        setup.teacher, "--do_lower_case", "--epochs_to_generate", 2, "--max_seq_len", 32,
+        "--output_dir", setup.root / "json")
+    setup.corpus = setup.root / "json"
+    output = setup.run("general", "--num_train_epochs", 2, "--max_seq_length", 32)
+    TinyBertForPreTraining.from_pretrained(output)
+    data = make_glue(setup.root / "SST-2")
+    make_model(setup.root / "task_teacher", labels=("0", "1"))
+    run(task_distill, "--teacher_model", setup.root / "task_teacher", "--student_model", output,
+        "--data_dir", data, "--task_name", "sst-2", "--output_dir", setup.root / "task",
+        "--num_train_epochs", 1, "--precision", "fp32")
+    TinyBertForSequenceClassification.from_pretrained(setup.root / "task")
+
+
+def test_the_output_is_a_model_folder_with_a_checkpoint_every_eval_step(setup):
+    output = setup.run("out", "--num_train_epochs", 2, "--eval_step", 2)
+    assert {p.name for p in output.iterdir()} == {
+        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "args.json",
+        "eval_results.txt", "eval_results.json", "log.jsonl",
+        *(f"step_{n}_pytorch_model.bin" for n in (2, 4, 6))}
+    last = torch.load(output / "step_6_pytorch_model.bin", weights_only=True)
+    assert same_weights(last, weights(output))
+    log = read_log(output)
+    assert [line["step"] for line in log] == [2, 4, 6]
+    assert [line["epoch"] for line in log] == [1, 2, 2]
+    assert log[-1]["lr"] == 0.0
+    assert weights(output)["fit_dense.weight"].shape == (16, 12)
+
+
+def test_both_losses_fall(setup):
+    output = setup.run("out", "--num_train_epochs", 30, "--learning_rate", 3e-3, "--eval_step", 9)
+    log = read_log(output)
+    for name in ("att_loss", "rep_loss"):
+        assert log[-1][name] < 0.9 * log[0][name]
+
+
+def test_the_teachers_dropout_is_off_and_its_folder_untouched(setup):
+    files = {p.name: p.read_bytes() for p in setup.teacher.iterdir()}
+    plain = setup.run("plain", "--num_train_epochs", 1)
+    assert {p.name: p.read_bytes() for p in setup.teacher.iterdir()} == files
+    config = json.loads(files["config.json"])
+    config["hidden_dropout_prob"] = config["attention_probs_dropout_prob"] = 0.5
+    (setup.teacher / "config.json").write_text(json.dumps(config))
+    assert same_weights(weights(plain), weights(setup.run("noisy", "--num_train_epochs", 1)))
+
+
+def test_equal_seeds_give_equal_bytes_and_others_do_not(setup):
+    outputs = [setup.run(f"out{i}", "--seed", seed, "--num_train_epochs", 1)
+               for i, seed in enumerate((7, 7, 8))]
+    first, second, other = ((p / "pytorch_model.bin").read_bytes() for p in outputs)
+    assert first == second != other
+
+
+def test_reduce_memory_changes_nothing(setup):
+    plain = setup.run("plain", "--num_train_epochs", 1)
+    reduced = setup.run("reduced", "--num_train_epochs", 1, "--reduce_memory")
+    assert same_weights(weights(plain), weights(reduced))
+
+
+@pytest.mark.parametrize("match", [(), ("--match_original",)])
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_gradient_accumulation_does_not_change_the_student(setup, match, micro_batches):
+    more = ("--num_train_epochs", 1, "--learning_rate", 1e-3, "--max_seq_length", 24, *match)
+    whole = setup.run("whole", *more)
+    split = weights(setup.run("split", *more, "--gradient_accumulation_steps", micro_batches))
+    for name, tensor in weights(whole).items():
+        if "key.bias" not in name:  # its gradient is rounding noise only
+            torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
+def test_match_original_counts_padding(setup):
+    plain = [read_log(setup.run(f"p{n}", "--num_train_epochs", 1, "--max_seq_length", n))[0]
+             for n in (24, 48)]
+    original = [read_log(setup.run(f"m{n}", "--num_train_epochs", 1, "--max_seq_length", n,
+                                   "--match_original"))[0] for n in (24, 48)]
+    assert plain[0]["att_loss"] == plain[1]["att_loss"]
+    assert original[0]["att_loss"] > 1.5 * original[1]["att_loss"]
+
+
+def test_equal_widths_start_from_the_identity(setup):
+    config_folder(setup.student, num_hidden_layers=2)
+    output = setup.run("out", "--learning_rate", 0, "--num_train_epochs", 1)
+    assert torch.equal(weights(output)["fit_dense.weight"], torch.eye(16))
+
+
+def test_every_pass_reads_the_next_epoch_and_then_the_first_again(tmp_path):
+    setup = Setup(tmp_path, epochs=2, rows=4)
+    # Two generated epochs of different size tell which one a pass read.
+    make_pregenerated(setup.root / "more", rows=9, epochs=1)
+    for old, new in (("epoch_0.json", "epoch_1.json"),
+                     ("epoch_0_metrics.json", "epoch_1_metrics.json")):
+        (setup.corpus / new).write_bytes((setup.root / "more" / old).read_bytes())
+    output = setup.run("out", "--num_train_epochs", 3, "--eval_step", 1)
+    assert [line["epoch"] for line in read_log(output)] == [1, 2, 2, 2, 3]
+
+
+def test_part_of_an_epoch_trains_part_of_its_steps(setup):
+    output = setup.run("out", "--num_train_epochs", 1.34, "--eval_step", 1)
+    assert read_log(output)[-1]["step"] == 4
+
+
+# ------------------------------------------------------------------ starting from a student
+
+
+def test_continue_train_starts_from_the_given_weights(setup):
+    first = setup.run("first", "--num_train_epochs", 1)
+    setup.student = first
+    second = setup.run("second", "--continue_train", "--learning_rate", 0, "--num_train_epochs", 1)
+    assert same_weights(weights(first), weights(second))
+    fresh = setup.run("fresh", "--learning_rate", 0, "--num_train_epochs", 1)
+    assert not same_weights(weights(first), weights(fresh))
+
+
+def test_continue_train_is_strict(setup, capsys):
+    expect_error(setup, capsys, "--continue_train", contains=["student", "no weights"])
+    make_model(setup.student, BertModel, num_hidden_layers=2, hidden_size=12)
+    state = weights(setup.student)
+    torch.save({k: v for k, v in state.items() if "layer.1." not in k},
+               setup.student / "pytorch_model.bin")
+    expect_error(setup, capsys, "--continue_train", contains=["encoder.layer.1."])
+
+
+def test_do_eval_measures_the_losses_and_trains_nothing(setup):
+    first = setup.run("first", "--num_train_epochs", 1)
+    setup.student = first
+    results = []
+    for size in (1, 3):
+        output = setup.run(f"eval{size}", "--do_eval", "--eval_batch_size", size)
+        assert {p.name for p in output.iterdir()} == {
+            "args.json", "eval_results.txt", "eval_results.json"}
+        results.append(read_json(output / "eval_results.json")["losses"])
+    assert set(results[0]) == {"att_loss", "rep_loss"}
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss(setup):
+    setup.student = setup.teacher
+    output = setup.run("eval", "--do_eval")
+    assert all(v < 1e-9 for v in read_json(output / "eval_results.json")["losses"].values())
+
+
+def test_a_process_of_its_own_gives_the_same_student(setup):
+    output = setup.run("here", "--num_train_epochs", 1)
+    result = run_process("general_distill.py", *setup.arguments("there", "--num_train_epochs", 1))
+    assert result.returncode == 0, result.stderr
+    assert same_weights(weights(output), weights(setup.root / "there"))
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def expect_error(setup, capsys, *more, contains=()):
+    message = error_line(capsys, general_distill, *setup.arguments("out", *more))
+    for text in contains:
+        assert text in message
+    assert not (setup.root / "out").exists()
+
+
+@pytest.mark.parametrize(("more", "contains"), [
+    (("--fp16",), ["--fp16 needs a GPU"]),
+    (("--pregenerated_data", "no/such"), ["no/such"]),
+    (("--teacher_model", "no/such"), ["no/such"]),
+    (("--student_model", "no/such"), ["no/such"]),
+    (("--max_seq_length", 300), ["300", "128 positions"]),
+    (("--max_seq_length", 8), ["16 tokens", "8"]),
+    (("--train_batch_size", 0), ["--train_batch_size 0"]),
+    (("--gradient_accumulation_steps", 0), ["--gradient_accumulation_steps 0"]),
+    (("--eval_step", 0), ["--eval_step 0"]),
+    (("--num_train_epochs", 0), ["--num_train_epochs 0"]),
+    (("--warmup_proportion", 1), ["--warmup_proportion 1"]),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(setup, capsys, more, contains):
+    expect_error(setup, capsys, *more, contains=contains)
+
+
+def test_depths_heads_and_vocabularies_that_disagree_are_named_with_both_numbers(setup, capsys):
+    config_folder(setup.student, num_hidden_layers=3, hidden_size=12)
+    expect_error(setup, capsys, contains=["4 layers", "student 3"])
+    config_folder(setup.student, num_hidden_layers=2, hidden_size=12, num_attention_heads=3)
+    expect_error(setup, capsys, contains=["2 attention heads", "student 3"])
+    config_folder(setup.student, num_hidden_layers=2, hidden_size=12, vocab_size=999)
+    expect_error(setup, capsys, contains=["word pieces", "999"])
+
+
+def test_a_truncated_corpus_is_refused_before_anything_is_written(setup, capsys):
+    path = setup.corpus / "epoch_0.json"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    expect_error(setup, capsys, contains=["epoch_0.json", "8 rows", "10"])
+    path.write_text("".join(lines)[:-30])
+    expect_error(setup, capsys, contains=["epoch_0.json", "line 10"])
+    path.write_text("")
+    expect_error(setup, capsys, contains=["epoch_0.json"])
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(setup, capsys):
+    path = setup.corpus / "epoch_0.json"
+    path.write_text(path.read_text().replace('"film"', '"tractor"'))
+    expect_error(setup, capsys, contains=["epoch_0.json, line", "tractor"])
+
+
+def test_an_empty_corpus_folder_is_refused(setup, capsys):
+    setup.corpus = setup.root / "empty"
+    setup.corpus.mkdir()
+    expect_error(setup, capsys, contains=["empty"])
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_untouched(setup, capsys):
+    message = error_line(capsys, general_distill, *setup.arguments("teacher"))
+    assert "not empty" in message
+    BertForMaskedLM.from_pretrained(setup.teacher)

@@ -1,0 +1,298 @@
+"""Our models against Hugging Face's on tiny random configurations, both ways."""
+
+import pytest
+import torch
+import transformers
+from helpers import REPO, make_model, random_batch, tiny_config
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers import BertConfig as TheirConfig
+
+from transformer.file_utils import UserError
+from transformer.modeling import (
+    ACTIVATIONS,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    TinyBertForPreTraining,
+    TinyBertForSequenceClassification,
+)
+from transformer.tokenization import BertTokenizer
+
+transformers.logging.set_verbosity_error()
+
+SHAPES = {
+    "plain": {},
+    "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1},
+    "other eps": {"layer_norm_eps": 1e-2},
+    "relu": {"hidden_act": "relu"},
+    "gelu_new": {"hidden_act": "gelu_new"},
+    "silu": {"hidden_act": "silu"},
+    "wide FFN, three segments": {"intermediate_size": 70, "type_vocab_size": 3},
+    "odd head width": {"hidden_size": 15, "num_attention_heads": 5},
+}
+
+
+def theirs(folder, model_class, seed=0, safe=True, **shape):
+    """Save a random Hugging Face model in `folder`; returns it in eval mode."""
+    torch.manual_seed(seed)
+    config = TheirConfig(**{
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 28, "max_position_embeddings": 20, "initializer_range": 0.3,
+        "attn_implementation": "eager", **shape,
+    })
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if not safe:
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    return model.eval()
+
+
+def close(ours, others, tolerance=1e-5):
+    torch.testing.assert_close(ours, others, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@torch.no_grad()
+def test_encoder_agrees_with_hugging_face(tmp_path, shape):
+    their_model = theirs(tmp_path, transformers.BertModel, **shape)
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask,
+                           output_hidden_states=True, output_attentions=True)
+    found = BertModel.from_pretrained(tmp_path).eval()(ids, segments, mask)
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    real = mask.bool()
+    for ours, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        close(ours[real], other[real])
+    for scores, probabilities in zip(found.attention_scores, expected.attentions, strict=True):
+        close(scores.softmax(-1).transpose(1, 2)[real], probabilities.transpose(1, 2)[real])
+    close(found.pooled_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@torch.no_grad()
+def test_classifier_of_hugging_face_gives_the_same_logits_here(tmp_path, safe):
+    names = {0: "no", 1: "perhaps", 2: "yes"}
+    their_model = theirs(tmp_path, transformers.BertForSequenceClassification, safe=safe,
+                         id2label=names, label2id={v: k for k, v in names.items()})
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
+    model = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    close(model(ids, segments, mask)[0], expected)
+    assert model.config.id2label == names
+    assert not model.config.classifier_relu
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@torch.no_grad()
+def test_masked_lm_of_hugging_face_gives_the_same_logits_here(tmp_path, safe):
+    their_model = theirs(tmp_path, transformers.BertForMaskedLM, safe=safe)
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
+    model = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    close(model(ids, segments, mask)[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
+def test_both_pre_training_heads_agree_with_hugging_face(tmp_path):
+    their_model = theirs(tmp_path, transformers.BertForPreTraining)
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)
+    words, following = BertForPreTraining.from_pretrained(tmp_path).eval()(ids, segments, mask)
+    close(words[mask.bool()], expected.prediction_logits[mask.bool()])
+    close(following, expected.seq_relationship_logits)
+    # The same folder serves augmentation, which needs the masked-LM head only.
+    close(BertForMaskedLM.from_pretrained(tmp_path).eval()(ids, segments, mask), words)
+
+
+@torch.no_grad()
+def test_our_classifier_gives_the_same_logits_in_hugging_face(tmp_path):
+    ours = make_model(tmp_path, labels=("entailment", "not_entailment"), layer_norm_eps=1e-5,
+                      hidden_act="gelu_new", model_arguments={"fit_size": 20})
+    their_model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids, segments, mask = random_batch()
+    close(their_model(ids, token_type_ids=segments, attention_mask=mask).logits,
+          ours(ids, segments, mask)[0])
+    assert their_model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+@torch.no_grad()
+def test_our_masked_lm_gives_the_same_logits_in_hugging_face(tmp_path):
+    ours = make_model(tmp_path, BertForMaskedLM)
+    their_model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    ids, segments, mask = random_batch()
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
+    close(ours(ids, segments, mask)[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
+def test_our_pre_training_model_gives_the_same_logits_in_hugging_face(tmp_path):
+    ours = make_model(tmp_path, BertForPreTraining)
+    their_model = AutoModelForPreTraining.from_pretrained(tmp_path).eval()
+    ids, segments, mask = random_batch()
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)
+    close(ours(ids, segments, mask)[1], expected.seq_relationship_logits)
+
+
+def test_the_saved_vocabulary_gives_the_same_ids_in_hugging_face(tmp_path):
+    make_model(tmp_path)
+    text = "The films was very lovely, and Ugly."
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_batch([text])[0] == list(expected)
+
+
+@torch.no_grad()
+def test_a_model_saved_by_hugging_face_after_us_loads_here_again(tmp_path):
+    ours = make_model(tmp_path / "a")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").save_pretrained(
+        tmp_path / "b")
+    again = TinyBertForSequenceClassification.from_pretrained(tmp_path / "b").eval()
+    ids, segments, mask = random_batch()
+    close(again(ids, segments, mask)[0], ours(ids, segments, mask)[0])
+
+
+# ------------------------------------------------------------------ what the models promise
+
+
+def test_masked_keys_carry_minus_10000_and_change_no_real_token():
+    torch.manual_seed(0)
+    model = BertModel(tiny_config()).eval()
+    ids, segments, mask = random_batch()
+    output = model(ids, segments, mask)
+    for scores in output.attention_scores:
+        assert (scores.transpose(1, 3)[mask == 0] < -9000).all()
+        assert (scores.transpose(1, 3)[mask == 1] > -9000).all()
+    row = 1
+    length = int(mask[row].sum())
+    alone = model(ids[row : row + 1, :length], segments[row : row + 1, :length])
+    close(output.hidden_states[-1][row, :length], alone.hidden_states[-1][0], 1e-4)
+
+
+def test_segments_and_mask_may_be_left_out():
+    model = BertModel(tiny_config()).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    full = model(ids, torch.zeros_like(ids), torch.ones_like(ids))
+    assert torch.equal(model(ids).pooled_output, full.pooled_output)
+
+
+def test_position_embeddings_bound_the_length_with_both_numbers_in_the_error():
+    model = BertModel(tiny_config(max_position_embeddings=8))
+    model(torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(UserError, match=r"9 tokens.*8 positions"):
+        model(torch.ones(1, 9, dtype=torch.long))
+
+
+def test_masked_positions_and_labels_agree_with_the_full_logits():
+    torch.manual_seed(0)
+    model = BertForMaskedLM(tiny_config()).eval()
+    ids, segments, mask = random_batch()
+    logits = model(ids, segments, mask)
+    positions = (ids % 3 == 0) & mask.bool()
+    close(model(ids, segments, mask, masked_positions=positions), logits[positions])
+    labels = torch.where(positions, (ids + 1) % len(logits[0, 0]), -100)
+    close(model(ids, segments, mask, labels=labels),
+          torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),
+                                            ignore_index=-100))
+
+
+def test_classifier_relu_is_the_originals_head_and_off_by_default(tmp_path):
+    model = make_model(tmp_path)
+    ids, segments, mask = random_batch()
+    pooled = model.bert(ids, segments, mask).pooled_output
+    close(model(ids, segments, mask)[0], model.classifier(pooled))
+    model.config.classifier_relu = True
+    close(model(ids, segments, mask)[0], model.classifier(pooled.relu()))
+    assert BertConfig().classifier_relu is False
+
+
+@pytest.mark.parametrize("model_class", [TinyBertForPreTraining,
+                                         TinyBertForSequenceClassification])
+def test_equal_widths_start_from_the_identity_and_others_from_noise(model_class):
+    for fit_size in (None, 16):
+        model = model_class(tiny_config(), fit_size=fit_size)
+        assert torch.equal(model.fit_dense.weight, torch.eye(16))
+        assert not model.fit_dense.bias.any()
+    model = model_class(tiny_config(), fit_size=20)
+    assert model.fit_dense.weight.shape == (20, 16)
+    assert model.fit_dense.weight.std() > 0.1
+
+
+def test_only_the_student_pass_maps_the_hidden_states():
+    model = TinyBertForSequenceClassification(tiny_config(), fit_size=20).eval()
+    ids, segments, mask = random_batch()
+    logits, scores, hidden = model(ids, segments, mask)
+    student_logits, student_scores, fitted = model(ids, segments, mask, is_student=True)
+    assert [h.shape[-1] for h in hidden] == [16] * 5
+    assert [h.shape[-1] for h in fitted] == [20] * 5
+    assert torch.equal(logits, student_logits)
+    assert all(torch.equal(a, b) for a, b in zip(scores, student_scores, strict=True))
+    close(fitted[2], model.fit_dense(hidden[2]))
+
+
+def test_general_student_returns_scores_and_hidden_states_of_the_teachers_width():
+    scores, hidden = TinyBertForPreTraining(tiny_config(), fit_size=20)(torch.ones(
+        2, 7, dtype=torch.long))
+    assert [s.shape for s in scores] == [(2, 2, 7, 7)] * 4
+    assert [h.shape for h in hidden] == [(2, 7, 20)] * 5
+
+
+def test_dropout_works_in_training_and_only_there():
+    torch.manual_seed(0)
+    model = BertModel(tiny_config(hidden_dropout_prob=0.5))
+    ids = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(model(ids).pooled_output, model(ids).pooled_output)
+    model.eval()
+    assert torch.equal(model(ids).pooled_output, model(ids).pooled_output)
+
+
+def test_random_weights_have_the_configured_spread_and_follow_the_seed():
+    torch.manual_seed(3)
+    first = BertModel(tiny_config(initializer_range=0.02))
+    torch.manual_seed(3)
+    second = BertModel(tiny_config(initializer_range=0.02))
+    weight = first.encoder.layer[0].intermediate.dense.weight
+    assert torch.equal(weight, second.encoder.layer[0].intermediate.dense.weight)
+    assert 0.015 < weight.std() < 0.025
+    assert not first.encoder.layer[0].intermediate.dense.bias.any()
+
+
+def test_every_activation_of_the_table_is_read_from_the_config():
+    for name, function in ACTIVATIONS.items():
+        model = BertModel(tiny_config(hidden_act=name))
+        assert model.encoder.layer[0].intermediate.activation is function
+
+
+@pytest.mark.parametrize(("name", "layers", "hidden", "intermediate", "parameters"), [
+    ("tinybert_4l_config", 4, 312, 1200, 14.5), ("tinybert_6l_config", 6, 768, 3072, 67.0),
+])
+def test_student_configs_have_the_papers_sizes(name, layers, hidden, intermediate, parameters):
+    config = BertConfig.from_json_file(REPO / name / "config.json")
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (
+        layers, hidden, intermediate)
+    assert (config.num_attention_heads, config.vocab_size) == (12, 30522)
+    with torch.device("meta"):
+        model = BertModel(config)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(count - parameters) < 0.5
+
+
+@pytest.mark.parametrize(("model_size", "fits"), [(50, True), (177, True), (178, False),
+                                                  (49, False)])
+def test_a_vocabulary_must_fit_the_embedding(model_size, fits):
+    config = tiny_config(vocab_size=model_size)
+    if fits:
+        config.check_vocabulary(50, "dir")
+        return
+    with pytest.raises(UserError, match=rf"dir.*50 word pieces.*{model_size}"):
+        config.check_vocabulary(50, "dir")

@@ -1,0 +1,225 @@
+"""What every script shares: errors, flags, device, precision, output folders, logs."""
+
+import argparse
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from transformer import runtime
+from transformer.file_utils import UserError
+from transformer.runtime import (
+    JsonLog,
+    RunningMean,
+    autocast,
+    check_numbers,
+    get_device,
+    given_flags,
+    log_start,
+    parameter_count,
+    prepare_output_dir,
+    resolve_precision,
+    run_script,
+    set_seed,
+    training_steps,
+)
+
+CPU = torch.device("cpu")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser("X.py")
+    result.add_argument("--number", type=int, default=3, help="a number")
+    result.add_argument("--name", required=True, help="a name")
+    result.add_argument("--switch", action="store_true", help="a switch")
+    return result
+
+
+# ------------------------------------------------------------------ starting a script
+
+
+def test_only_the_flags_on_the_command_line_count_as_given():
+    assert given_flags(parser(), ["--name", "x"]) == {"name"}
+    # Given, although it is the default's value.
+    assert given_flags(parser(), ["--name", "x", "--number", "3"]) == {"name", "number"}
+    assert given_flags(parser(), ["--name=x", "--switch"]) == {"name", "switch"}
+
+
+def test_main_receives_arguments_and_what_was_given():
+    seen = []
+    run_script(seen.append, parser(), ["--name", "x"])
+    assert (seen[0].name, seen[0].number, seen[0].given) == ("x", 3, {"name"})
+
+
+@pytest.mark.parametrize("error", [
+    UserError("file.tsv, line 3: wrong"), FileNotFoundError("file.tsv"),
+    IsADirectoryError("file.tsv"), NotADirectoryError("file.tsv"), PermissionError("file.tsv"),
+])
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main, parser(), ["--name", "x"])
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message.startswith("X.py: error: ") and message.count("\n") == 1
+    assert "file.tsv" in message
+
+
+def test_a_bug_is_not_hidden_as_a_users_mistake():
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_script(main, parser(), ["--name", "x"])
+
+
+def test_ctrl_c_leaves_with_130():
+    def main(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main, parser(), ["--name", "x"])
+    assert exit_info.value.code == 130
+
+
+def test_an_unknown_flag_is_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda args: None, parser(), ["--name", "x", "--no_such"])
+    assert exit_info.value.code == 2
+    assert "X.py: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("train_batch_size", 0), ("train_batch_size", -1), ("eval_batch_size", 0), ("eval_step", 0),
+    ("gradient_accumulation_steps", 0), ("max_seq_length", 2), ("max_train_rows", -1),
+    ("num_train_epochs", -1.0), ("num_train_epochs", float("nan")), ("learning_rate", -1e-5),
+    ("warmup_proportion", 1.0), ("warmup_proportion", -0.1), ("temperature", 0.0),
+    ("weight_decay", -0.1),
+])
+def test_a_number_that_makes_no_sense_is_an_error_that_names_flag_and_value(name, value):
+    with pytest.raises(UserError, match=rf"--{name} {value}; expected"):
+        check_numbers(argparse.Namespace(**{name: value}))
+
+
+def test_the_defaults_are_numbers_that_make_sense():
+    check_numbers(argparse.Namespace(train_batch_size=32, warmup_proportion=0.1, temperature=1.0,
+                                     eval_step=1, max_train_rows=0, num_train_epochs=3.0))
+
+
+# ------------------------------------------------------------------ device and precision
+
+
+def test_one_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one of 2 processes"):
+        get_device()
+
+
+def test_no_cuda_means_the_cpu():
+    assert get_device(no_cuda=True) == CPU
+
+
+def test_precision_names_become_types():
+    assert resolve_precision("fp32", CPU) is None
+    assert resolve_precision("bf16", CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_takes_bf16_only_where_the_cpu_has_it(monkeypatch, able):
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: able)
+    assert resolve_precision("auto", CPU) is (torch.bfloat16 if able else None)
+
+
+def test_fp16_needs_a_gpu_and_no_other_precision():
+    with pytest.raises(UserError, match=r"--fp16 needs a GPU"):
+        resolve_precision("auto", CPU, fp16=True)
+    with pytest.raises(UserError, match=r"contradict"):
+        resolve_precision("bf16", torch.device("cuda"), fp16=True)
+    assert resolve_precision("auto", torch.device("cuda"), fp16=True) is torch.float16
+
+
+def test_autocast_computes_in_the_named_type():
+    matrix = torch.ones(2, 2)
+    with autocast(CPU, torch.bfloat16):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    with autocast(CPU, None):
+        assert (matrix @ matrix).dtype == torch.float32
+
+
+def test_a_seed_sets_python_numpy_and_torch():
+    import random
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    set_seed(5)
+    first = draw()
+    set_seed(5)
+    assert draw() == first
+    set_seed(6)
+    assert draw() != first
+
+
+def test_a_part_of_an_epoch_is_a_part_of_its_steps():
+    assert training_steps(2, 10) == 20
+    assert training_steps(0.5, 10) == 5
+    assert training_steps(0.01, 10) == 1
+    with pytest.raises(UserError, match=r"--num_train_epochs 0"):
+        training_steps(0, 10)
+
+
+# ------------------------------------------------------------------ output folders and logs
+
+
+def test_an_output_folder_is_made_with_its_parents(tmp_path):
+    assert prepare_output_dir(tmp_path / "a" / "b").is_dir()
+    assert prepare_output_dir(tmp_path / "a" / "b").is_dir()  # empty: fine
+
+
+def test_a_folder_with_files_is_refused_unless_overwriting_was_asked_for(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"not empty.*--overwrite_output_dir"):
+        prepare_output_dir(tmp_path)
+    assert prepare_output_dir(tmp_path, overwrite=True) == tmp_path
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"is a file"):
+        prepare_output_dir(tmp_path / "file", overwrite=True)
+
+
+def test_running_means_start_again_after_reading():
+    means = RunningMean()
+    for value in (1.0, 3.0):
+        means.add({"loss": torch.tensor(value)})
+    assert means.read() == {"loss": 2.0}
+    means.add({"loss": torch.tensor(5.0)})
+    assert means.read() == {"loss": 5.0}
+
+
+def test_the_log_has_one_json_object_a_line(tmp_path):
+    log = JsonLog(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    log.write({"step": 2, "text": "two\nlines"})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_run_starts_by_saying_what_it_is(caplog):
+    args = argparse.Namespace(seed=1, given={"seed"})
+    with caplog.at_level(logging.INFO):
+        start = log_start(args, CPU, torch.bfloat16, rows=7)
+    assert start["device"] == "cpu" and start["precision"] == "bfloat16" and start["rows"] == 7
+    assert start["arguments"] == {"seed": 1}
+    assert start["commit"] and "seed=1" in caplog.text
+    json.dumps(start)
+
+
+def test_parameters_are_counted_in_millions():
+    assert parameter_count(torch.nn.Linear(1000, 1000, bias=False)) == "1.0M"
