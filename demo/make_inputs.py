@@ -1,0 +1,179 @@
+"""Makes the inputs of the offline demo, in the real formats and without any download.
+
+Writes a bz2-compressed MediaWiki dump, GLUE folders for RTE, SST-2, CoLA and MRPC, the text of
+the dump one sentence a line, a WordPiece vocabulary, word vectors in GloVe's format and the
+configuration of a narrow 12-layer BERT. The same Python version and seed give the same bytes.
+
+Example:
+    python demo/make_inputs.py --output_dir data/demo --seed 42
+"""
+
+import argparse
+import logging
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from demo import glue_tasks, wiki_dump
+from demo.english import Document, Section, load_documents, odd_words
+from demo.word_vectors import cooccurrence_vectors, write_vectors
+from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
+from transformer.runtime import prepare_output_dir, run_script
+
+logger = logging.getLogger(__name__)
+
+DUMP_NAME = "enwiki-demo-pages-articles.xml.bz2"
+CORPUS_NAME = "corpus.txt"
+VECTORS_NAME = "glove.demo.50d.txt"
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Rows of train and dev; the dev sets are as large as GLUE's smaller ones.
+ROWS = {"RTE": (2400, 300), "SST-2": (3000, 400), "CoLA": (3000, 400), "MRPC": (2400, 400)}
+VOCABULARY_SIZE = 4000
+REVIEWS = 12  # review sentences in a document's section "Reception"
+BASE_CONFIG = {
+    "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4,
+    "intermediate_size": 256, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128, "type_vocab_size": 2,
+    "initializer_range": 0.05, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def plain_sentences(document: Document) -> list[str]:
+    """Return the sentences of words alone: no code, numbers, quotes or brackets."""
+    return [s for s in document.sentences
+            if odd_words(s) == 0 and not re.search(r"[\"()]|'\w+'", s)]  # fmt: skip
+
+
+def add_reception(documents: list[Document], rng: random.Random) -> list[Document]:
+    """Give half of the documents a section with opinions, so that the text knows their words."""
+    extended = []
+    for document in documents:
+        sections = list(document.sections)
+        facts = plain_sentences(document)
+        if facts and rng.random() < 0.5:
+            chosen = [rng.choice(facts) for _ in range(REVIEWS)]
+            reviews = [text for text, _, _ in glue_tasks.sst2_rows(chosen, rng)]
+            reviews = [glue_tasks.join_words(review.split()) for review in reviews]
+            sections.append(Section("Reception", [reviews[:6], reviews[6:]]))
+        extended.append(Document(document.title, sections))
+    return extended
+
+
+def find_neighbours(documents: list[Document], rng: random.Random) -> tuple[dict, dict]:
+    """Map each plain sentence to its most similar one in the document, and to a foreign one."""
+    everything = [s for document in documents for s in plain_sentences(document)]
+    similar, foreign = {}, {}
+    for document in documents:
+        plain = plain_sentences(document)
+        bags = [set(sentence.lower().split()) for sentence in plain]
+        for i, sentence in enumerate(plain):
+            shares = [len(bag & bags[i]) / len(bag | bags[i]) for bag in bags]
+            shares[i] = 0.0
+            similar[sentence] = plain[max(range(len(plain)), key=shares.__getitem__)]
+            foreign[sentence] = rng.choice(everything)
+    return similar, foreign
+
+
+def make_rows(name: str, documents: list[Document], seed: int) -> dict[str, list]:
+    """Make the train and dev rows of a task; no sentence is used in both."""
+    rng = random.Random(f"{seed} {name}")
+    limits = {"SST-2": (6, 30), "CoLA": (5, 14), "MRPC": (8, 20), "RTE": (8, 26)}[name]
+    plain = [s for document in documents for s in plain_sentences(document)
+             if limits[0] <= len(s.split()) <= limits[1]]  # fmt: skip
+    rng.shuffle(plain)
+    count = sum(ROWS[name])
+    if len(plain) < count:
+        raise UserError(f"this Python's documentation: {len(plain)} sentences for {name}; "
+                        f"expected at least {count}")  # fmt: skip
+    similar, foreign = find_neighbours(documents, rng)
+    if name == "SST-2":
+        rows = glue_tasks.sst2_rows(plain[:count], rng)
+    elif name == "CoLA":
+        rows = glue_tasks.cola_rows(plain[:count], rng)
+    elif name == "MRPC":
+        rows = glue_tasks.mrpc_rows(plain[:count], similar, rng)
+    else:
+        rows = glue_tasks.rte_rows(plain[:count], foreign, rng)
+    rows = glue_tasks.add_noise(rows, rng)
+    return {"train": rows[: ROWS[name][0]], "dev": rows[ROWS[name][0] :]}
+
+
+def write_task(folder: Path, name: str, rows: dict[str, list]) -> None:
+    """Write train.tsv and dev.tsv exactly as the published task lays them out."""
+    header = glue_tasks.HEADERS[name]
+    for split, split_rows in rows.items():
+        lines = [glue_tasks.COLUMNS[name](number, row) for number, row in enumerate(split_rows)]
+        lines = ([header] if header else []) + lines
+        text = "".join("\t".join(cells) + "\n" for cells in lines)
+        write_text(folder / name / f"{split}.tsv", text)
+
+
+def train_vocabulary(lines: list[str], size: int) -> list[str]:
+    """Train a lower-case WordPiece vocabulary of exactly `size` entries on `lines`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = sorted({character for line in lines for character in line.lower()} - {" "})
+    # Named in advance, the continuing letters get the same ids in every run; the trainer would
+    # number them in the order of a randomly seeded hash map, and ties follow those numbers.
+    pieces = [f"##{letter}" for letter in letters if letter.isalnum()]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=2, initial_alphabet=letters, show_progress=False,
+        special_tokens=SPECIAL_TOKENS + letters + pieces,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(lines, trainer)
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) != size:
+        raise UserError(f"vocabulary: {len(vocabulary)} word pieces; expected {size}, more text")
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    parser.add_argument("--overwrite_output_dir", action="store_true",
+                        help="write into a folder that is not empty")
+    return parser  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make every input of the demo."""
+    output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
+    plain_documents = load_documents()
+    documents = add_reception(plain_documents, random.Random(f"{args.seed} reception"))
+    lines = [sentence for document in documents for sentence in document.sentences]
+
+    # Wikipedia dump, and its sentences with a blank line between documents
+    wiki_dump.write_dump(output_dir / DUMP_NAME, documents, random.Random(f"{args.seed} markup"))
+    blocks = ["\n".join(document.sentences) + "\n" for document in documents]
+    write_text(output_dir / CORPUS_NAME, "\n".join(blocks))
+
+    # GLUE
+    for name in ROWS:
+        rows = make_rows(name, plain_documents, args.seed)
+        write_task(output_dir / "glue_data", name, rows)
+
+    # Vocabulary, word vectors, configuration
+    vocabulary = train_vocabulary(lines, VOCABULARY_SIZE)
+    base = output_dir / "bert_config"
+    write_text(base / VOCAB_NAME, "\n".join(vocabulary) + "\n")
+    write_json(base / "config.json", BASE_CONFIG)
+    words, vectors = cooccurrence_vectors(lines)
+    write_vectors(output_dir / VECTORS_NAME, words, vectors)
+    logger.info("%d documents, %d sentences, %d tasks, %d word pieces, %d word vectors in %s",
+                len(documents), len(lines), len(ROWS), len(vocabulary), len(words),
+                output_dir)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

