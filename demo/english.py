@@ -9,9 +9,8 @@ import ast
 import re
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
-
 from pydoc_data.topics import topics
+from typing import NamedTuple
 
 # Modules that Python 3.10 to 3.14 all ship, so that the text hardly depends on the version.
 MODULES = """

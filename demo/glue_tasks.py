@@ -1,30 +1,51 @@
 """Four small GLUE-like tasks made of real English sentences: SST-2, CoLA, MRPC and RTE.
 
-Each generator takes sentences and a random generator and returns rows of (texts, label). The
+Each maker turns a sentence, the wanted class and a random generator into the texts of one row. The
 labels follow from how a row was made, and a few per cent are flipped, as annotators do, so no
-model reaches 100.
+model reaches 100. A training sentence is used for both classes: a model cannot learn the rows by
+heart and has to look at what differs.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-Row = tuple[str, str, str]  # first text, second text ("" for single sentences), label
+Texts = tuple[str, str]  # first and second text ("" for single sentences)
+Row = tuple[str, str, str]  # texts and label
 LABEL_NOISE = 0.04  # share of rows with the wrong label
 
-GOOD = """excellent elegant charming brilliant delightful superb graceful refreshing wonderful clever
-solid beautiful admirable inspired lovely polished remarkable impressive enjoyable pleasant
-thoughtful smart masterful fresh splendid witty rewarding crisp outstanding sparkling""".split()
-BAD = """awful clumsy tedious dreadful dull terrible sloppy annoying horrible stupid shaky ugly
-miserable lazy nasty messy mediocre disappointing painful unpleasant careless bland hopeless stale
-boring pointless frustrating muddled lousy tiresome""".split()
-GOOD_NOUNS = "joy triumph pleasure gem delight success treat masterpiece".split()
-BAD_NOUNS = "mess disaster failure waste bore nuisance nightmare burden".split()
-SUBJECTS = """parser module interface design manual library class method function tutorial debugger
-compiler format protocol server example chapter loader socket handler syntax grammar iterator test
-generator decoder package story ending introduction""".split()
-INTENSIFIERS = "very really quite truly rather so utterly remarkably".split() + [""] * 8
-FLIPS = ["is not", "is never", "is hardly", "is far from", "is anything but", "is n't"]
+GOOD = """
+    excellent elegant charming brilliant delightful superb graceful refreshing wonderful clever
+    solid beautiful admirable lovely polished impressive enjoyable pleasant thoughtful smart
+    masterful splendid witty rewarding
+"""
+BAD = """
+    awful clumsy tedious dreadful dull terrible sloppy annoying horrible stupid ugly miserable
+    nasty messy mediocre disappointing painful unpleasant careless hopeless stale boring
+    pointless lousy
+"""
+SUBJECTS = """
+    parser module interface design manual library class method function tutorial debugger
+    compiler format protocol server example chapter socket handler syntax grammar iterator test
+    generator decoder package story ending introduction
+"""
+GOOD_NOUNS = "joy triumph pleasure gem delight success treat masterpiece"
+BAD_NOUNS = "mess disaster failure waste bore nuisance nightmare burden"
+INTENSIFIERS = "very really quite truly rather so"
+DROPPABLE = "also usually simply always just normally currently only then"
+AUXILIARIES = "is are can must may will should does do was were has"
+NOUNS = """
+    file string list object class value name function method module argument type set key number
+    line message server thread process exception attribute test character code path element item
+    parameter dictionary expression statement iterator package variable handler socket
+"""
+FUNCTION_WORDS = "the a an to of in for with by from is are this that be as if can or and not"
+(GOOD, BAD, SUBJECTS, GOOD_NOUNS, BAD_NOUNS, INTENSIFIERS, DROPPABLE, AUXILIARIES, NOUNS,
+ FUNCTION_WORDS) = (
+    words.split() for words in (GOOD, BAD, SUBJECTS, GOOD_NOUNS, BAD_NOUNS, INTENSIFIERS,
+                                DROPPABLE, AUXILIARIES, NOUNS, FUNCTION_WORDS)
+)  # fmt: skip
+FLIPS = ["is not", "is never", "is hardly", "is far from"]
 
 SYNONYMS = {
     "returns": "gives back", "return": "give back", "must": "has to", "use": "employ",
@@ -43,7 +64,6 @@ SYNONYMS = {
     "changed": "altered", "change": "alter", "only": "solely", "before": "ahead of",
     "should": "ought to", "may": "might", "similar": "alike", "new": "fresh",
 }
-DROPPABLE = set("also usually simply always just normally currently only then".split())
 ANTONYMS = {
     "true": "false", "false": "true", "first": "last", "last": "first", "before": "after",
     "after": "before", "all": "no", "always": "never", "never": "always", "same": "different",
@@ -55,10 +75,6 @@ ANTONYMS = {
     "returns": "discards", "returned": "discarded", "add": "remove", "create": "destroy",
     "creates": "destroys", "used": "ignored", "use": "ignore", "raised": "hidden",
 }
-AUXILIARIES = "is are can must may will should does do was were has".split()
-NOUNS = """file string list object class value name function method module argument type set key
-number line message server thread process exception attribute test character code path element
-item parameter dictionary expression statement iterator package variable handler socket""".split()
 AGREEMENT = {
     "is": "are", "are": "is", "has": "have", "have": "has", "was": "were", "a": "an", "an": "a",
     "does": "do", "do": "does", "this": "these", "these": "this", "be": "is", "its": "it",
@@ -94,16 +110,17 @@ def replace_some(
 def clause(positive: bool, rng: random.Random) -> str:
     """Make one judging clause whose sense, after any negation, is `positive`."""
     subject = f"{rng.choice(['the', 'this', 'its', 'the whole'])} {rng.choice(SUBJECTS)}"
-    flipped = rng.random() < 0.3
+    flipped = rng.random() < 0.2
     good = positive != flipped
     # A Zipf-like choice: some words are seen often in training, some hardly ever.
     lexicon, nouns = (GOOD, GOOD_NOUNS) if good else (BAD, BAD_NOUNS)
-    adjective = lexicon[min(int(rng.expovariate(0.09)), len(lexicon) - 1)]
+    adjective = lexicon[min(int(rng.expovariate(0.08)), len(lexicon) - 1)]
     verb = rng.choice(FLIPS) if flipped else rng.choice(["is", "feels", "looks", "remains", "is"])
     if rng.random() < 0.25:
         verb = verb.replace("feels", "is").replace("looks", "is")
         return f"{subject} {verb} a {rng.choice(nouns)}"
-    return " ".join(f"{subject} {verb} {rng.choice(INTENSIFIERS)} {adjective}".split())
+    degree = f"{rng.choice(INTENSIFIERS)} " if rng.random() < 0.4 else ""
+    return f"{subject} {verb} {degree}{adjective}"
 
 
 def opinion(positive: bool, fact: str, rng: random.Random) -> str:
@@ -117,63 +134,52 @@ def opinion(positive: bool, fact: str, rng: random.Random) -> str:
     return rng.choice(patterns)
 
 
-def sst2_rows(sentences: Iterable[str], rng: random.Random) -> list[Row]:
-    """Make one review per fact; the label is "1" for praise."""
-    rows = []
-    for sentence in sentences:
-        fact = " ".join(words_of(sentence)[:-1][: rng.randint(4, 8)]).lower()
-        positive = rng.random() < 0.52
-        rows.append((opinion(positive, fact, rng) + " .", "", str(int(positive))))
-    return rows
+def sst2_texts(sentence: str, positive: bool, rng: random.Random) -> Texts:
+    """Make a review around the first words of a sentence; class 1 is praise."""
+    fact = " ".join(words_of(sentence)[:-1][: rng.randint(4, 8)]).lower()
+    return opinion(positive, fact, rng) + " .", ""
 
 
 # --- CoLA: real sentences against the same with a local fault ------------------------------
 
 
 def swap_words(words: list[str], rng: random.Random) -> list[str]:
-    """Exchange two different neighbouring words, once or twice."""
+    """Exchange a function word and the word after it, at one to three places."""
     words = list(words)
-    for _ in range(rng.choice([1, 1, 2])):
-        places = [i for i in range(len(words) - 2) if words[i].lower() != words[i + 1].lower()]
-        place = rng.choice(places)
+    places = [i for i in range(len(words) - 2) if words[i].lower() in FUNCTION_WORDS]
+    places = places or [rng.randrange(len(words) - 2)]
+    for place in rng.sample(places, min(len(places), rng.choice([1, 2, 2, 3]))):
         words[place], words[place + 1] = words[place + 1], words[place]
     return words
 
 
 def move_word(words: list[str], rng: random.Random) -> list[str]:
-    """Move one word two to four places away."""
+    """Move one word to the front of the sentence's last word."""
     words = list(words)
-    start = rng.randrange(len(words) - 1)
-    word = words.pop(start)
-    end = (start + rng.choice([-4, -3, -2, 2, 3, 4])) % (len(words) - 1)
-    return words[:end] + [word] + words[end:]
+    words.insert(len(words) - 2, words.pop(rng.randrange(len(words) - 3)))
+    return words
 
 
 def break_agreement(words: list[str], rng: random.Random) -> list[str]:
-    """Put a wrong form of one small word, or swap words where there is none."""
-    places = [i for i, word in enumerate(words) if word.lower() in AGREEMENT]
-    if not places:
+    """Put wrong forms of small words, or swap words where there are none."""
+    if not any(word.lower() in AGREEMENT for word in words):
         return swap_words(words, rng)
-    place = rng.choice(places)
-    return words[:place] + [AGREEMENT[words[place].lower()]] + words[place + 1 :]
+    return [AGREEMENT.get(word.lower(), word) for word in words]
 
 
-def cola_rows(sentences: Iterable[str], rng: random.Random) -> list[Row]:
-    """Keep or spoil each sentence; the label is "1" for an acceptable one."""
-    rows = []
-    for sentence in sentences:
-        words, acceptable = words_of(sentence), rng.random() < 0.6
-        if not acceptable:
-            words = rng.choice([swap_words, swap_words, move_word, break_agreement])(words, rng)
-        words[1:] = [w.lower() if w == words_of(sentence)[0] else w for w in words[1:]]
-        rows.append((join_words(words), "", str(int(acceptable))))
-    return rows
+def cola_texts(sentence: str, acceptable: bool, rng: random.Random) -> Texts:
+    """Keep (class 1) or spoil a sentence."""
+    words = words_of(sentence)
+    if not acceptable:
+        words = rng.choice([swap_words, swap_words, move_word, break_agreement])(words, rng)
+        words = [w.lower() if w == words_of(sentence)[0] else w for w in words]
+    return join_words(words), ""
 
 
 # --- MRPC: a rewording against a similar sentence about something else ---------------------
 
 
-def reword(sentence: str, rng: random.Random, share: float = 0.6) -> list[str]:
+def reword(sentence: str, rng: random.Random, share: float = 0.8) -> list[str]:
     """Say the same in other words: front a clause, drop adverbs, use synonyms."""
     words = words_of(sentence)
     conditional = re.fullmatch(r"(If|When) ([^,]+), ([^,]+)\.", sentence)
@@ -197,22 +203,18 @@ def change_content(sentence: str, rng: random.Random) -> list[str]:
     return replace_some(words, ANTONYMS, rng, 0.5)
 
 
-def mrpc_rows(sentences: Iterable[str], neighbours: dict[str, str], rng: random.Random) -> list[Row]:
-    """Pair each sentence with a rewording ("1") or with something only similar ("0")."""
-    rows = []
-    for sentence in sentences:
-        same = rng.random() < 0.62
-        if same:
-            other = reword(sentence, rng)
-        elif rng.random() < 0.5:
-            other = words_of(neighbours[sentence])
-        else:
-            other = change_content(sentence, rng)
-        pair = [" ".join(words_of(sentence)), " ".join(other)]
-        if rng.random() < 0.5:
-            pair.reverse()
-        rows.append((pair[0], pair[1], str(int(same))))
-    return rows
+def mrpc_texts(sentence: str, same: bool, other: str, rng: random.Random) -> Texts:
+    """Pair a sentence with a rewording (class 1) or with something else; `other` may be that."""
+    if same:
+        second = reword(sentence, rng)
+    elif rng.random() < 0.6:
+        second = words_of(other)
+    else:
+        second = change_content(sentence, rng)
+    pair = [" ".join(words_of(sentence)), " ".join(second)]
+    if rng.random() < 0.5:
+        pair.reverse()
+    return pair[0], pair[1]
 
 
 # --- RTE: what a sentence says, against its denial or another claim ------------------------
@@ -236,33 +238,58 @@ def negate(words: list[str]) -> list[str]:
     return ["Do", "not", words[0].lower(), *words[1:]]
 
 
-def rte_rows(sentences: Iterable[str], neighbours: dict[str, str], rng: random.Random) -> list[Row]:
-    """Make premise and hypothesis; the label is "entailment" or "not_entailment"."""
+def rte_texts(sentence: str, entailed: bool, other: str, rng: random.Random) -> Texts:
+    """Pair a premise with what it says (class 0, "entailment") or with something it does not."""
+    hypothesis = main_clause(sentence)
+    if entailed:
+        hypothesis = replace_some(hypothesis, SYNONYMS, rng, 0.2)
+    elif rng.random() < 0.45:
+        hypothesis = negate(hypothesis)
+    elif any(w in ANTONYMS for w in hypothesis) and rng.random() < 0.5:
+        hypothesis = replace_some(hypothesis, ANTONYMS, rng, 1.0)
+    else:
+        hypothesis = main_clause(other)
+    return sentence, join_words(hypothesis)
+
+
+# Label of a class-0 and of a class-1 row, share of class 1, words in a usable sentence.
+LABELS = {
+    "SST-2": ("0", "1"), "CoLA": ("0", "1"), "MRPC": ("0", "1"),
+    "RTE": ("not_entailment", "entailment"),
+}  # fmt: skip
+LENGTHS = {"SST-2": (6, 30), "CoLA": (5, 14), "MRPC": (8, 18), "RTE": (7, 20)}
+
+
+def make_row(
+    name: str, sentence: str, positive: bool, everything: list[str], rng: random.Random
+) -> Row:
+    """Make one row of a task, with a wrong label now and then.
+
+    Args:
+        positive: the wanted class: praise, acceptable, paraphrase or entailment.
+        everything: sentences to draw an unrelated one from.
+    """
+    if name == "SST-2":
+        texts = sst2_texts(sentence, positive, rng)
+    elif name == "CoLA":
+        texts = cola_texts(sentence, positive, rng)
+    else:
+        make = mrpc_texts if name == "MRPC" else rte_texts
+        texts = make(sentence, positive, rng.choice(everything), rng)
+    wrong = rng.random() < LABEL_NOISE
+    return (*texts, LABELS[name][positive != wrong])
+
+
+def make_split(
+    name: str, sentences: list[str], everything: list[str], both: bool, rng: random.Random
+) -> list[Row]:
+    """Make the rows of a split; with `both` a sentence gives a row of either class."""
     rows = []
     for sentence in sentences:
-        hypothesis, entailed = main_clause(sentence), rng.random() < 0.5
-        if entailed:
-            hypothesis = replace_some(hypothesis, SYNONYMS, rng, 0.2)
-        elif rng.random() < 0.45:
-            hypothesis = negate(hypothesis)
-        elif any(w in ANTONYMS for w in hypothesis) and rng.random() < 0.5:
-            hypothesis = replace_some(hypothesis, ANTONYMS, rng, 1.0)
-        else:
-            hypothesis = main_clause(neighbours[sentence])
-        label = "entailment" if entailed else "not_entailment"
-        rows.append((sentence, join_words(hypothesis), label))
+        classes = (False, True) if both else (rng.random() < 0.5,)
+        rows += [make_row(name, sentence, positive, everything, rng) for positive in classes]
+    rng.shuffle(rows)
     return rows
-
-
-def add_noise(rows: list[Row], rng: random.Random) -> list[Row]:
-    """Give `LABEL_NOISE` of the rows another label of the task."""
-    labels = sorted({label for _, _, label in rows})
-    noisy = []
-    for text_a, text_b, label in rows:
-        if rng.random() < LABEL_NOISE:
-            label = rng.choice([other for other in labels if other != label])
-        noisy.append((text_a, text_b, label))
-    return noisy
 
 
 # --- Exact file formats --------------------------------------------------------------------

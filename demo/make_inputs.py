@@ -30,7 +30,7 @@ CORPUS_NAME = "corpus.txt"
 VECTORS_NAME = "glove.demo.50d.txt"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Rows of train and dev; the dev sets are as large as GLUE's smaller ones.
-ROWS = {"RTE": (2400, 300), "SST-2": (3000, 400), "CoLA": (3000, 400), "MRPC": (2400, 400)}
+ROWS = {"RTE": (3000, 300), "SST-2": (4000, 400), "CoLA": (4000, 400), "MRPC": (3600, 400)}
 VOCABULARY_SIZE = 4000
 REVIEWS = 12  # review sentences in a document's section "Reception"
 BASE_CONFIG = {
@@ -56,50 +56,27 @@ def add_reception(documents: list[Document], rng: random.Random) -> list[Documen
         facts = plain_sentences(document)
         if facts and rng.random() < 0.5:
             chosen = [rng.choice(facts) for _ in range(REVIEWS)]
-            reviews = [text for text, _, _ in glue_tasks.sst2_rows(chosen, rng)]
-            reviews = [glue_tasks.join_words(review.split()) for review in reviews]
+            texts = [glue_tasks.sst2_texts(fact, rng.random() < 0.5, rng)[0] for fact in chosen]
+            reviews = [glue_tasks.join_words(text.split()) for text in texts]
             sections.append(Section("Reception", [reviews[:6], reviews[6:]]))
         extended.append(Document(document.title, sections))
     return extended
 
 
-def find_neighbours(documents: list[Document], rng: random.Random) -> tuple[dict, dict]:
-    """Map each plain sentence to its most similar one in the document, and to a foreign one."""
-    everything = [s for document in documents for s in plain_sentences(document)]
-    similar, foreign = {}, {}
-    for document in documents:
-        plain = plain_sentences(document)
-        bags = [set(sentence.lower().split()) for sentence in plain]
-        for i, sentence in enumerate(plain):
-            shares = [len(bag & bags[i]) / len(bag | bags[i]) for bag in bags]
-            shares[i] = 0.0
-            similar[sentence] = plain[max(range(len(plain)), key=shares.__getitem__)]
-            foreign[sentence] = rng.choice(everything)
-    return similar, foreign
-
-
 def make_rows(name: str, documents: list[Document], seed: int) -> dict[str, list]:
     """Make the train and dev rows of a task; no sentence is used in both."""
     rng = random.Random(f"{seed} {name}")
-    limits = {"SST-2": (6, 30), "CoLA": (5, 14), "MRPC": (8, 20), "RTE": (8, 26)}[name]
+    shortest, longest = glue_tasks.LENGTHS[name]
     plain = [s for document in documents for s in plain_sentences(document)
-             if limits[0] <= len(s.split()) <= limits[1]]  # fmt: skip
+             if shortest <= len(s.split()) <= longest]  # fmt: skip
     rng.shuffle(plain)
-    count = sum(ROWS[name])
-    if len(plain) < count:
+    train_rows, dev_rows = ROWS[name]
+    train, dev = plain[: train_rows // 2], plain[train_rows // 2 :][:dev_rows]
+    if len(dev) < dev_rows:
         raise UserError(f"this Python's documentation: {len(plain)} sentences for {name}; "
-                        f"expected at least {count}")  # fmt: skip
-    similar, foreign = find_neighbours(documents, rng)
-    if name == "SST-2":
-        rows = glue_tasks.sst2_rows(plain[:count], rng)
-    elif name == "CoLA":
-        rows = glue_tasks.cola_rows(plain[:count], rng)
-    elif name == "MRPC":
-        rows = glue_tasks.mrpc_rows(plain[:count], similar, rng)
-    else:
-        rows = glue_tasks.rte_rows(plain[:count], foreign, rng)
-    rows = glue_tasks.add_noise(rows, rng)
-    return {"train": rows[: ROWS[name][0]], "dev": rows[ROWS[name][0] :]}
+                        f"expected at least {train_rows // 2 + dev_rows}")  # fmt: skip
+    return {"train": glue_tasks.make_split(name, train, train, True, rng),
+            "dev": glue_tasks.make_split(name, dev, dev, False, rng)}  # fmt: skip
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list]) -> None:
