@@ -15,7 +15,7 @@ report"
 title() {
   case $1 in
     environment) echo "Python environment" ;;
-    inputs) echo "Inputs: the Wikipedia dump (demo: all of them, made here)" ;;
+    inputs) echo "Inputs: the Wikipedia dump (demo: everything)" ;;
     glove) echo "Word vectors" ;;
     glue) echo "GLUE tasks" ;;
     wikipedia) echo "Wikipedia: extract, one sentence a line" ;;
@@ -231,7 +231,7 @@ run() {
     [[ ! -f $state ]] || made[$output]=$(<"$state")
     return 0
   fi
-  [[ $active == yes ]] || return 0
+  [[ $active == yes ]] || return 0 # note
   if [[ -e $output && -f $state && $(<"$state") == "$key" ]]; then
     echo "$step" >>"$finished"
     return 0
@@ -250,7 +250,11 @@ run() {
   start=$SECONDS
   { print_command "${cmd[@]}" && echo; } >"$log"
   [[ ${cmd[0]} != python ]] || cmd[0]=$PYTHON
-  "${cmd[@]}" >>"$log" 2>&1 </dev/null || code=$?
+  # In the background, so that this shell hears Ctrl-C at once and passes it on.
+  "${cmd[@]}" >>"$log" 2>&1 </dev/null &
+  # shellcheck disable=SC2064 # the process just started
+  [[ $beside == no ]] || trap "kill $! 2>/dev/null; wait; exit 143" INT TERM
+  wait $! || code=$?
   ((code == 0)) || stop "$step" "$code" "$log"
   [[ -e $output ]] || stop "$step" "0, but there is no $output" "$log"
   echo "$key" >"$state"
@@ -269,11 +273,7 @@ side_by_side() {
   fi
   while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=yes; done
   [[ $failed == no ]] || wait_for_all
-  (
-    beside=yes
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-    "$@"
-  ) &
+  beside=yes OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} "$@" &
   local active=note
   "$@"
 }
@@ -296,18 +296,28 @@ continue_command() {
   echo "$line --from $1"
 }
 
+# stop STEP CODE LOG: says what failed and how to go on; in one piece, for steps side by side.
 stop() {
-  {
-    echo "failed"
+  local message
+  message=$(
+    [[ $beside == yes ]] || echo "failed"
     echo
     echo "Stage $stage stopped: step $1, exit code $2."
     echo "The end of its log, $3:"
     tail -n 5 "$3" | tr '\r' '\n' | tail -n 5 | cut -c -200 | sed 's/^/  | /'
     echo "Mend the cause; then this continues where it stopped:"
     echo "  $(continue_command "$stage")"
-  } >&2
+  )
+  echo "$message" >&2
   exit 1
 }
+
+# interrupted CODE: Ctrl-C or TERM.
+interrupted() {
+  echo
+  echo "Interrupted in stage $stage; this continues: $(continue_command "$stage")"
+  exit "$1"
+} >&2
 
 # ---------------------------------------------------------------- stages: data and models
 
@@ -434,7 +444,7 @@ stage_models() {
 }
 
 hub_models() {
-  script get_bert_models.py --output_dir "$MODELS_DIR"
+  script get_bert_models.py --output_dir "$MODELS_DIR" --tasks "$(task_list)"
   run models "$BASE_MODEL" fetch
   with_teachers
 }
@@ -452,6 +462,8 @@ demo_models() {
   local hub=$MODELS_DIR/hub task
   script demo/pretrain_bert.py --config "$DATA_DIR/bert_config" \
     --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$hub/$BASE_MODEL_NAME"
+  option --shallow_layers MLM_SHALLOW_LAYERS
+  option --shallow_steps MLM_SHALLOW_STEPS
   mlm_options
   run pretrain "$hub/$BASE_MODEL_NAME"
   for task in $TASKS; do side_by_side hub_teacher "$task" "$hub/$BASE_MODEL_NAME"; done
@@ -865,7 +877,9 @@ run_stages() {
   threads=$(($(nproc) / JOBS))
   ((threads > 0)) || threads=1
   finished=$(mktemp) # one line a step
-  trap 'rm -f "$finished"' EXIT
+  trap 'kill $(jobs -p) 2>/dev/null && wait; rm -f "$finished"' EXIT
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM
   count=$(wc -w <<<"$STAGES")
   for stage in $STAGES; do
     number=$((number + 1))
@@ -899,7 +913,9 @@ main() {
       comment=
       echo "Profile $profile, recipe $recipe; logs in $LOG_DIR"
       run_stages
-      echo "Done in $(clock $SECONDS). Results: $RESULTS_DIR/results.md, pictures beside it."
+      echo "Done in $(clock $SECONDS)."
+      [[ $active == no || ! -f $RESULTS_DIR/results.md ]] ||
+        echo "Results: $RESULTS_DIR/results.md, pictures beside it."
       ;;
   esac
 }

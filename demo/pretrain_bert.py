@@ -6,12 +6,14 @@ is. Prints loss and accuracy on held-out text before and after.
 
 Example:
     python demo/pretrain_bert.py --config data/demo/bert_config --train_corpus data/corpus.txt \
-        --output_dir models/bert-base-uncased --max_seq_length 64 --steps 600
+        --output_dir models/bert-base-uncased --max_seq_length 64 \
+        --shallow_layers 3 --shallow_steps 1000 --steps 250
     python demo/pretrain_bert.py --bert_model models/minilm --head_only \
         --train_corpus data/corpus.txt --output_dir models/bert-base-uncased
 """
 
 import argparse
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -43,6 +45,14 @@ Document = list[list[int]]  # word-piece ids of each sentence
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Return the batch on `device`."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class Run(NamedTuple):
+    """Where a run computes, in what precision (None: float32), and its log."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    log: runtime.JsonLog
 
 
 class Sequence(NamedTuple):
@@ -172,6 +182,7 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
         if args.head_only:
             raise UserError("--head_only trains a head for a trained model; expected --bert_model")
         model = BertForMaskedLM.from_scratch(source)
+        sinusoidal_positions(model)
     else:
         model = BertForMaskedLM.from_pretrained(source, new_head=True)
     if len(tokenizer) != model.config.vocab_size:
@@ -180,37 +191,77 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
     if args.max_seq_length > model.config.max_position_embeddings:
         raise UserError(f"--max_seq_length {args.max_seq_length}; expected at most "
                         f"{model.config.max_position_embeddings} for {source}")  # fmt: skip
+    if args.shallow_layers >= model.config.num_hidden_layers:
+        raise UserError(f"--shallow_layers {args.shallow_layers}; expected fewer than the model's "
+                        f"{model.config.num_hidden_layers}")  # fmt: skip
     if args.head_only:
         model.bert.requires_grad_(False)  # the decoder's weight is the word embedding: frozen too
     return model, tokenizer
+
+
+def sinusoidal_positions(model: BertForMaskedLM) -> None:
+    """Start the position embeddings from waves, of the other embeddings' size.
+
+    A short training finds neighbouring words sooner from them than from random vectors.
+    """
+    weight = model.bert.embeddings.position_embeddings.weight
+    positions, width = weight.shape
+    half = torch.arange((width + 1) // 2)
+    angles = torch.arange(positions)[:, None] * 100.0 ** (-half / len(half))  # [positions, half]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+    with torch.no_grad():
+        weight.copy_(waves * model.config.initializer_range)
+
+
+def shallow_model(model: BertForMaskedLM, layers: int) -> BertForMaskedLM:
+    """Make a model that shares all weights of `model` but has its first `layers` layers alone."""
+    shallow = copy.copy(model)
+    shallow._modules = dict(model._modules)
+    shallow.bert, encoder = copy.copy(model.bert), copy.copy(model.bert.encoder)
+    shallow.bert._modules = {**model.bert._modules, "encoder": encoder}
+    encoder._modules = {"layer": model.bert.encoder.layer[:layers]}
+    return shallow
+
+
+def stack_layers(model: BertForMaskedLM, layers: int) -> None:
+    """Copy the first `layers` layers over all later ones, again and again."""
+    encoder = model.bert.encoder.layer
+    for number in range(layers, len(encoder)):
+        encoder[number].load_state_dict(encoder[number % layers].state_dict())
 
 
 def train(
     model: BertForMaskedLM,
     batches: Iterator[dict[str, torch.Tensor]],
     args: argparse.Namespace,
-    device: torch.device,
-    dtype: torch.dtype | None,
+    steps: int,
+    horizon: int,
+    run: Run,
+    rate: float,
 ) -> None:
-    """Take `args.steps` optimizer steps."""
-    optimizer = BertAdam(param_groups(model, args.weight_decay), lr=args.learning_rate,
-                         warmup=args.warmup_proportion, t_total=args.steps)  # fmt: skip
+    """Take `steps` optimizer steps of a schedule with peak `rate` that is 0 after `horizon`."""
+    groups = param_groups(model, args.weight_decay)
+    # BertAdam does not correct its moments' bias: with the usual 0.999 the first thousand steps
+    # would be several times too large, and a short run consists of them.
+    optimizer = BertAdam(groups, lr=rate, warmup=args.warmup_proportion,
+                         t_total=horizon, b2=0.98)  # fmt: skip
     model.train()
     if args.head_only:
         model.bert.eval()  # a frozen body gives the features that it gives when it is used
-    means, log = runtime.RunningMean(), runtime.JsonLog(args.output_dir / "log.jsonl")
-    progress = tqdm(range(1, args.steps + 1), desc="masked LM", unit="step", mininterval=5)
+    layers = len(model.bert.encoder.layer)
+    means = runtime.RunningMean()
+    progress = tqdm(range(1, steps + 1), desc=f"{layers} layers", unit="step", mininterval=5)
     for step in progress:
-        batch = to_device(next(batches), device)
-        with runtime.autocast(device, dtype):
+        batch = to_device(next(batches), run.device)
+        with runtime.autocast(run.device, run.dtype):
             loss = model(**batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         means.add({"loss": loss})
-        if step % args.log_step == 0 or step == args.steps:
-            record = {"step": step, **means.read(), "lr": optimizer.get_lr()[0]}
-            log.write(record)
+        if step % args.log_step == 0 or step == steps:
+            record = {"layers": layers, "step": step, **means.read(), "lr": optimizer.get_lr()[0]}
+            run.log.write(record)
             progress.set_postfix(loss=f"{record['loss']:.3f}")
 
 
@@ -229,8 +280,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--head_only", action="store_true", help="train the masked-LM head alone")
     add("--max_seq_length", type=int, default=64, help="word pieces a row, special ones included")
     add("--steps", type=int, default=600, help="optimizer steps")
+    add("--shallow_layers", type=int, default=0,
+        help="layers to train alone first and then copy to the full depth; 0: none. A deep, "
+        "narrow BERT learns little in its first thousand steps, a shallow one does")
+    add("--shallow_steps", type=int, default=0, help="optimizer steps with those layers alone")
     add("--train_batch_size", type=int, default=32, help="rows a step")
-    add("--learning_rate", type=float, default=1e-3, help="peak learning rate")
+    add("--learning_rate", type=float, default=2e-3,
+        help="peak learning rate, of the shallow layers where they are trained first")
     add("--warmup_proportion", type=float, default=0.1, help="share of the steps that warm up")
     add("--weight_decay", type=float, default=0.01, help="decoupled weight decay")
     add("--masked_lm_prob", type=float, default=0.15, help="share of the tokens to predict")
@@ -245,6 +301,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--steps and --train_batch_size must be >= 1, --max_seq_length >= 8")
     if not 0 < args.masked_lm_prob < 1:
         raise UserError(f"--masked_lm_prob {args.masked_lm_prob}; expected between 0 and 1")
+    if bool(args.shallow_layers) != bool(args.shallow_steps) or args.shallow_layers < 0:
+        raise UserError("--shallow_layers and --shallow_steps belong together and are >= 1")
     # Model and text
     runtime.set_seed(args.seed)
     device = runtime.get_device(args.no_cuda)
@@ -269,7 +327,17 @@ def main(args: argparse.Namespace) -> None:
     before = measure(model, test, device, dtype)
     logger.info(report + " (most frequent piece: %.1f %%)", "start", before[0], 100 * before[1],
                 guess)  # fmt: skip
-    train(model, training_batches(training, tokenizer, args), args, device, dtype)
+    batches = training_batches(training, tokenizer, args)
+    run = Run(device, dtype, runtime.JsonLog(args.output_dir / "log.jsonl"))
+    rate = args.learning_rate
+    if args.shallow_steps:
+        # Progressive stacking (Gong et al. 2019). The shallow model's rate stays high to its end;
+        # the deep one bears a lower rate and would forget everything at the shallow one's.
+        shallow = shallow_model(model, args.shallow_layers)
+        train(shallow, batches, args, args.shallow_steps, 3 * args.shallow_steps, run, rate)
+        stack_layers(model, args.shallow_layers)
+        rate *= (args.shallow_layers / model.config.num_hidden_layers) ** 0.5
+    train(model, batches, args, args.steps, args.steps, run, rate)
     after = measure(model, test, device, dtype)
     logger.info(report, "end", after[0], 100 * after[1])
 

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -332,12 +334,33 @@ def test_what_the_driver_did_not_make_is_never_overwritten(folders, tmp_path):
     assert mine.read_text() == "mine\n"
 
 
+def test_ctrl_c_ends_the_running_script_and_says_how_to_continue(folders, tmp_path):
+    command = ["bash", str(REPO / "reproduction.sh"), "--demo", "--only", "inputs"]
+    driver = subprocess.Popen(
+        command, env={**os.environ, "PYTHON": sys.executable, **folders}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True)  # fmt: skip
+    log = tmp_path / "results" / "logs" / "inputs.log"
+    for _ in range(600):
+        if log.is_file() and log.read_text().count("\n") > 1:
+            break
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, error = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert "Interrupted in stage inputs; this continues: DATA_DIR=" in error
+    assert error.strip().endswith("--profile demo --from inputs")
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert f"--output_dir {tmp_path}" not in running.stdout
+    assert not (tmp_path / "data" / ".state" / "inputs").exists()
+
+
 SMALL = {
     "TASKS": "CoLA", "STUDENTS": "tinybert_4l", "BASELINES": "", "MLM_STEPS": "10",
     "HUB_TEACHER_EPOCHS": "0.1", "TEACHER_EPOCHS": "0.1", "PREGENERATE_EPOCHS": "1",
     "GENERAL_EPOCHS": "0.02", "GENERAL_EPOCHS_tinybert_6l_smart_init": "0.02",
     "AUGMENTATION_ROWS": "40", "AUGMENTATION_N": "1", "INTERMEDIATE_EPOCHS": "1",
-    "PREDICTION_EPOCHS": "2",
+    "PREDICTION_EPOCHS": "2", "MLM_SHALLOW_STEPS": "10",
 }  # fmt: skip
 
 

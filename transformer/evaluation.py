@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 from torch.nn import functional
 
@@ -36,6 +34,8 @@ def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> boo
 
 def _correlations(predicted: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation and their mean; 0 where one side does not vary."""
+    from scipy.stats import pearsonr, spearmanr  # here: a second to load, for STS-B alone
+
     pearson = spearman = 0.0
     if not np.all(np.isfinite(predicted)):
         logger.warning("!!! The model's scores are not finite numbers: training diverged. !!!")
@@ -49,6 +49,8 @@ def _classification_metrics(
     task: GlueTask, predicted: np.ndarray, gold: np.ndarray, labels_order: tuple[str, ...]
 ) -> dict[str, float]:
     """Metrics of class numbers [rows] that count in `labels_order`."""
+    from sklearn.metrics import f1_score, matthews_corrcoef  # here: a second to load
+
     if task.metrics == ("mcc",):
         return {"mcc": float(matthews_corrcoef(gold, predicted))}
     accuracy = float(np.mean(predicted == gold))
