@@ -55,8 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="seed of the draws, an integer")
     add("--output_file", type=str, default=None,
         help="file to write; None: train_aug.tsv beside the task's train.tsv")
-    add("--no_overwrite", action="store_true",
-        help="refuse to replace an output file that exists")
+    add("--overwrite", action="store_true", help="replace an output file that exists")
     add("--max_train_rows", type=int, default=0,
         help="read only this many rows, the first of the file; 0: all")
     add("--max_varied_rows", type=int, default=0,
@@ -93,12 +92,12 @@ def augmented_rows(
 
 
 def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
-    """Where to write; a file that must not be replaced is a `UserError`."""
+    """Where to write; a file that is there is a `UserError` unless it may be replaced."""
     path = Path(args.output_file) if args.output_file else data_dir / "train_aug.tsv"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file to write with --output_file")
-    if path.exists() and args.no_overwrite:
-        raise UserError(f"{path}: exists and --no_overwrite was given; expected a new file")
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path}: exists; --overwrite replaces it")
     return path
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from transformer.checkpoint import save_pretrained, save_weights
+from transformer.checkpoint import save_config, save_weights
 from transformer.distillation import (
     Batch,
     Collate,
@@ -75,7 +75,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder for the student, its checkpoints and logs")
     add("--max_seq_length", default=128, type=int,
         help="longest instance in word pieces; the data may hold shorter ones, not longer")
-    add("--reduce_memory", action="store_true", help="keep an epoch's data on disk, not in memory")
+    add("--reduce_memory", action="store_true",
+        help="keep an epoch's data in files in TMPDIR, not in memory; 13 GB for Wikipedia")
     add("--do_eval", action="store_true",
         help="only measure the losses of student_model on the first epoch's data")
     add("--do_lower_case", action="store_true",
@@ -228,7 +229,8 @@ def main(args: argparse.Namespace) -> None:
         logger.info("%s: %s", args.student_model, values)
         return
 
-    # Distillation
+    # Distillation; every step_N_pytorch_model.bin is a model beside this config and vocabulary
+    save_config(student, output_dir, tokenizer)
     log = JsonLog(output_dir / "log.jsonl")
     optimizer = BertAdam(param_groups(student, args.weight_decay), lr=args.learning_rate,
                          warmup=args.warmup_proportion, t_total=total_steps)
@@ -250,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
         epoch += epoch_ends
 
     # Results: the next stage reads this folder as it is
-    save_pretrained(student, output_dir, tokenizer)
+    save_weights(student, output_dir / WEIGHTS_NAME)
     write_results(output_dir, {"losses": {k: v for k, v in record.items() if "loss" in k},
                                "steps": total_steps, "rows": corpus.rows(0)})
     if address:

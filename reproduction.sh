@@ -117,6 +117,13 @@ done
 WORK_DIR=${WORK_DIR:-$DATA_DIR}
 GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
 BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
+# What the recipe changes: students and the teachers they learn from, augmented rows, results.
+STUDENTS_DIR=$MODELS_DIR
+if [[ $recipe != seed ]]; then
+  GLUE_DIR+=_$recipe
+  STUDENTS_DIR+=/$recipe
+  RESULTS_DIR+=/$recipe
+fi
 LOG_DIR=$RESULTS_DIR/logs
 VECTORS=$DATA_DIR/glove.840B.300d.txt
 case $WORD_VECTORS in
@@ -138,7 +145,7 @@ setting() {
   REPLY=${!own-${!1-}}
 }
 
-teacher_of() { echo "$MODELS_DIR/final_$(slug "$1")_teacher"; }
+teacher_of() { echo "$STUDENTS_DIR/final_$(slug "$1")_teacher"; }
 
 # downloaded_teacher TASK: the fine-tuned model from the hub, else nothing.
 downloaded_teacher() {
@@ -384,13 +391,31 @@ stage_inputs() {
     run inputs "$DATA_DIR"
     return
   fi
+  [[ $active == yes && $mode == run ]] || return 0
+  check_device
   state_file prepare "$WORK_DIR/wiki_for_bert.txt"
-  if [[ $active == yes && $mode == run && ! -f $(wikipedia_dump) && ! -f $REPLY ]]; then
-    complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. Get one from" \
-      "https://meta.wikimedia.org/wiki/Data_dump_torrents#English_Wikipedia (torrents) or" \
-      "https://dumps.wikimedia.org/enwiki/ (enwiki-DATE-pages-articles-multistream.xml.bz2," \
-      "25 GB) and put it, as it is, into $DATA_DIR/"
-  fi
+  [[ -f $REPLY ]] || check_dump "$(wikipedia_dump)"
+}
+
+# check_device: a run that needs a GPU stops here, not after a day on the CPU.
+check_device() {
+  [[ $NEEDS_GPU == yes ]] || return 0
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    complain "PyTorch finds no GPU (nvidia-smi tells whether the driver does). On a CPU this takes" \
+      "months; NEEDS_GPU=no starts it all the same"
+}
+
+# check_dump FILE: it is there, whole as far as its name and first bytes tell, and has room.
+check_dump() {
+  local free
+  [[ -f $1 ]] || complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. $WIKI_DUMP_HELP"
+  [[ $(head -c 3 "$1") == BZh || $1 != *.bz2 ]] ||
+    complain "$1: not a bzip2 file; expected the dump as it was downloaded"
+  [[ ! -e $1.part && ! -e $1.aria2 ]] || complain "$1: its download has not finished"
+  mkdir -p "$WORK_DIR"
+  free=$(($(df -Pk "$WORK_DIR" | awk 'END {print $4}') / 1000000))
+  ((free >= DISK_GB)) ||
+    complain "$WORK_DIR: $free GB free; this run needs about $DISK_GB (DISK_GB=0: do not check)"
 }
 
 stage_glove() {
@@ -407,11 +432,15 @@ stage_glove() {
 }
 
 stage_glue() {
-  local task
+  local task file
   for task in $TASKS; do
-    if [[ $INPUTS != demo && $GLUE_DIR != "$DATA_DIR/glue_data" &&
-      -f $DATA_DIR/glue_data/$task/train.tsv ]]; then
-      cmd=(cp -f "$DATA_DIR/glue_data/$task"/*.tsv "$GLUE_DIR/$task/") needs=()
+    if [[ $GLUE_DIR != "$DATA_DIR/glue_data" &&
+      ($INPUTS == demo || -f $DATA_DIR/glue_data/$task/train.tsv) ]]; then
+      cmd=(cp -f) needs=()
+      for file in "$DATA_DIR/glue_data/$task"/*.tsv; do
+        [[ $file == */train_aug.tsv ]] || cmd+=("$file")
+      done
+      cmd+=("$GLUE_DIR/$task/")
       run "glue_$(slug "$task")" "$GLUE_DIR/$task/train.tsv"
     elif [[ $INPUTS != demo ]]; then
       script download_glue.py --data_dir "$GLUE_DIR" --tasks "$task"
@@ -444,22 +473,24 @@ stage_models() {
 }
 
 hub_models() {
-  script get_bert_models.py --output_dir "$MODELS_DIR" --tasks "$(task_list)"
-  run models "$BASE_MODEL" fetch
-  with_teachers
+  local task
+  fetch_model models "$BASE_MODEL" --base_only
+  for task in $TASKS; do
+    side_by_side fetch_model "model_$(slug "$task")" "$(downloaded_teacher "$task")" \
+      --tasks "$(slug "$task")"
+  done
+  wait_for_all
 }
 
-# with_teachers: the step that made or changed BASE_MODEL did so with the teachers.
-with_teachers() {
-  local task
-  for task in $TASKS; do
-    made[$(downloaded_teacher "$task")]=${made[$BASE_MODEL]}
-  done
+# fetch_model STEP OUTPUT [FLAG...]: one model, so that another list of tasks changes no other.
+fetch_model() {
+  script get_bert_models.py --output_dir "$MODELS_DIR" "${@:3}"
+  run "$1" "$2" fetch
 }
 
 # The demo's own "hub": a BERT pre-trained on the demo's text, and its fine-tuned teachers.
 demo_models() {
-  local hub=$MODELS_DIR/hub task
+  local hub=$MODELS_DIR/hub task name
   script demo/pretrain_bert.py --config "$DATA_DIR/bert_config" \
     --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$hub/$BASE_MODEL_NAME"
   option --shallow_layers MLM_SHALLOW_LAYERS
@@ -468,10 +499,13 @@ demo_models() {
   run pretrain "$hub/$BASE_MODEL_NAME"
   for task in $TASKS; do side_by_side hub_teacher "$task" "$hub/$BASE_MODEL_NAME"; done
   wait_for_all
-  script get_bert_models.py --output_dir "$MODELS_DIR" --base_model "$hub/$BASE_MODEL_NAME" \
-    --teachers "$hub/$BASE_MODEL_NAME-{task}" --tasks "$(task_list)"
-  run models "$BASE_MODEL" fetch
-  with_teachers
+  fetch_model models "$BASE_MODEL" --base_model "$hub/$BASE_MODEL_NAME" --base_only
+  for task in $TASKS; do
+    name=$(slug "$task")
+    side_by_side fetch_model "model_$name" "$(downloaded_teacher "$task")" --tasks "$name" \
+      --base_model "$hub/$BASE_MODEL_NAME" --teachers "$name=$hub/$BASE_MODEL_NAME-$name"
+  done
+  wait_for_all
 }
 
 # hub_teacher TASK BASE: the model from the demo's hub, fine-tuned on the task.
@@ -485,13 +519,6 @@ hub_teacher() {
   option --learning_rate HUB_TEACHER_LEARNING_RATE "$name"
   training_options
   run "hub_teacher_$name" "$2-$name"
-}
-
-# task_list: the tasks' names in folders, separated by commas.
-task_list() {
-  local task list=
-  for task in $TASKS; do list+=,$(slug "$task"); done
-  echo "${list#,}"
 }
 
 mlm_options() {
@@ -520,7 +547,11 @@ minilm_model() {
 }
 
 hub_answers() {
-  "$PYTHON" -c 'import requests; requests.head("https://huggingface.co", timeout=5)' 2>/dev/null
+  "$PYTHON" - 2>/dev/null <<'PYTHON'
+import requests
+url = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/config.json"
+requests.head(url, timeout=5, allow_redirects=True).raise_for_status()
+PYTHON
 }
 
 compose_vectors() {
@@ -547,7 +578,7 @@ stage_pregenerate() {
 
 # general_distillation STUDENT START [FLAG...]: from the teacher's layers to distilled_STUDENT.
 general_distillation() {
-  local student=$1 output=$MODELS_DIR/distilled_$1
+  local student=$1 output=$STUDENTS_DIR/distilled_$1
   script general_distill.py --pregenerated_data "$WORK_DIR/json_wiki" \
     --teacher_model "$BASE_MODEL" --student_model "$2" --reduce_memory
   [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
@@ -599,12 +630,15 @@ augmentation() {
 
 stage_repair() {
   local task
-  script fix_teacher_layers.py --models "$BASE_MODEL"
-  if [[ $MODEL_SOURCE != minilm ]]; then
-    for task in $TASKS; do cmd+=("$(downloaded_teacher "$task")"); done
-  fi
-  run repair "$BASE_MODEL" update
-  [[ $MODEL_SOURCE == minilm ]] || with_teachers
+  repair "$BASE_MODEL"
+  [[ $MODEL_SOURCE != minilm ]] || return 0
+  for task in $TASKS; do side_by_side repair "$(downloaded_teacher "$task")"; done
+  wait_for_all
+}
+
+repair() {
+  script fix_teacher_layers.py --models "$1"
+  run "repair_${1##*/}" "$1" update
 }
 
 stage_teachers() {
@@ -730,8 +764,8 @@ stage_distill() {
   for student in $STUDENTS; do
     for task in $TASKS; do
       name=$(slug "$task")
-      side_by_side task_distillation "$student" "$task" "$MODELS_DIR/distilled_$student" \
-        "$MODELS_DIR/tmp_distilled_${student}_$name" "$MODELS_DIR/distilled_${student}_$name"
+      side_by_side task_distillation "$student" "$task" "$STUDENTS_DIR/distilled_$student" \
+        "$STUDENTS_DIR/tmp_distilled_${student}_$name" "$STUDENTS_DIR/distilled_${student}_$name"
     done
   done
   wait_for_all
@@ -742,7 +776,7 @@ stage_evaluate() {
   for student in $STUDENTS; do
     for task in $TASKS; do
       side_by_side evaluate_student "$student" "$task" \
-        "$MODELS_DIR/distilled_${student}_$(slug "$task")"
+        "$STUDENTS_DIR/distilled_${student}_$(slug "$task")"
     done
   done
   wait_for_all
@@ -751,16 +785,15 @@ stage_evaluate() {
 # ---------------------------------------------------------------- stages: smart initialisation
 
 stage_smart_init() {
-  local task name source
+  local task name
   script tinybert_6_from_bert.py --bert_model "$BASE_MODEL" \
-    --output_dir "$MODELS_DIR/${SMART_STUDENT}_direct_base" --num_layers "$SMART_LAYERS"
-  run "${SMART_STUDENT}_direct_base" "$MODELS_DIR/${SMART_STUDENT}_direct_base"
+    --output_dir "$STUDENTS_DIR/${SMART_STUDENT}_direct_base" --num_layers "$SMART_LAYERS"
+  run "${SMART_STUDENT}_direct_base" "$STUDENTS_DIR/${SMART_STUDENT}_direct_base"
   for task in $TASKS; do
     name=$(slug "$task")
-    source=$(downloaded_teacher "$task")
-    script tinybert_6_from_bert.py --bert_model "${source:-$(teacher_of "$task")}" \
-      --output_dir "$MODELS_DIR/${SMART_STUDENT}_direct_$name" --num_layers "$SMART_LAYERS"
-    run "${SMART_STUDENT}_direct_$name" "$MODELS_DIR/${SMART_STUDENT}_direct_$name"
+    script tinybert_6_from_bert.py --bert_model "$(teacher_of "$task")" \
+      --output_dir "$STUDENTS_DIR/${SMART_STUDENT}_direct_$name" --num_layers "$SMART_LAYERS"
+    run "${SMART_STUDENT}_direct_$name" "$STUDENTS_DIR/${SMART_STUDENT}_direct_$name"
   done
 }
 
@@ -768,14 +801,14 @@ stage_smart_direct() {
   local task start
   for task in $TASKS; do
     start=${SMART_STUDENT}_direct_$(slug "$task")
-    side_by_side task_distillation "${SMART_STUDENT}_direct" "$task" "$MODELS_DIR/$start" \
-      "$MODELS_DIR/tmp_$start" "$MODELS_DIR/${start}_tsd"
+    side_by_side task_distillation "${SMART_STUDENT}_direct" "$task" "$STUDENTS_DIR/$start" \
+      "$STUDENTS_DIR/tmp_$start" "$STUDENTS_DIR/${start}_tsd"
   done
   wait_for_all
 }
 
 stage_smart_general() {
-  general_distillation "$SMART_STUDENT" "$MODELS_DIR/${SMART_STUDENT}_direct_base" --continue_train
+  general_distillation "$SMART_STUDENT" "$STUDENTS_DIR/${SMART_STUDENT}_direct_base" --continue_train
 }
 
 stage_smart_distill() {
@@ -783,7 +816,7 @@ stage_smart_distill() {
   for task in $TASKS; do
     output=${SMART_STUDENT}_$(slug "$task")
     side_by_side task_distillation "$SMART_STUDENT" "$task" \
-      "$MODELS_DIR/distilled_$SMART_STUDENT" "$MODELS_DIR/tmp_$output" "$MODELS_DIR/$output"
+      "$STUDENTS_DIR/distilled_$SMART_STUDENT" "$STUDENTS_DIR/tmp_$output" "$STUDENTS_DIR/$output"
   done
   wait_for_all
 }
@@ -791,11 +824,11 @@ stage_smart_distill() {
 stage_smart_evaluate() {
   local task direct
   for task in $TASKS; do
-    direct=$MODELS_DIR/${SMART_STUDENT}_direct_$(slug "$task")
+    direct=$STUDENTS_DIR/${SMART_STUDENT}_direct_$(slug "$task")
     side_by_side evaluation untrained "${SMART_STUDENT}_direct" "$task" "$direct"
     side_by_side evaluate_student "${SMART_STUDENT}_direct" "$task" "${direct}_tsd"
     side_by_side evaluate_student "$SMART_STUDENT" "$task" \
-      "$MODELS_DIR/${SMART_STUDENT}_$(slug "$task")"
+      "$STUDENTS_DIR/${SMART_STUDENT}_$(slug "$task")"
   done
   wait_for_all
 }
@@ -806,15 +839,15 @@ stage_smart_evaluate() {
 baseline() {
   local name output start flag=--new_classifier
   name=$(slug "$3")
-  output=$MODELS_DIR/baseline_$1_$2_$name
+  output=$STUDENTS_DIR/baseline_$1_$2_$name
   case $1 in
     scratch)
       setting STUDENT_CONFIG "$2"
       start=$REPLY
       flag=--from_scratch
       ;;
-    general) start=$MODELS_DIR/distilled_$2 ;;
-    smart) start=$MODELS_DIR/${2}_direct_base ;;
+    general) start=$STUDENTS_DIR/distilled_$2 ;;
+    smart) start=$STUDENTS_DIR/${2}_direct_base ;;
     *) complain "BASELINES: $1:$2; expected scratch:, general: or smart: and a student" ;;
   esac
   script finetune_teacher.py --task_name "$3" --data_dir "$GLUE_DIR/$3" --bert_model "$start" \
@@ -911,6 +944,9 @@ main() {
       ;;
     run)
       comment=
+      # Large temporary files, such as an epoch of Wikipedia, go where the models go.
+      export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
+      mkdir -p "$TMPDIR"
       echo "Profile $profile, recipe $recipe; logs in $LOG_DIR"
       run_stages
       echo "Done in $(clock $SECONDS)."

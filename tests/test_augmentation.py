@@ -105,12 +105,15 @@ def run(capsys, *argv: object) -> tuple[int, str]:
 def script(model_dir, vector_file, tmp_path, capsys):
     """Write a task's train.tsv and run the script on it."""
 
-    def call(task: str, rows: list[list[str]], *flags: object) -> tuple[int, str, Path]:
+    def call(
+        task: str, rows: list[list[str]], *flags: object, overwrite: bool = True
+    ) -> tuple[int, str, Path]:
         folder = tmp_path / get_task(task).folder
         write_tsv(folder / "train.tsv", rows)
         code, message = run(
             capsys, "--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
             "--glue_dir", tmp_path, "--task_name", task, "--precision", "fp32", *flags,
+            *(["--overwrite"] if overwrite else []),
         )
         return code, message, folder / "train_aug.tsv"
 
@@ -457,16 +460,19 @@ def test_an_interrupted_run_leaves_no_half_written_file(script, monkeypatch):
     assert {file.name for file in output.parent.iterdir()} == {"train.tsv", "train_aug.tsv"}
 
 
-def test_output_file_and_no_overwrite_are_obeyed(script, tmp_path):
+def test_an_existing_output_file_is_only_replaced_with_overwrite(script, tmp_path):
     target = tmp_path / "deep" / "aug.tsv"
-    flags = ("--N", 1, "--output_file", target, "--no_overwrite")
-    code, _, output = script("RTE", [PAIR_HEADER, *PAIRS], *flags)
+    flags = ("--N", 1, "--output_file", target)
+    code, _, output = script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=False)
     assert (code, target.exists(), output.exists()) == (0, True, False)
     before = target.read_bytes()
-    code, message, _ = script("RTE", [PAIR_HEADER, *PAIRS], *flags)
+    code, message, _ = script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=False)
     assert code == 2
     assert str(target) in message
     assert target.read_bytes() == before
+    flags = ("--N", 2, "--output_file", target)
+    assert script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=True)[0] == 0
+    assert target.read_bytes() != before
 
 
 def test_the_closing_line_counts_rows_and_words(script, caplog):

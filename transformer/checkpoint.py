@@ -184,6 +184,16 @@ def save_weights(model: nn.Module, path: Path | str) -> None:
         torch.save(state, temporary)
 
 
+def save_config(
+    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
+) -> None:
+    """Write what stands beside the weights: `config.json` and, if given, the vocabulary."""
+    config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
+    write_json(Path(output_dir) / CONFIG_NAME, config)
+    if tokenizer is not None:
+        tokenizer.save_vocabulary(output_dir)
+
+
 def save_pretrained(
     model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
 ) -> None:
@@ -192,9 +202,5 @@ def save_pretrained(
     Writes `config.json`, the vocabulary when a tokenizer is given, and last
     `pytorch_model.bin`; each file replaces its predecessor atomically.
     """
-    output_dir = Path(output_dir)
-    config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
-    write_json(output_dir / CONFIG_NAME, config)
-    if tokenizer is not None:
-        tokenizer.save_vocabulary(output_dir)
-    save_weights(model, output_dir / WEIGHTS_NAME)
+    save_config(model, output_dir, tokenizer)
+    save_weights(model, Path(output_dir) / WEIGHTS_NAME)

@@ -59,7 +59,8 @@ def attention_loss(
     heads = student_scores.shape[1]
     mask = attention_mask.to(student_scores.dtype)
     squared = (student_scores - teacher_scores).square().sum(dim=1)  # [batch, length, length]
-    per_query = torch.einsum("bqk,bk->bq", squared, mask)
+    # Not a matrix product: autocast would round that to bf16, and overflow it in float16.
+    per_query = (squared * mask[:, None, :]).sum(dim=2)  # [batch, length]
     per_sentence = (per_query * mask).sum(dim=1) / (heads * mask.sum(dim=1).square())
     return per_sentence.mean()
 

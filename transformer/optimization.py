@@ -103,6 +103,7 @@ class BertAdam(torch.optim.Optimizer):
             "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
         }
         self._updates: dict[torch.Tensor, torch.Tensor] = {}  # scratch, reused step by step
+        self._steps: dict[torch.device, torch.Tensor] = {}
         super().__init__(params, defaults)
 
     def get_lr(self) -> list[float]:
@@ -129,6 +130,12 @@ class BertAdam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
         return loss
 
+    def _step_of(self, device: torch.device) -> torch.Tensor:
+        """Return the step count that all of Adam's tensors on `device` share."""
+        if device not in self._steps:
+            self._steps[device] = torch.tensor(NO_BIAS_CORRECTION, device=device)
+        return self._steps[device]
+
     def _step_group(self, group: dict, parameters: list[torch.Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
@@ -152,7 +159,7 @@ class BertAdam(torch.optim.Optimizer):
             exp_avgs=[self.state[p]["next_m"] for p in parameters],
             exp_avg_sqs=[self.state[p]["next_v"] for p in parameters],
             max_exp_avg_sqs=[],
-            state_steps=[torch.full((), NO_BIAS_CORRECTION, device=p.device) for p in parameters],
+            state_steps=[self._step_of(p.device)] * len(parameters),
             fused=True, amsgrad=False, maximize=False,
             beta1=group["b1"], beta2=group["b2"], eps=group["e"], lr=lr, weight_decay=0.0,
         )
@@ -163,9 +170,12 @@ class BertAdam(torch.optim.Optimizer):
 
 def clip_each(gradients: list[torch.Tensor], max_norm: float) -> None:
     """Scale each gradient with a 2-norm above `max_norm` down to it, in place."""
-    norms = torch._foreach_norm(gradients)
     # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which the original calls.
-    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    factors = torch._foreach_norm(gradients)
+    torch._foreach_add_(factors, 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, max_norm)
+    torch._foreach_clamp_max_(factors, 1.0)
     if gradients[0].device.type == "cpu":  # reading a factor costs nothing there
         for gradient, factor in zip(gradients, factors, strict=True):
             if factor < 1.0:

@@ -158,7 +158,8 @@ def resolve_precision(
             raise UserError(f"--fp16 and --precision {name} contradict each other")
         return torch.float16
     if name == "auto":
-        able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+        able = (torch.cuda.is_bf16_supported(including_emulation=False)
+                if device.type == "cuda" else cpu_has_bf16())
         name = "bf16" if able else "fp32"
     return PRECISIONS[name]
 
