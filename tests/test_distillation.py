@@ -374,3 +374,16 @@ def test_micro_batches_hold_every_row_once():
             split = micro_batches(list(range(rows)), parts)
             assert sum(split, []) == list(range(rows))
             assert len(split) <= parts and all(split)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_losses_are_computed_in_float32_under_autocast(dtype):
+    torch.manual_seed(0)
+    student, teacher = 700 * torch.randn(2, 4, 128, 128), 700 * torch.randn(2, 4, 128, 128)
+    mask = torch.ones(2, 128, dtype=torch.int64)
+    expected = attention_loss(student, teacher, mask)
+    with torch.autocast("cpu", dtype):
+        loss = attention_loss(student, teacher, mask)
+        hidden = hidden_loss(student[:, 0], teacher[:, 0], mask)
+    assert loss.dtype == hidden.dtype == torch.float32
+    assert torch.equal(loss, expected)

@@ -22,7 +22,7 @@ from transformer.tokenization import BertTokenizer
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
 DUMP = SHARED / "data" / "enwiki-sample-pages-articles.xml.bz2"
-STATS = SHARED / "golden" / "pregenerate_stats.json"
+STATS = REPO / "tests" / "golden" / "pregenerate_stats.json"
 VOCAB = SHARED / "golden" / "bert_base_uncased_vocab.txt"
 EXPECTED_SENTENCES = 20304
 SEEDS = 20
