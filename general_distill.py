@@ -153,6 +153,13 @@ class Corpus:
         rest = -(-self.rows(int(epochs)) // batch_size)
         return whole + round((epochs - int(epochs)) * rest)
 
+    def passed(self, step: int, batch_size: int) -> float:
+        """Return how many passes `step` optimizer steps are."""
+        passes = 0
+        while step >= (size := -(-self.rows(passes) // batch_size)):
+            step, passes = step - size, passes + 1
+        return passes + step / size
+
     def passes(
         self, batch_size: int, generator: torch.Generator, pad_to: int | None
     ) -> Iterator[tuple[Collate, list[list[int]]]]:
@@ -240,16 +247,16 @@ def main(args: argparse.Namespace) -> None:
                            args.max_seq_length if args.match_original else None)
     steps = islice(train(student, losses, passes, optimizer, args.gradient_accumulation_steps,
                          device, context, scaler), total_steps)
-    means, epoch = RunningMean(), 1
+    means = RunningMean()
     progress = tqdm(steps, desc="general", total=total_steps, unit="step", disable=None)
-    for step, (step_losses, epoch_ends) in enumerate(progress, start=1):
+    for step, (step_losses, _) in enumerate(progress, start=1):
         means.add(step_losses)
         if step % args.eval_step == 0 or step == total_steps:
+            epoch = round(corpus.passed(step, args.train_batch_size), 3)
             record = {"step": step, "epoch": epoch, "lr": optimizer.get_lr()[0], **means.read()}
             log.write(record)
             logger.info("step %d/%d  %s", step, total_steps, record)
             save_weights(student, output_dir / f"step_{step}_{WEIGHTS_NAME}")
-        epoch += epoch_ends
 
     # Results: the next stage reads this folder as it is
     save_weights(student, output_dir / WEIGHTS_NAME)

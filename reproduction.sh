@@ -392,9 +392,9 @@ stage_inputs() {
     return
   fi
   [[ $active == yes && $mode == run ]] || return 0
-  check_device
   state_file prepare "$WORK_DIR/wiki_for_bert.txt"
   [[ -f $REPLY ]] || check_dump "$(wikipedia_dump)"
+  check_device
 }
 
 # check_device: a run that needs a GPU stops here, not after a day on the CPU.
@@ -675,6 +675,7 @@ intermediate() {
   option --num_train_epochs INTERMEDIATE_EPOCHS "$name"
   option --learning_rate INTERMEDIATE_LEARNING_RATE "$name"
   option --max_train_rows INTERMEDIATE_ROWS "$name"
+  option --eval_step INTERMEDIATE_EVAL_STEP "$name"
   augmented AUGMENTED "$1"
   run "${3##*/}" "$3"
 }

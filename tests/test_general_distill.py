@@ -90,7 +90,7 @@ def test_the_output_is_a_model_folder_with_a_checkpoint_every_eval_step(setup):
     assert same_weights(last, weights(output))
     log = read_log(output)
     assert [line["step"] for line in log] == [2, 4, 6]
-    assert [line["epoch"] for line in log] == [1, 2, 2]
+    assert [line["epoch"] for line in log] == [0.667, 1.333, 2.0]
     assert log[-1]["lr"] == 0.0
     assert weights(output)["fit_dense.weight"].shape == (16, 12)
 
@@ -159,7 +159,7 @@ def test_every_pass_reads_the_next_epoch_and_then_the_first_again(tmp_path):
                      ("epoch_0_metrics.json", "epoch_1_metrics.json")):
         (setup.corpus / new).write_bytes((setup.root / "more" / old).read_bytes())
     output = setup.run("out", "--num_train_epochs", 3, "--eval_step", 1)
-    assert [line["epoch"] for line in read_log(output)] == [1, 2, 2, 2, 3]
+    assert [line["epoch"] for line in read_log(output)] == [1.0, 1.333, 1.667, 2.0, 3.0]
 
 
 def test_part_of_an_epoch_trains_part_of_its_steps(setup):
