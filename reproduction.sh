@@ -250,7 +250,7 @@ run() {
     return 0
   fi
   [[ $kind != new ]] || make_room "$output" "$state"
-  mkdir -p "$(dirname "$state")" "$LOG_DIR"
+  mkdir -p "$(dirname "$state")" "$LOG_DIR" "$TMPDIR"
   rm -f "$state"
   : >"$state.started"
   [[ $beside == yes ]] || printf '  %-58s ' "$step"
@@ -911,6 +911,8 @@ run_stages() {
   threads=$(($(nproc) / JOBS))
   ((threads > 0)) || threads=1
   finished=$(mktemp) # one line a step
+  # Large temporary files, such as an epoch of Wikipedia, go where the models go.
+  export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
   trap 'kill $(jobs -p) 2>/dev/null && wait; rm -f "$finished"' EXIT
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
@@ -945,9 +947,6 @@ main() {
       ;;
     run)
       comment=
-      # Large temporary files, such as an epoch of Wikipedia, go where the models go.
-      export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
-      mkdir -p "$TMPDIR"
       echo "Profile $profile, recipe $recipe; logs in $LOG_DIR"
       run_stages
       echo "Done in $(clock $SECONDS)."
