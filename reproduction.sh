@@ -828,7 +828,7 @@ stage_smart_evaluate() {
     direct=$STUDENTS_DIR/${SMART_STUDENT}_direct_$(slug "$task")
     side_by_side evaluation untrained "${SMART_STUDENT}_direct" "$task" "$direct"
     side_by_side evaluate_student "${SMART_STUDENT}_direct" "$task" "${direct}_tsd"
-    side_by_side evaluate_student "$SMART_STUDENT" "$task" \
+    [[ $SMART_GENERAL != yes ]] || side_by_side evaluate_student "$SMART_STUDENT" "$task" \
       "$STUDENTS_DIR/${SMART_STUDENT}_$(slug "$task")"
   done
   wait_for_all
@@ -920,6 +920,7 @@ run_stages() {
   for stage in $STAGES; do
     number=$((number + 1))
     [[ $stage != smart_* || -n $SMART_STUDENT ]] || continue
+    [[ ! $stage =~ ^smart_(general|distill)$ || $SMART_GENERAL == yes ]] || continue
     [[ -n $started && $stage != "$started" ]] || started=
     active=yes
     : >"$finished"
