@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformer import runtime
 from transformer.checkpoint import save_pretrained
+from transformer.distillation import to_device
 from transformer.file_utils import UserError
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
@@ -40,11 +41,6 @@ HELD_OUT_EVERY = 20  # every twentieth document is kept for measuring
 HELD_OUT_ROWS = 256  # sequences at most
 IGNORED = -100
 Document = list[list[int]]  # word-piece ids of each sentence
-
-
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the batch on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 class Run(NamedTuple):
