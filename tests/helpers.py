@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -198,6 +199,25 @@ def error_line(capsys, module, *arguments) -> str:
     assert message.endswith("\n") and message.count("\n") == 1, message
     assert "Traceback" not in message
     return message.strip()
+
+
+class ScriptSetup:
+    """What a script reads, in the folder `root`; `arguments(output, *more)` is its command line."""
+
+    script: ModuleType
+    root: Path
+
+    def run(self, output: str, *more) -> Path:
+        """Run the script; returns the folder it wrote."""
+        run(self.script, *self.arguments(output, *more))
+        return self.root / output
+
+    def expect_error(self, capsys, *more, contains=()) -> None:
+        """The run fails with one line that has `contains`, and writes nothing."""
+        message = error_line(capsys, self.script, *self.arguments("out", *more))
+        for text in contains:
+            assert text in message
+        assert not (self.root / "out").exists()
 
 
 def read_json(path: Path):

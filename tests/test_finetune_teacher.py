@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     ALL_TASKS,
+    ScriptSetup,
     config_folder,
     error_line,
     make_glue,
@@ -30,8 +31,10 @@ from transformer.modeling import (
 )
 
 
-class Setup:
+class Setup(ScriptSetup):
     """A GLUE folder and a classifier with random weights."""
+
+    script = finetune_teacher
 
     def __init__(self, root, name="SST-2", **glue):
         self.root, self.task = root, get_task(name)
@@ -43,10 +46,6 @@ class Setup:
         return ["--task_name", self.task.name, "--data_dir", self.data, "--bert_model",
                 self.model, "--output_dir", self.root / output, "--train_batch_size", 8,
                 "--precision", "fp32", "--no_cuda", *more]
-
-    def run(self, output, *more):
-        run(finetune_teacher, *self.arguments(output, *more))
-        return self.root / output
 
 
 @pytest.fixture
@@ -208,13 +207,6 @@ def test_a_process_of_its_own_prints_the_scores_before_and_after(sst2):
 # ------------------------------------------------------------------ mistakes
 
 
-def expect_error(setup, capsys, *more, contains=()):
-    message = error_line(capsys, finetune_teacher, *setup.arguments("out", *more))
-    for text in contains:
-        assert text in message
-    assert not (setup.root / "out").exists()
-
-
 @pytest.mark.parametrize(("more", "contains"), [
     (("--task_name", "nope"), ["nope", *ALL_TASKS]),
     (("--bert_model", "no/such"), ["no/such"]),
@@ -226,23 +218,23 @@ def expect_error(setup, capsys, *more, contains=()):
     (("--vocab_dir", "no/such"), ["no/such"]),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_written(sst2, capsys, more, contains):
-    expect_error(sst2, capsys, *more, contains=contains)
+    sst2.expect_error(capsys, *more, contains=contains)
 
 
 def test_a_vocabulary_that_does_not_fit_is_named(sst2, capsys):
     write_vocab(sst2.root / "words", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
                                       *(f"w{i}" for i in range(90))])
-    expect_error(sst2, capsys, "--vocab_dir", sst2.root / "words", contains=["95 word pieces"])
+    sst2.expect_error(capsys, "--vocab_dir", sst2.root / "words", contains=["95 word pieces"])
 
 
 def test_bad_rows_and_checkpoints_are_named(sst2, capsys):
     path = sst2.model / "pytorch_model.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    expect_error(sst2, capsys, contains=["pytorch_model.bin", "damaged"])
+    sst2.expect_error(capsys, contains=["pytorch_model.bin", "damaged"])
     path.write_bytes(whole)
     write_tsv(sst2.data / "dev.tsv", [["id", "sentence", "label"], ["1", "a film"]])
-    expect_error(sst2, capsys, contains=["dev.tsv, line 2"])
+    sst2.expect_error(capsys, contains=["dev.tsv, line 2"])
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_untouched(sst2, capsys):

@@ -9,6 +9,7 @@ from helpers import (
     BAD,
     GOOD,
     NEUTRAL,
+    ScriptSetup,
     config_folder,
     error_line,
     make_glue,
@@ -33,8 +34,10 @@ from transformer.modeling import (
 )
 
 
-class Setup:
+class Setup(ScriptSetup):
     """A pregenerated corpus, a teacher of four layers and the config of a narrower student."""
+
+    script = general_distill
 
     def __init__(self, root, **corpus):
         self.root = root
@@ -47,10 +50,6 @@ class Setup:
         return ["--pregenerated_data", self.corpus, "--teacher_model", self.teacher,
                 "--student_model", self.student, "--output_dir", self.root / output,
                 "--train_batch_size", 4, "--precision", "fp32", "--no_cuda", *more]
-
-    def run(self, output, *more):
-        run(general_distill, *self.arguments(output, *more))
-        return self.root / output
 
 
 @pytest.fixture
@@ -180,12 +179,12 @@ def test_continue_train_starts_from_the_given_weights(setup):
 
 
 def test_continue_train_is_strict(setup, capsys):
-    expect_error(setup, capsys, "--continue_train", contains=["student", "no weights"])
+    setup.expect_error(capsys, "--continue_train", contains=["student", "no weights"])
     make_model(setup.student, BertModel, num_hidden_layers=2, hidden_size=12)
     state = weights(setup.student)
     torch.save({k: v for k, v in state.items() if "layer.1." not in k},
                setup.student / "pytorch_model.bin")
-    expect_error(setup, capsys, "--continue_train", contains=["encoder.layer.1."])
+    setup.expect_error(capsys, "--continue_train", contains=["encoder.layer.1."])
 
 
 def test_do_eval_measures_the_losses_and_trains_nothing(setup):
@@ -217,13 +216,6 @@ def test_a_process_of_its_own_gives_the_same_student(setup):
 # ------------------------------------------------------------------ mistakes
 
 
-def expect_error(setup, capsys, *more, contains=()):
-    message = error_line(capsys, general_distill, *setup.arguments("out", *more))
-    for text in contains:
-        assert text in message
-    assert not (setup.root / "out").exists()
-
-
 @pytest.mark.parametrize(("more", "contains"), [
     (("--fp16",), ["--fp16 needs a GPU"]),
     (("--pregenerated_data", "no/such"), ["no/such"]),
@@ -238,39 +230,39 @@ def expect_error(setup, capsys, *more, contains=()):
     (("--warmup_proportion", 1), ["--warmup_proportion 1"]),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_written(setup, capsys, more, contains):
-    expect_error(setup, capsys, *more, contains=contains)
+    setup.expect_error(capsys, *more, contains=contains)
 
 
 def test_depths_heads_and_vocabularies_that_disagree_are_named_with_both_numbers(setup, capsys):
     config_folder(setup.student, num_hidden_layers=3, hidden_size=12)
-    expect_error(setup, capsys, contains=["4 layers", "student 3"])
+    setup.expect_error(capsys, contains=["4 layers", "student 3"])
     config_folder(setup.student, num_hidden_layers=2, hidden_size=12, num_attention_heads=3)
-    expect_error(setup, capsys, contains=["2 attention heads", "student 3"])
+    setup.expect_error(capsys, contains=["2 attention heads", "student 3"])
     config_folder(setup.student, num_hidden_layers=2, hidden_size=12, vocab_size=999)
-    expect_error(setup, capsys, contains=["word pieces", "999"])
+    setup.expect_error(capsys, contains=["word pieces", "999"])
 
 
 def test_a_truncated_corpus_is_refused_before_anything_is_written(setup, capsys):
     path = setup.corpus / "epoch_0.json"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]))
-    expect_error(setup, capsys, contains=["epoch_0.json", "8 rows", "10"])
+    setup.expect_error(capsys, contains=["epoch_0.json", "8 rows", "10"])
     path.write_text("".join(lines)[:-30])
-    expect_error(setup, capsys, contains=["epoch_0.json", "line 10"])
+    setup.expect_error(capsys, contains=["epoch_0.json", "line 10"])
     path.write_text("")
-    expect_error(setup, capsys, contains=["epoch_0.json"])
+    setup.expect_error(capsys, contains=["epoch_0.json"])
 
 
 def test_a_corpus_of_another_vocabulary_is_refused(setup, capsys):
     path = setup.corpus / "epoch_0.json"
     path.write_text(path.read_text().replace('"film"', '"tractor"'))
-    expect_error(setup, capsys, contains=["epoch_0.json, line", "tractor"])
+    setup.expect_error(capsys, contains=["epoch_0.json, line", "tractor"])
 
 
 def test_an_empty_corpus_folder_is_refused(setup, capsys):
     setup.corpus = setup.root / "empty"
     setup.corpus.mkdir()
-    expect_error(setup, capsys, contains=["empty"])
+    setup.expect_error(capsys, contains=["empty"])
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_untouched(setup, capsys):

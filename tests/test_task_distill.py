@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     ALL_TASKS,
+    ScriptSetup,
     error_line,
     make_glue,
     make_model,
@@ -38,8 +39,10 @@ FILES = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json
          "eval_results.txt", "eval_results.json", "log.jsonl", "args.json"}
 
 
-class Setup:
+class Setup(ScriptSetup):
     """A GLUE folder, a teacher of four layers and a general student of two, narrower."""
+
+    script = task_distill
 
     def __init__(self, root, name="SST-2", **glue):
         self.root, self.task = root, get_task(name)
@@ -55,10 +58,6 @@ class Setup:
                 "--data_dir", self.data, "--task_name", self.task.name,
                 "--output_dir", self.root / output, "--train_batch_size", 8,
                 "--precision", "fp32", "--no_cuda", *more]
-
-    def run(self, output, *more):
-        run(task_distill, *self.arguments(output, *more))
-        return self.root / output
 
 
 @pytest.fixture
@@ -395,27 +394,19 @@ def test_models_may_be_urls_and_are_kept_in_cache_dir(sst2, server):
 
 def test_a_url_without_a_model_is_a_users_mistake(sst2, server, capsys):
     sst2.teacher = f"{server}/nowhere"
-    expect_error(sst2, capsys, "--cache_dir", sst2.root / "cache", contains=["nowhere"])
+    sst2.expect_error(capsys, "--cache_dir", sst2.root / "cache", contains=["nowhere"])
 
 
 # ------------------------------------------------------------------ mistakes
 
 
-def expect_error(setup, capsys, *more, contains=()):
-    """The run fails with one line that has `contains`, and writes nothing."""
-    message = error_line(capsys, task_distill, *setup.arguments("out", *more))
-    for text in contains:
-        assert text in message
-    assert not (setup.root / "out").exists()
-
-
 def test_an_unknown_task_is_an_error_that_lists_the_tasks(sst2, capsys):
-    expect_error(sst2, capsys, "--task_name", "squad", contains=["squad", *ALL_TASKS])
+    sst2.expect_error(capsys, "--task_name", "squad", contains=["squad", *ALL_TASKS])
 
 
 def test_a_missing_teacher_is_an_error(sst2, capsys):
     sst2.teacher = sst2.root / "nowhere"
-    expect_error(sst2, capsys, contains=["nowhere"])
+    sst2.expect_error(capsys, contains=["nowhere"])
     arguments = sst2.arguments("out")
     message = error_line(capsys, task_distill, *arguments[2:])
     assert "--teacher_model" in message
@@ -424,63 +415,63 @@ def test_a_missing_teacher_is_an_error(sst2, capsys):
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.txt"])
 def test_a_missing_file_of_the_teacher_is_named(sst2, capsys, name):
     (sst2.teacher / name).unlink()
-    expect_error(sst2, capsys, contains=[name])
+    sst2.expect_error(capsys, contains=[name])
 
 
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin"])
 @pytest.mark.parametrize("flags", [(), ("--do_eval",)])
 def test_a_missing_file_of_the_student_is_named(sst2, capsys, name, flags):
     (sst2.student / name).unlink()
-    expect_error(sst2, capsys, *flags, contains=["student", name])
+    sst2.expect_error(capsys, *flags, contains=["student", name])
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_a_truncated_checkpoint_is_named(sst2, capsys, which):
     path = getattr(sst2, which) / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:5000])
-    expect_error(sst2, capsys, contains=[str(path), "damaged"])
+    sst2.expect_error(capsys, contains=[str(path), "damaged"])
 
 
 def test_a_teacher_without_classifier_is_an_error(sst2, capsys):
     make_model(sst2.teacher, BertModel)
-    expect_error(sst2, capsys, contains=["classifier.weight", "teacher"])
+    sst2.expect_error(capsys, contains=["classifier.weight", "teacher"])
 
 
 def test_evaluating_a_general_student_without_classifier_is_an_error(sst2, capsys):
-    expect_error(sst2, capsys, "--do_eval", contains=["classifier", "student"])
+    sst2.expect_error(capsys, "--do_eval", contains=["classifier", "student"])
 
 
 def test_a_teacher_of_another_task_is_an_error(sst2, capsys):
     make_model(sst2.teacher, labels=("entailment", "not_entailment"))
-    expect_error(sst2, capsys, contains=["entailment", "sst-2"])
+    sst2.expect_error(capsys, contains=["entailment", "sst-2"])
     make_model(sst2.teacher, labels=("a", "b", "c"))
-    expect_error(sst2, capsys, contains=["3 labels; expected 2"])
+    sst2.expect_error(capsys, contains=["3 labels; expected 2"])
 
 
 def test_depths_that_do_not_divide_are_named(sst2, capsys):
     make_model(sst2.student, BertModel, num_hidden_layers=3)
-    expect_error(sst2, capsys, contains=["4 layers", "3"])
+    sst2.expect_error(capsys, contains=["4 layers", "3"])
 
 
 def test_heads_that_differ_are_named_and_do_not_matter_for_the_logits(sst2, capsys):
     make_model(sst2.student, BertModel, num_hidden_layers=2, num_attention_heads=4)
-    expect_error(sst2, capsys, contains=["2 attention heads", "student 4"])
+    sst2.expect_error(capsys, contains=["2 attention heads", "student 4"])
     sst2.run("out", "--pred_distill", "--num_train_epochs", 1)
 
 
 def test_a_vocabulary_that_does_not_fit_is_named_with_both_sizes(sst2, capsys):
     make_model(sst2.student, BertModel, num_hidden_layers=2, vocab_size=400)
-    expect_error(sst2, capsys, contains=["word pieces", "400"])
+    sst2.expect_error(capsys, contains=["word pieces", "400"])
 
 
 def test_a_student_of_another_teachers_width_is_named_with_both_widths(sst2, capsys):
     make_model(sst2.student, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12,
                model_arguments={"fit_size": 20})
-    expect_error(sst2, capsys, contains=["width 20", "16"])
+    sst2.expect_error(capsys, contains=["width 20", "16"])
 
 
 def test_more_positions_than_a_model_has_are_refused_before_anything_is_written(sst2, capsys):
-    expect_error(sst2, capsys, "--max_seq_length", 200, contains=["200", "128 positions"])
+    sst2.expect_error(capsys, "--max_seq_length", 200, contains=["200", "128 positions"])
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_untouched(sst2, capsys):
@@ -503,24 +494,24 @@ def test_a_folder_that_is_not_empty_is_refused_and_untouched(sst2, capsys):
 ])
 def test_a_bad_data_file_is_named_with_line_and_value(sst2, capsys, file, rows, contains):
     write_tsv(sst2.data / file, rows)
-    expect_error(sst2, capsys, contains=contains)
+    sst2.expect_error(capsys, contains=contains)
 
 
 @pytest.mark.parametrize("file", ["train.tsv", "dev.tsv"])
 def test_a_missing_data_file_is_named(sst2, capsys, file):
     (sst2.data / file).unlink()
-    expect_error(sst2, capsys, contains=[file])
+    sst2.expect_error(capsys, contains=[file])
 
 
 def test_a_missing_augmented_file_names_the_script_that_writes_it(sst2, capsys):
-    expect_error(sst2, capsys, "--aug_train", contains=["train_aug.tsv", "data_augmentation.py"])
+    sst2.expect_error(capsys, "--aug_train", contains=["train_aug.tsv", "data_augmentation.py"])
 
 
 def test_cola_with_a_header_is_an_error(tmp_path, capsys):
     setup = Setup(tmp_path, "CoLA")
     write_tsv(setup.data / "train.tsv",
               [["source", "label", "star", "sentence"], *make_rows(setup.task, 3, 0)])
-    expect_error(setup, capsys, contains=["line 1", "no header"])
+    setup.expect_error(capsys, contains=["line 1", "no header"])
 
 
 @pytest.mark.parametrize(("flag", "value"), [
@@ -529,7 +520,7 @@ def test_cola_with_a_header_is_an_error(tmp_path, capsys):
     ("--learning_rate", -1), ("--max_train_rows", -1),
 ])
 def test_a_number_that_makes_no_sense_is_named(sst2, capsys, flag, value):
-    expect_error(sst2, capsys, flag, value, contains=[flag, str(value)])
+    sst2.expect_error(capsys, flag, value, contains=[flag, str(value)])
 
 
 def test_a_mistake_on_the_command_line_has_no_traceback(sst2):
