@@ -50,6 +50,8 @@ MRPC_TRAIN, MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 MRPC_DEV_IDS = "mrpc_dev_ids.tsv"
 MRPC_TEST_HEADER = "index\t#1 ID\t#2 ID\t#1 String\t#2 String"
 DIAGNOSTIC, DIAGNOSTIC_SOURCE, DIAGNOSTIC_FILE = "diagnostic", "AX.tsv", "diagnostic.tsv"
+# What the diagnostic set, and older scripts their tasks, are called as well.
+OTHER_NAMES = {DIAGNOSTIC: DIAGNOSTIC, "ax": DIAGNOSTIC, "sst": "SST-2", "sts": "STS-B"}
 FOLDERS = (*(task.folder for task in GLUE_TASKS.values()), DIAGNOSTIC)
 
 Fetch = Callable[..., Path]  # fetch(name) or fetch(name, base): a downloaded file
@@ -86,21 +88,21 @@ def parse_tasks(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UserError(f"--tasks {text!r} names no task; expected 'all' or {', '.join(FOLDERS)}")
-    chosen = set()
-    for name in names:
-        if name.lower() == "all":
-            chosen.update(FOLDERS)
-        elif name.lower() in (DIAGNOSTIC, "ax"):
-            chosen.add(DIAGNOSTIC)
-        elif name.lower() in ("sst", "sts"):  # what older versions of such scripts call them
-            chosen.add("SST-2" if name.lower() == "sst" else "STS-B")
-        else:
-            try:
-                chosen.add(get_task(name).folder)
-            except UserError:
-                known = ", ".join(FOLDERS)
-                raise UserError(f"unknown task {name!r}; expected 'all' or {known}") from None
+    if "all" in map(str.lower, names):
+        names = [*names, *FOLDERS]
+    chosen = {find_folder(name) for name in names if name.lower() != "all"}
     return [folder for folder in FOLDERS if folder in chosen]
+
+
+def find_folder(name: str) -> str:
+    """Return the folder of a task; a `UserError` lists the names."""
+    if name.lower() in OTHER_NAMES:
+        return OTHER_NAMES[name.lower()]
+    try:
+        return get_task(name).folder
+    except UserError:
+        known = ", ".join(FOLDERS)
+        raise UserError(f"unknown task {name!r}; expected 'all' or {known}") from None
 
 
 def needed_files(folder: str) -> list[str]:

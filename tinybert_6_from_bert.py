@@ -26,7 +26,7 @@ from transformer.file_utils import (
     atomic_path,
     write_json,
 )
-from transformer.modeling import BertConfig, BertModel, find_config
+from transformer.modeling import BertConfig, BertModel, find_config, has_pooler
 from transformer.runtime import prepare_output_dir, run_script
 from transformer.tokenization import BertTokenizer
 
@@ -98,7 +98,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
     state = load_state(bert_model)
     # A whole model is a condition of half of one: nothing may be missing or left over.
-    load_weights(BertModel(config, "bert.pooler.dense.weight" in state), state, bert_model)
+    load_weights(BertModel(config, has_pooler(state)), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite)
     config.num_hidden_layers = len(kept)

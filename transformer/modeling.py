@@ -397,7 +397,8 @@ class BertPreTrainedModel(nn.Module):
         return kwargs
 
 
-def _has_pooler(state: dict[str, Tensor]) -> bool:
+def has_pooler(state: dict[str, Tensor]) -> bool:
+    """Say whether a checkpoint, read by `load_state`, holds a pooler."""
     return "bert.pooler.dense.weight" in state
 
 
@@ -413,7 +414,7 @@ class BertModel(BertPreTrainedModel):
 
     @classmethod
     def constructor_arguments(cls, config, state, source, kwargs):
-        return {"add_pooler": _has_pooler(state), **kwargs}
+        return {"add_pooler": has_pooler(state), **kwargs}
 
     def forward(
         self,
@@ -462,7 +463,7 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     @classmethod
     def constructor_arguments(cls, config, state, source, kwargs):
-        return {"add_pooler": _has_pooler(state), **kwargs}
+        return {"add_pooler": has_pooler(state), **kwargs}
 
     def forward(
         self,
