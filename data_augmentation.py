@@ -21,8 +21,15 @@ from tqdm import tqdm
 from transformer.augmentation import BATCH_TOKENS, DataAugmentor, GloveIndex
 from transformer.file_utils import UserError
 from transformer.glue import GLUE_TASKS, TaskRows, TsvWriter, get_task, task_rows
+from transformer.inference import freeze
 from transformer.modeling import BertForMaskedLM
-from transformer.runtime import get_device, log_start, resolve_precision, run_script
+from transformer.runtime import (
+    add_precision_argument,
+    get_device,
+    log_start,
+    resolve_precision,
+    run_script,
+)
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")
@@ -63,8 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_tokens", type=int, default=0,
         help="word pieces in one batch of the model, fewer need less memory; 0: "
              f"{BATCH_TOKENS['cuda']} on a GPU, {BATCH_TOKENS['cpu']} on a CPU")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="autocast precision of the model; auto: bf16 where the device computes in it")
+    add_precision_argument(parser)
     add("--no_cuda", action="store_true", help="compute on the CPU")
     return parser
 
@@ -152,11 +158,11 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
-    model = BertForMaskedLM.from_pretrained(args.pretrained_bert_model).to(device)
+    model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
     glove = GloveIndex.load(args.glove_embs)
     augmentor = DataAugmentor(
         model, tokenizer, glove, args.M, args.N, args.p, args.seed,
-        batch_tokens=args.batch_tokens, autocast_dtype=dtype,
+        batch_tokens=args.batch_tokens,
     )
     log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 

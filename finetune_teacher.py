@@ -11,36 +11,38 @@ Example:
 
 import argparse
 import logging
-import time
-from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer.checkpoint import save_pretrained
-from transformer.distillation import to_device
+from transformer.distillation import Batch, model_inputs, show_nothing
 from transformer.evaluation import Selection, evaluate_splits, write_results
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, cache_root
 from transformer.glue import (
     GLUE_TASKS,
+    PADDING_MULTIPLE,
     Features,
     GlueTask,
     batches,
-    encode_examples,
     get_task,
     label_order,
-    load_examples,
+    load_features,
+    padded_collate,
 )
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
     JsonLog,
+    Pace,
     RunningMean,
     add_common_arguments,
-    autocast,
     check_numbers,
+    compile_models,
     get_device,
     log_start,
     parameter_count,
@@ -51,6 +53,7 @@ from transformer.runtime import (
     set_seed,
 )
 from transformer.tokenization import BertTokenizer
+from transformer.training import Learner, train
 
 logger = logging.getLogger(__name__)
 
@@ -118,32 +121,18 @@ def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceC
     return model
 
 
-def train_epoch(
-    model: torch.nn.Module,
-    features: Features,
-    epoch_batches: list[list[int]],
-    optimizer: BertAdam,
-    device: torch.device,
-    context: Callable,
-    description: str,
-) -> dict[str, float]:
-    """Train on each batch once; returns the mean loss."""
-    model.train()
-    means = RunningMean()
-    for rows in tqdm(epoch_batches, desc=description, unit="step", disable=None):
-        batch = to_device(features.collate(rows), device)
-        with context():
-            logits = model(
-                batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])[0]
+class LabelLoss(nn.Module):
+    """Cross-entropy against the labels; for regression the squared error."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, teacher: None) -> dict[str, Tensor]:
+        logits = self.model(*model_inputs(batch), score_layers=())[0].float()
         if logits.shape[-1] == 1:
-            loss = F.mse_loss(logits.squeeze(-1).float(), batch["labels"])
-        else:
-            loss = F.cross_entropy(logits.float(), batch["labels"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        means.add({"loss": loss})
-    return means.read()
+            return {"loss": F.mse_loss(logits.squeeze(-1), batch["labels"])}
+        return {"loss": F.cross_entropy(logits, batch["labels"])}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -164,54 +153,59 @@ def main(args: argparse.Namespace) -> None:
     labels = label_order(task, model.config.id2label)
 
     def load(split: str, max_rows: int | None = None) -> Features:
-        examples = load_examples(task, args.data_dir, split, max_rows)
-        return encode_examples(
-            examples, tokenizer, args.max_seq_length, labels, task.is_regression)
+        return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                             max_rows, cache_root() / "features")
 
-    train = load("aug" if args.aug_train else "train", args.max_train_rows or None)
+    train_rows = load("aug" if args.aug_train else "train", args.max_train_rows or None)
     dev = {split: load(split) for split in task.dev_files}
+    steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
+    total_steps = round(args.num_train_epochs * steps_per_epoch)
+    loss = LabelLoss(model)
+    optimizer = BertAdam(
+        param_groups(model, args.weight_decay), lr=args.learning_rate,
+        warmup=args.warmup_proportion, t_total=total_steps)
+    compiled = compile_models(args.compile, device, loss)
 
     # Output
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    start = log_start(args, device, dtype, task=task.name, rows=len(train),
-                      parameters=parameter_count(model))
-    save_arguments(output_dir, start)
+    save_arguments(output_dir, log_start(
+        args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
+        parameters=parameter_count(model)))
     log = JsonLog(output_dir / "log.jsonl")
 
-    def context():
-        return autocast(device, dtype)
-
     def measure(epoch: int, facts: dict[str, float]) -> dict[str, dict[str, float]]:
-        metrics = evaluate_splits(model, dev, task, device, args.eval_batch_size, context)
+        metrics = evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
         log.write({"epoch": epoch, **facts, "metrics": metrics["dev"], "all_metrics": metrics})
         logger.info("epoch %d  %s  %s", epoch, facts, metrics)
         return metrics
 
-    # Training: measured before the first step; the best dev checkpoint stays
-    generator = torch.Generator().manual_seed(args.seed)
-    steps_per_epoch = -(-len(train) // args.train_batch_size)
-    steps = round(args.num_train_epochs * steps_per_epoch)
-    optimizer = BertAdam(
-        param_groups(model, args.weight_decay), lr=args.learning_rate,
-        warmup=args.warmup_proportion, t_total=steps)
+    # Training: measured before the first step and after each pass; the best checkpoint stays
+    selection, means = Selection(task), RunningMean()
     before = measure(0, {})
-    selection = Selection(task)
     selection.update(before)
     save_pretrained(model, output_dir, tokenizer)
-    for epoch, done in enumerate(range(0, steps, steps_per_epoch), start=1):
-        began = time.monotonic()
-        epoch_batches = batches(train.lengths, args.train_batch_size, generator)[: steps - done]
-        means = train_epoch(model, train, epoch_batches, optimizer, device, context,
-                            f"{task.name} epoch {epoch}")
-        rows = sum(map(len, epoch_batches))
-        means["rows_per_second"] = round(rows / (time.monotonic() - began), 1)
-        if selection.update(measure(epoch, means)):
-            save_pretrained(model, output_dir, tokenizer)
+    multiple = PADDING_MULTIPLE.get(device.type, 1)
+    make_batch = padded_collate(train_rows, multiple)
+    generator = torch.Generator().manual_seed(args.seed)
+    epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
+                                   multiple=multiple)) for _ in count())
+    steps = islice(train([Learner(model, loss, optimizer, device, dtype)], show_nothing, epochs,
+                         accumulation=1, device=device), total_steps)
+    pace, epoch = Pace(), 0
+    progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
+    for number, step in enumerate(progress, start=1):
+        pace.add(step.rows, step.waited)
+        means.add(step.losses[0])
+        if step.epoch_ends or number == total_steps:
+            epoch += 1
+            if selection.update(measure(epoch, {**means.read(), **pace.read()})):
+                save_pretrained(model, output_dir, tokenizer)
+            pace.restart()
 
     # Results
     write_results(output_dir, {
         "task": task.name, **selection.results(), "before": before["dev"],
-        "rows": len(dev["dev"]), "train_rows": len(train),
+        "rows": len(dev["dev"]), "train_rows": len(train_rows),
     })
     logger.info("%s on dev: before %s, best %s, last %s", task.name,
                 before["dev"], selection.best["dev"], selection.last["dev"])

@@ -1,52 +1,56 @@
 """Distil a general-purpose student from a BERT teacher that is not fine-tuned.
 
 General distillation (paper, section 3.2) matches attention scores, hidden states and embeddings
-on a large corpus; there is no prediction loss.
+on a large corpus; there is no prediction loss. Several students share the teacher's forward pass.
 
-Example:
+Examples:
     python general_distill.py --pregenerated_data data/json_wiki \
         --teacher_model models/bert-base-uncased --student_model tinybert_4l_config \
         --reduce_memory --do_lower_case --train_batch_size 64 \
         --output_dir models/distilled_tinybert_4l --eval_step 10000
+    python general_distill.py --pregenerated_data data/json_wiki \
+        --teacher_model models/bert-base-uncased --reduce_memory --do_lower_case \
+        --student_model tinybert_4l_config tinybert_6l_config \
+        --output_dir models/distilled_tinybert_4l models/distilled_tinybert_6l \
+        --learning_rate 1e-4 5e-5 --train_batch_size 64 --eval_step 10000
 """
 
 import argparse
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from transformer.checkpoint import save_config, save_weights
 from transformer.distillation import (
-    Batch,
-    Collate,
+    IntermediateLoss,
+    IntermediateTeacher,
     check_heads,
     freeze,
-    intermediate_losses,
     map_layers,
-    to_device,
-    train,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, s3_address, upload_folder
-from transformer.glue import batches
+from transformer.file_utils import WEIGHTS_NAME, s3_address
+from transformer.glue import PADDING_MULTIPLE, batches, padded_collate
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
 from transformer.runtime import (
     JsonLog,
+    Pace,
     RunningMean,
     add_training_arguments,
-    autocast,
     check_numbers,
+    check_output_dirs,
+    compile_models,
     get_device,
     log_start,
+    one_each,
     parameter_count,
     prepare_output_dir,
     resolve_precision,
@@ -54,8 +58,10 @@ from transformer.runtime import (
     save_arguments,
     set_seed,
     training_steps,
+    upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
+from transformer.training import Collate, Learner, autocast, to_device, train
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +75,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pregenerated_data", type=Path, required=True,
         help="folder that pregenerate_training_data.py wrote")
     add("--teacher_model", default=None, type=str, required=True, help="teacher's model folder")
-    add("--student_model", default=None, type=str, required=True,
-        help="folder with the student's config.json; with --continue_train or --do_eval its model")
-    add("--output_dir", default=None, type=str, required=True,
-        help="folder for the student, its checkpoints and logs")
+    add("--student_model", default=None, type=str, required=True, nargs="+",
+        help="folder with the student's config.json; with --continue_train or --do_eval its model;"
+             " several students share the teacher's pass")
+    add("--output_dir", default=None, type=str, required=True, nargs="+",
+        help="folder for the student, its checkpoints and logs; one for each student")
     add("--max_seq_length", default=128, type=int,
         help="longest instance in word pieces; the data may hold shorter ones, not longer")
     add("--reduce_memory", action="store_true",
@@ -83,7 +90,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="lower-case the text; without it the teacher's own setting holds")
     add("--train_batch_size", default=32, type=int, help="instances a step, all micro-batches")
     add("--eval_batch_size", default=8, type=int, help="instances a batch with --do_eval")
-    add("--learning_rate", default=5e-5, type=float, help="peak learning rate")
+    add("--learning_rate", default=5e-5, type=float, nargs="+",
+        help="peak learning rate; one for each student or one for all")
     add("--weight_decay", "--wd", default=1e-4, type=float,
         help="decoupled weight decay, per unit of learning rate")
     add("--num_train_epochs", default=3.0, type=float, help="passes over the corpus")
@@ -103,25 +111,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="the original's losses: padding counts, batches padded to max_seq_length")
     add_training_arguments(parser)
     return parser
-
-
-@dataclass
-class GeneralDistillationLoss:
-    """Eq. 7-9 on a batch: attention scores, hidden states and embeddings, summed over layers."""
-
-    student: nn.Module
-    teacher: nn.Module
-    match_original: bool
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        mask = batch["attention_mask"]
-        inputs = (batch["input_ids"], batch["token_type_ids"], mask)
-        with torch.no_grad():
-            teacher = self.teacher(*inputs)
-        student_scores, student_hidden = self.student(*inputs)
-        return intermediate_losses(
-            student_scores, student_hidden, teacher.attention_scores, teacher.hidden_states,
-            mask, self.match_original)
 
 
 @dataclass
@@ -161,39 +150,72 @@ class Corpus:
         return passes + step / size
 
     def passes(
-        self, batch_size: int, generator: torch.Generator, pad_to: int | None
-    ) -> Iterator[tuple[Collate, list[list[int]]]]:
+        self, batch_size: int, generator: torch.Generator, multiple: int, pad_to: int | None
+    ) -> Iterator[tuple[Collate, Sequence[Sequence[int]]]]:
         """Yield for each pass what makes batches, and the rows of each step."""
         for epoch in count():
-            lengths = self.load(epoch).lengths
-            yield partial(self.collate, pad_to=pad_to), batches(lengths, batch_size, generator)
-
-    def collate(self, rows: list[int], pad_to: int | None) -> Batch:
-        """Return the rows of the epoch that was loaded last."""
-        return self.loaded.collate(rows, pad_to)
+            data = self.load(epoch)
+            yield (padded_collate(data, multiple, pad_to),
+                   batches(data.lengths, batch_size, generator, multiple=multiple))
 
 
-def load_models(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Load the frozen teacher, and the student with new or (--continue_train) given weights."""
-    teacher = BertModel.from_pretrained(args.teacher_model)
-    width = teacher.config.hidden_size
-    if args.continue_train or args.do_eval:
-        student = TinyBertForPreTraining.from_pretrained(args.student_model, fit_size=width)
-    else:
-        student = TinyBertForPreTraining.from_scratch(args.student_model, fit_size=width)
+def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> nn.Module:
+    """Make a student with new or (--continue_train, --do_eval) given weights."""
+    start = (TinyBertForPreTraining.from_pretrained if args.continue_train or args.do_eval
+             else TinyBertForPreTraining.from_scratch)
+    student = start(folder, fit_size=teacher.config.hidden_size)
     map_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
     check_heads(teacher.config.num_attention_heads, student.config.num_attention_heads)
-    return freeze(teacher), student
+    return student
 
 
-def measure(losses: GeneralDistillationLoss, data: PregeneratedDataset, batch_size: int,
-            device: torch.device, context) -> dict[str, float]:
-    """Return the losses over all instances, each instance counting the same."""
-    losses.student.eval()
+def make_learner(
+    args: argparse.Namespace, number: int, teacher: BertModel, vocabulary: int, total_steps: int,
+    device: torch.device, dtype: torch.dtype | None,
+) -> Learner:
+    """Make student `number` exactly as if it were the only one."""
+    set_seed(args.seed)
+    folder = args.student_model[number]
+    student = load_student(args, folder, teacher)
+    student.config.check_vocabulary(vocabulary, args.teacher_model)
+    student.config.check_length(args.max_seq_length, folder)
+    student.to(device)
+    optimizer = BertAdam(
+        param_groups(student, args.weight_decay), lr=args.learning_rate[number],
+        warmup=args.warmup_proportion, t_total=total_steps)
+    return Learner(student, IntermediateLoss(student, args.match_original), optimizer, device,
+                   dtype)
+
+
+@dataclass
+class Output:
+    """Where one student's checkpoints and log go."""
+
+    learner: Learner
+    folder: Path
+    log: JsonLog
+    means: RunningMean = field(default_factory=RunningMean)
+
+    def record(self, step: int, facts: dict[str, float]) -> dict[str, float]:
+        """Log the losses since the last time and save the student; returns what was logged."""
+        record = {"step": step, **facts, "lr": self.learner.optimizer.get_lr()[0],
+                  **self.means.read()}
+        self.log.write(record)
+        logger.info("%s: %s", self.folder.name, record)
+        save_weights(self.learner.student, self.folder / f"step_{step}_{WEIGHTS_NAME}")
+        return record
+
+
+@torch.no_grad()
+def measure(learner: Learner, teacher: IntermediateTeacher, data: PregeneratedDataset,
+            batch_size: int) -> dict[str, float]:
+    """Return a student's losses over all instances, each instance counting the same."""
+    learner.student.eval()
     totals: dict[str, float] = {}
     for rows in tqdm(batches(data.lengths, batch_size), unit="batch", disable=None):
-        with torch.no_grad(), context():
-            values = losses(to_device(data.collate(rows), device))
+        batch = to_device(data.collate(rows), learner.device)
+        with autocast(learner.device, learner.dtype):
+            values = learner.loss(batch, teacher(batch))
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(rows) / len(data)
     return totals
@@ -202,68 +224,72 @@ def measure(losses: GeneralDistillationLoss, data: PregeneratedDataset, batch_si
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_numbers(args)
+    students = len(args.student_model)
+    args.learning_rate = one_each("learning_rate", args.learning_rate, students)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir)
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
-    set_seed(args.seed)
     address = s3_address(args.data_url)
 
-    # Models and data
-    teacher, student = load_models(args)
+    # Teacher, data and students
+    set_seed(args.seed)
+    encoder = freeze(BertModel.from_pretrained(args.teacher_model, add_pooler=False), dtype,
+                     device, pack=not args.compile)
     tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
-    for model, source in ((teacher, args.teacher_model), (student, args.student_model)):
-        model.config.check_vocabulary(len(tokenizer), args.teacher_model)
-        model.config.check_length(args.max_seq_length, source)
+    encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
+    encoder.config.check_length(args.max_seq_length, args.teacher_model)
     corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
     corpus.load(0)  # before anything is written: it may be damaged
     training_steps(args.num_train_epochs, 1)
     total_steps = max(1, corpus.steps(args.num_train_epochs, args.train_batch_size))
+    learners = [make_learner(args, number, encoder, len(tokenizer), total_steps, device, dtype)
+                for number in range(students)]
+    teacher = IntermediateTeacher(
+        encoder, [learner.student.config.num_hidden_layers for learner in learners])
+    compiled = compile_models(args.compile, device, teacher, *(x.loss for x in learners))
 
     # Output
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    save_arguments(output_dir, log_start(
-        args, device, dtype, rows=corpus.rows(0), steps=total_steps, batch=args.train_batch_size,
-        teacher=parameter_count(teacher), student=parameter_count(student)))
-    teacher.to(device)
-    student.to(device)
-    losses = GeneralDistillationLoss(student, teacher, args.match_original)
-
-    def context():
-        return autocast(device, dtype)
-
+    folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
+    start = log_start(
+        args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
+        batch=args.train_batch_size, teacher=parameter_count(encoder),
+        students=" ".join(parameter_count(learner.student) for learner in learners))
+    for folder in folders:
+        save_arguments(folder, start)
     if args.do_eval:
-        values = measure(losses, corpus.load(0), args.eval_batch_size, device, context)
-        write_results(output_dir, {"losses": values, "rows": corpus.rows(0)})
-        logger.info("%s: %s", args.student_model, values)
+        for learner, folder in zip(learners, folders, strict=True):
+            values = measure(learner, teacher, corpus.load(0), args.eval_batch_size)
+            write_results(folder, {"losses": values, "rows": corpus.rows(0)})
+            logger.info("%s: %s", folder, values)
         return
 
     # Distillation; every step_N_pytorch_model.bin is a model beside this config and vocabulary
-    save_config(student, output_dir, tokenizer)
-    log = JsonLog(output_dir / "log.jsonl")
-    optimizer = BertAdam(param_groups(student, args.weight_decay), lr=args.learning_rate,
-                         warmup=args.warmup_proportion, t_total=total_steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    generator = torch.Generator().manual_seed(args.seed)
-    passes = corpus.passes(args.train_batch_size, generator,
-                           args.max_seq_length if args.match_original else None)
-    steps = islice(train(student, losses, passes, optimizer, args.gradient_accumulation_steps,
-                         device, context, scaler), total_steps)
-    means = RunningMean()
+    outputs = [Output(learner, folder, JsonLog(folder / "log.jsonl"))
+               for learner, folder in zip(learners, folders, strict=True)]
+    for output in outputs:
+        save_config(output.learner.student, output.folder, tokenizer)
+    passes = corpus.passes(
+        args.train_batch_size, torch.Generator().manual_seed(args.seed),
+        PADDING_MULTIPLE.get(device.type, 1), args.max_seq_length if args.match_original else None)
+    steps = islice(train(learners, teacher, passes, args.gradient_accumulation_steps, device),
+                   total_steps)
+    pace = Pace()
     progress = tqdm(steps, desc="general", total=total_steps, unit="step", disable=None)
-    for step, (step_losses, _) in enumerate(progress, start=1):
-        means.add(step_losses)
-        if step % args.eval_step == 0 or step == total_steps:
-            epoch = round(corpus.passed(step, args.train_batch_size), 3)
-            record = {"step": step, "epoch": epoch, "lr": optimizer.get_lr()[0], **means.read()}
-            log.write(record)
-            logger.info("step %d/%d  %s", step, total_steps, record)
-            save_weights(student, output_dir / f"step_{step}_{WEIGHTS_NAME}")
+    for number, step in enumerate(progress, start=1):
+        pace.add(step.rows, step.waited)
+        for output, losses in zip(outputs, step.losses, strict=True):
+            output.means.add(losses)
+        if number % args.eval_step == 0 or number == total_steps:
+            epoch = round(corpus.passed(number, args.train_batch_size), 3)
+            facts = {"epoch": epoch, **pace.read()}
+            records = [output.record(number, facts) for output in outputs]
 
-    # Results: the next stage reads this folder as it is
-    save_weights(student, output_dir / WEIGHTS_NAME)
-    write_results(output_dir, {"losses": {k: v for k, v in record.items() if "loss" in k},
-                               "steps": total_steps, "rows": corpus.rows(0)})
-    if address:
-        upload_folder(output_dir, *address)
+    # Results: the next stage reads these folders as they are
+    for output, record in zip(outputs, records, strict=True):
+        save_weights(output.learner.student, output.folder / WEIGHTS_NAME)
+        write_results(output.folder, {"losses": {k: v for k, v in record.items() if "loss" in k},
+                                      "steps": total_steps, "rows": corpus.rows(0)})
+    upload_outputs(address, folders)
 
 
 if __name__ == "__main__":

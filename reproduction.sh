@@ -156,13 +156,14 @@ downloaded_teacher() {
 
 cmd=()     # the command under construction
 needs=()   # what it reads beyond the paths that stand in it
+also=()    # what it makes beyond its first output: other students of the same run
 records=() # the report's input: kind, model, task, folder, training folder
 declare -A made=() # each path that the steps so far make, and the key of its step
 printed=   # yes: this dry run has printed a command
 beside=no  # yes inside side_by_side
 failed=no  # yes when a step there failed
 
-script() { cmd=(python "$@") needs=(); }
+script() { cmd=(python "$@") needs=() also=(); }
 
 # option FLAG NAME [CASE]: adds "FLAG value" to the command, nothing where the setting is empty.
 option() {
@@ -187,6 +188,13 @@ step_key() {
   done
   text=$(cksum <<<"$text")
   REPLY=${text%% *}
+}
+
+# join SEPARATOR WORD...
+join() {
+  local IFS=$1
+  shift
+  echo "$*"
 }
 
 clock() { printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 / 60 % 60)) $(($1 % 60)); }
@@ -221,25 +229,27 @@ make_room() {
   rm -rf -- "$1"
 }
 
+exist() {
+  local path
+  for path in "$@"; do [[ -e $path ]] || return 1; done
+}
+
 # run STEP OUTPUT [new|update|fetch]: runs the command unless this step is finished.
 #   new:    what an unfinished try left behind is removed first
 #   update: the command itself deals with what is there
 #   fetch:  so it does, and keeps what is complete, unless this step's inputs have changed
 run() {
-  local step=$1 output=$2 kind=${3-new} key state log code=0 start
+  local step=$1 output=$2 kind=${3-new} key state log code=0 start path
   step_key
   key=$REPLY
   state_file "$step" "$output"
   state=$REPLY
-  made[$output]=$key
+  # In a stage that is left out, what is on the disk counts, not what the settings would make.
+  [[ $active != no || ! -f $state ]] || key=$(<"$state")
+  for path in "$output" "${also[@]}"; do made[$path]=$key; done
   log=$LOG_DIR/$step.log
-  if [[ $active == no ]]; then
-    # What is on the disk counts, not what the settings would make.
-    [[ ! -f $state ]] || made[$output]=$(<"$state")
-    return 0
-  fi
-  [[ $active == yes ]] || return 0 # note
-  if [[ -e $output && -f $state && $(<"$state") == "$key" ]]; then
+  [[ $active == yes ]] || return 0 # no or note
+  if exist "$output" "${also[@]}" && [[ -f $state && $(<"$state") == "$key" ]]; then
     echo "$step" >>"$finished"
     return 0
   fi
@@ -249,7 +259,9 @@ run() {
     printed=yes
     return 0
   fi
-  [[ $kind != new ]] || make_room "$output" "$state"
+  if [[ $kind == new ]]; then
+    for path in "$output" "${also[@]}"; do make_room "$path" "$state"; done
+  fi
   mkdir -p "$(dirname "$state")" "$LOG_DIR" "$TMPDIR"
   rm -f "$state"
   : >"$state.started"
@@ -263,7 +275,7 @@ run() {
   [[ $beside == no ]] || trap "kill $! 2>/dev/null; wait; exit 143" INT TERM
   wait $! || code=$?
   ((code == 0)) || stop "$step" "$code" "$log"
-  [[ -e $output ]] || stop "$step" "0, but there is no $output" "$log"
+  exist "$output" "${also[@]}" || stop "$step" "0, but there is no $output ${also[*]}" "$log"
   echo "$key" >"$state"
   printf '%s\t%s\t%d\n' "$stage" "$step" $((SECONDS - start)) >>"$RESULTS_DIR/times.tsv"
   # A step beside others prints its line whole, when it ends.
@@ -576,24 +588,40 @@ stage_pregenerate() {
 
 # ---------------------------------------------------------------- stages: distillation
 
-# general_distillation STUDENT START [FLAG...]: from the teacher's layers to distilled_STUDENT.
+# general_settings STUDENT: the flags of general distillation that students of one run share.
+general_settings() {
+  option --train_batch_size GENERAL_BATCH_SIZE "$1"
+  option --gradient_accumulation_steps GENERAL_ACCUMULATION "$1"
+  option --eval_step GENERAL_EVAL_STEP "$1"
+  option --num_train_epochs GENERAL_EPOCHS "$1"
+  option --warmup_proportion GENERAL_WARMUP "$1"
+  option --weight_decay GENERAL_WEIGHT_DECAY "$1"
+  option --max_seq_length GENERAL_MAX_SEQ_LENGTH "$1"
+}
+
+# general_distillation STUDENT...: from the teacher's layers to distilled_STUDENT. starts[i] is what
+# student i starts from; the array more holds further flags. All of them see the same batches.
 general_distillation() {
-  local student=$1 output=$STUDENTS_DIR/distilled_$1
+  local student outputs=() rates=()
+  for student in "$@"; do
+    outputs+=("$STUDENTS_DIR/distilled_$student")
+    setting GENERAL_LEARNING_RATE "$student"
+    # Students with the script's own rate beside others: then it has to be said.
+    [[ -n $REPLY || $# == 1 ]] || REPLY=5e-5
+    [[ -z $REPLY ]] || rates+=("$REPLY")
+  done
   script general_distill.py --pregenerated_data "$WORK_DIR/json_wiki" \
-    --teacher_model "$BASE_MODEL" --student_model "$2" --reduce_memory
+    --teacher_model "$BASE_MODEL" --student_model "${starts[@]}" --reduce_memory
   [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
-  option --train_batch_size GENERAL_BATCH_SIZE "$student"
-  option --gradient_accumulation_steps GENERAL_ACCUMULATION "$student"
-  cmd+=(--output_dir "$output" "${@:3}")
-  option --eval_step GENERAL_EVAL_STEP "$student"
-  option --num_train_epochs GENERAL_EPOCHS "$student"
-  option --learning_rate GENERAL_LEARNING_RATE "$student"
-  option --warmup_proportion GENERAL_WARMUP "$student"
-  option --weight_decay GENERAL_WEIGHT_DECAY "$student"
-  option --max_seq_length GENERAL_MAX_SEQ_LENGTH "$student"
+  cmd+=(--output_dir "${outputs[@]}" "${more[@]}")
+  general_settings "$1"
+  ((${#rates[@]} == 0)) || cmd+=(--learning_rate "${rates[@]}")
   training_options
-  run "general_$student" "$output"
-  record general "$student" - "$output" "$output"
+  also=("${outputs[@]:1}")
+  run "general_$(join _ "$@")" "${outputs[0]}"
+  for student in "$@"; do
+    record general "$student" - "$STUDENTS_DIR/distilled_$student" "$STUDENTS_DIR/distilled_$student"
+  done
 }
 
 training_options() {
@@ -602,10 +630,18 @@ training_options() {
 }
 
 stage_general() {
-  local student
+  local student other own done=" " more=() starts group
   for student in $STUDENTS; do
-    setting STUDENT_CONFIG "$student"
-    side_by_side general_distillation "$student" "$REPLY"
+    [[ $done != *" $student "* ]] || continue
+    script && general_settings "$student" && own=${cmd[*]}
+    group=() starts=()
+    for other in $STUDENTS; do
+      script && general_settings "$other"
+      [[ ${cmd[*]} == "$own" ]] || continue
+      setting STUDENT_CONFIG "$other"
+      group+=("$other") starts+=("$REPLY") done+="$other "
+    done
+    side_by_side general_distillation "${group[@]}"
   done
   wait_for_all
 }
@@ -664,35 +700,39 @@ teacher() {
   record teacher teacher "$task" "$(teacher_of "$task")" "$(teacher_of "$task")"
 }
 
-# intermediate TASK START OUTPUT: hidden states and attention of the task's teacher.
+# intermediate STEP TASK: hidden states and attention of the task's teacher, for the students in
+# starts, into the folders in outputs.
 intermediate() {
   local name
-  name=$(slug "$1")
-  script task_distill.py --teacher_model "$(teacher_of "$1")" --student_model "$2" \
-    --data_dir "$GLUE_DIR/$1" --task_name "$1" --output_dir "$3"
+  name=$(slug "$2")
+  script task_distill.py --teacher_model "$(teacher_of "$2")" --student_model "${starts[@]}" \
+    --data_dir "$GLUE_DIR/$2" --task_name "$2" --output_dir "${outputs[@]}"
   task_options "$name"
   option --train_batch_size TASK_BATCH_SIZE "$name"
   option --num_train_epochs INTERMEDIATE_EPOCHS "$name"
   option --learning_rate INTERMEDIATE_LEARNING_RATE "$name"
   option --max_train_rows INTERMEDIATE_ROWS "$name"
   option --eval_step INTERMEDIATE_EVAL_STEP "$name"
-  augmented AUGMENTED "$1"
-  run "${3##*/}" "$3"
+  augmented AUGMENTED "$2"
+  also=("${outputs[@]:1}")
+  run "$1" "${outputs[0]}"
 }
 
-# prediction TASK START OUTPUT RATE BATCH_SIZE: the teacher's logits.
+# prediction STEP TASK BATCH_SIZE: the teacher's logits, with the learning rates in rates.
 prediction() {
   local name
-  name=$(slug "$1")
-  script task_distill.py --pred_distill --teacher_model "$(teacher_of "$1")" \
-    --student_model "$2" --data_dir "$GLUE_DIR/$1" --task_name "$1" --output_dir "$3"
+  name=$(slug "$2")
+  script task_distill.py --pred_distill --teacher_model "$(teacher_of "$2")" \
+    --student_model "${starts[@]}" --data_dir "$GLUE_DIR/$2" --task_name "$2" \
+    --output_dir "${outputs[@]}"
   task_options "$name"
-  cmd+=(--learning_rate "$4" --train_batch_size "$5")
+  cmd+=(--learning_rate "${rates[@]}" --train_batch_size "$3")
   option --num_train_epochs PREDICTION_EPOCHS "$name"
   option --max_train_rows PREDICTION_ROWS "$name"
   option --eval_step PREDICTION_EVAL_STEP "$name"
-  augmented PREDICTION_AUGMENTED "$1"
-  run "${3##*/}" "$3"
+  augmented PREDICTION_AUGMENTED "$2"
+  also=("${outputs[@]:1}")
+  run "$1" "${outputs[0]}"
 }
 
 # augmented NAME TASK: trains on the augmented rows where the setting is yes.
@@ -726,15 +766,35 @@ variants() {
   done
 }
 
-# task_distillation STUDENT TASK START TEMPORARY FINAL: both stages on one task.
+# task_distillation STEP TASK: both stages on one task. Student i has the name in students[i], starts
+# from starts[i], passes through temporaries[i] and ends in finals[i]. All share the teacher's pass,
+# and the learning rates of a batch size are so many students more.
 task_distillation() {
-  local student=$1 task=$2 temporary=$4 rate size folder
-  intermediate "$task" "$3" "$temporary"
-  record intermediate "$student" "$task" "$temporary" "$temporary"
-  while read -r rate size folder <&3; do
-    prediction "$task" "$temporary" "$folder" "$rate" "$size"
-    record prediction "$student" "$task" "$folder" "$folder"
-  done 3< <(variants "$task" "$5")
+  local outputs rates rate size folder wanted sizes i
+  outputs=("${temporaries[@]}")
+  intermediate "intermediate_$1" "$2"
+  for i in "${!students[@]}"; do
+    record intermediate "${students[i]}" "$2" "${temporaries[i]}" "${temporaries[i]}"
+  done
+  setting PREDICTION_BATCH_SIZES "$(slug "$2")"
+  sizes=$REPLY
+  for wanted in $sizes; do
+    local starts=() outputs=() rates=()
+    for i in "${!students[@]}"; do
+      while read -r rate size folder <&3; do
+        [[ $size == "$wanted" ]] || continue
+        starts+=("${temporaries[i]}") outputs+=("$folder") rates+=("$rate")
+      done 3< <(variants "$2" "${finals[i]}")
+    done
+    folder=prediction_$1
+    [[ $sizes == "$wanted" ]] || folder+=_batch$wanted
+    prediction "$folder" "$2" "$wanted"
+  done
+  for i in "${!students[@]}"; do
+    while read -r _ _ folder <&3; do
+      record prediction "${students[i]}" "$2" "$folder" "$folder"
+    done 3< <(variants "$2" "${finals[i]}")
+  done
 }
 
 # evaluation KIND MODEL TASK FOLDER: the dev score of a trained model.
@@ -761,13 +821,17 @@ evaluate_student() {
 }
 
 stage_distill() {
-  local student task name
-  for student in $STUDENTS; do
-    for task in $TASKS; do
-      name=$(slug "$task")
-      side_by_side task_distillation "$student" "$task" "$STUDENTS_DIR/distilled_$student" \
-        "$STUDENTS_DIR/tmp_distilled_${student}_$name" "$STUDENTS_DIR/distilled_${student}_$name"
+  local student task name students starts temporaries finals
+  read -r -a students <<<"$STUDENTS"
+  for task in $TASKS; do
+    name=$(slug "$task")
+    starts=() temporaries=() finals=()
+    for student in "${students[@]}"; do
+      starts+=("$STUDENTS_DIR/distilled_$student")
+      temporaries+=("$STUDENTS_DIR/tmp_distilled_${student}_$name")
+      finals+=("$STUDENTS_DIR/distilled_${student}_$name")
     done
+    side_by_side task_distillation "$name" "$task"
   done
   wait_for_all
 }
@@ -799,25 +863,30 @@ stage_smart_init() {
 }
 
 stage_smart_direct() {
-  local task start
+  local task name students=("${SMART_STUDENT}_direct") starts temporaries finals
   for task in $TASKS; do
-    start=${SMART_STUDENT}_direct_$(slug "$task")
-    side_by_side task_distillation "${SMART_STUDENT}_direct" "$task" "$STUDENTS_DIR/$start" \
-      "$STUDENTS_DIR/tmp_$start" "$STUDENTS_DIR/${start}_tsd"
+    name=${SMART_STUDENT}_direct_$(slug "$task")
+    starts=("$STUDENTS_DIR/$name")
+    temporaries=("$STUDENTS_DIR/tmp_$name")
+    finals=("$STUDENTS_DIR/${name}_tsd")
+    side_by_side task_distillation "$name" "$task"
   done
   wait_for_all
 }
 
 stage_smart_general() {
-  general_distillation "$SMART_STUDENT" "$STUDENTS_DIR/${SMART_STUDENT}_direct_base" --continue_train
+  local starts=("$STUDENTS_DIR/${SMART_STUDENT}_direct_base") more=(--continue_train)
+  general_distillation "$SMART_STUDENT"
 }
 
 stage_smart_distill() {
-  local task output
+  local task name students=("$SMART_STUDENT") starts temporaries finals
   for task in $TASKS; do
-    output=${SMART_STUDENT}_$(slug "$task")
-    side_by_side task_distillation "$SMART_STUDENT" "$task" \
-      "$STUDENTS_DIR/distilled_$SMART_STUDENT" "$STUDENTS_DIR/tmp_$output" "$STUDENTS_DIR/$output"
+    name=${SMART_STUDENT}_$(slug "$task")
+    starts=("$STUDENTS_DIR/distilled_$SMART_STUDENT")
+    temporaries=("$STUDENTS_DIR/tmp_$name")
+    finals=("$STUDENTS_DIR/$name")
+    side_by_side task_distillation "$name" "$task"
   done
   wait_for_all
 }

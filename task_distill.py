@@ -2,6 +2,7 @@
 
 Task distillation has two stages, each a run of this script (paper, sections 3.2 and 4.2):
 intermediate layers first (attention and hidden states), then, with --pred_distill, the logits.
+Several students share the teacher's forward pass.
 
 Examples:
     python task_distill.py --teacher_model models/final_rte_teacher \
@@ -18,12 +19,11 @@ Examples:
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,13 @@ from tqdm import tqdm
 from transformer.checkpoint import fetch_model, save_pretrained
 from transformer.distillation import (
     Batch,
-    Collate,
+    IntermediateLoss,
+    IntermediateTeacher,
+    PredictionLoss,
     check_heads,
     freeze,
-    intermediate_losses,
     map_layers,
-    prediction_loss,
-    train,
+    show_nothing,
 )
 from transformer.evaluation import (
     Selection,
@@ -46,27 +46,31 @@ from transformer.evaluation import (
     predict_logits,
     write_results,
 )
-from transformer.file_utils import UserError, s3_address, upload_folder
+from transformer.file_utils import UserError, cache_root, s3_address
 from transformer.glue import (
     GLUE_TASKS,
+    PADDING_MULTIPLE,
     Features,
     GlueTask,
     batches,
-    encode_examples,
     get_task,
     label_order,
-    load_examples,
+    load_features,
+    padded_collate,
 )
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
     JsonLog,
+    Pace,
     RunningMean,
     add_training_arguments,
-    autocast,
     check_numbers,
+    check_output_dirs,
+    compile_models,
     get_device,
     log_start,
+    one_each,
     parameter_count,
     prepare_output_dir,
     resolve_precision,
@@ -74,8 +78,10 @@ from transformer.runtime import (
     save_arguments,
     set_seed,
     training_steps,
+    upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
+from transformer.training import Collate, Learner, train
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +95,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_dir", default=None, type=str, required=True, help="the task's folder of TSV files")
     add("--teacher_model", default=None, type=str,
         help="fine-tuned teacher: folder or URL; not needed with --do_eval")
-    add("--student_model", default=None, type=str, required=True,
-        help="student to start from or to evaluate: folder or URL")
+    add("--student_model", default=None, type=str, required=True, nargs="+",
+        help="student to start from or to evaluate: folder or URL; several students share the"
+             " teacher's pass")
     add("--task_name", default=None, type=str, required=True,
         help=f"any case, one of: {', '.join(GLUE_TASKS)}")
-    add("--output_dir", default=None, type=str, required=True,
-        help="folder for the student, its logs and results")
+    add("--output_dir", default=None, type=str, required=True, nargs="+",
+        help="folder for the student, its logs and results; one for each student")
     add("--cache_dir", default="", type=str,
         help="folder for models given as URLs; empty: .cache/models")
     add("--max_seq_length", default=128, type=int,
@@ -104,8 +111,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="lower-case the text; without it the model's own setting holds")
     add("--train_batch_size", default=32, type=int, help="rows a step, over all micro-batches")
     add("--eval_batch_size", default=32, type=int, help="rows a batch on dev")
-    add("--learning_rate", default=5e-5, type=float,
-        help="intermediate stage: constant rate; prediction stage: peak of the schedule")
+    add("--learning_rate", default=5e-5, type=float, nargs="+",
+        help="intermediate stage: constant rate; prediction stage: peak of the schedule; one for"
+             " each student or one for all")
     add("--weight_decay", "--wd", default=1e-4, type=float,
         help="decoupled weight decay, per unit of learning rate")
     add("--num_train_epochs", default=3.0, type=float,
@@ -140,121 +148,139 @@ def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
         args.num_train_epochs = float(task.intermediate_epochs)
 
 
-@dataclass
-class IntermediateLoss:
-    """Eq. 7-9 on a batch: attention scores, hidden states and embeddings, summed over layers."""
-
-    student: nn.Module
-    teacher: nn.Module
-    match_original: bool
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        mask = batch["attention_mask"]
-        inputs = (batch["input_ids"], batch["token_type_ids"], mask)
-        with torch.no_grad():
-            _, teacher_scores, teacher_hidden = self.teacher(*inputs)
-        _, student_scores, student_hidden = self.student(*inputs, is_student=True)
-        return intermediate_losses(
-            student_scores, student_hidden, teacher_scores, teacher_hidden, mask,
-            self.match_original)
+def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
+              labels: tuple[str, ...], max_rows: int = 0) -> Features:
+    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                         max_rows or None, cache_root() / "features")
 
 
-@dataclass
-class PredictionLoss:
-    """Eq. 10 on a batch that brings its rows' teacher logits."""
-
-    student: nn.Module
-    temperature: float
-    match_original: bool
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        inputs = (batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
-        return {"cls_loss": prediction_loss(
-            self.student(*inputs)[0], batch["teacher_logits"], self.temperature,
-            self.match_original)}
+def check_fit(args: argparse.Namespace, model: nn.Module, tokenizer: BertTokenizer,
+              vocabulary: Path | str) -> None:
+    """Raise a `UserError` unless the vocabulary and the rows' length fit the model."""
+    model.config.check_vocabulary(len(tokenizer), vocabulary)
+    model.config.check_length(args.max_seq_length, "the model")
 
 
-def load_tokenizer(args: argparse.Namespace, model_dir: Path,
-                   *models: nn.Module) -> BertTokenizer:
-    """Load the vocabulary of `model_dir` and check that it and the rows' length fit the models."""
-    tokenizer = BertTokenizer.from_pretrained(model_dir, args.do_lower_case or None)
-    for model in models:
-        model.config.check_vocabulary(len(tokenizer), model_dir)
-        model.config.check_length(args.max_seq_length, "the model")
-    return tokenizer
-
-
-def load_features(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
-                  labels: tuple[str, ...], max_rows: int = 0) -> Features:
-    examples = load_examples(task, args.data_dir, split, max_rows or None)
-    return encode_examples(examples, tokenizer, args.max_seq_length, labels, task.is_regression)
-
-
-def load_models(
-    args: argparse.Namespace, task: GlueTask
-) -> tuple[nn.Module, nn.Module, BertTokenizer]:
-    """Load the teacher strictly, and a student whose outputs take the teacher's label names."""
+def load_teacher(args: argparse.Namespace, task: GlueTask) -> tuple[nn.Module, BertTokenizer]:
+    """Load the fine-tuned teacher strictly, with its vocabulary."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
-    cache_dir = args.cache_dir or None
-    teacher_dir = fetch_model(args.teacher_model, cache_dir)
+    folder = fetch_model(args.teacher_model, args.cache_dir or None)
     teacher = TinyBertForSequenceClassification.from_pretrained(
-        teacher_dir, num_labels=task.num_labels)
+        folder, num_labels=task.num_labels)
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    check_fit(args, teacher, tokenizer, folder)
+    return teacher, tokenizer
+
+
+def load_student(args: argparse.Namespace, task: GlueTask, source: str,
+                 teacher: nn.Module) -> nn.Module:
+    """Load a student whose outputs take the teacher's label names."""
     # A general student has no classifier yet; the prediction stage trains it.
     student = TinyBertForSequenceClassification.from_pretrained(
-        fetch_model(args.student_model, cache_dir), new_head=True, num_labels=task.num_labels,
+        fetch_model(source, args.cache_dir or None), new_head=True, num_labels=task.num_labels,
         fit_size=teacher.config.hidden_size)
     if not args.pred_distill:
         map_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
         check_heads(teacher.config.num_attention_heads, student.config.num_attention_heads)
     labels, own = (label_order(task, m.config.id2label) for m in (teacher, student))
     if own != labels and not student.config.id2label[0].startswith("LABEL_"):
-        raise UserError(f"{args.student_model}: its labels are ordered {own},"
-                        f" the teacher's {labels}")
+        raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
     student.config.id2label = dict(teacher.config.id2label)
     student.config.classifier_relu |= args.match_original
-    return freeze(teacher), student, load_tokenizer(args, teacher_dir, teacher, student)
+    return student
 
 
-def make_losses(
-    args: argparse.Namespace, student: nn.Module, teacher: nn.Module, features: Features,
-    device: torch.device, context: Callable[[], AbstractContextManager],
-) -> tuple[Callable[[Batch], dict[str, Tensor]], Collate]:
-    """Return the stage's loss, and what makes its batches out of row numbers."""
-    pad_to = args.max_seq_length if args.match_original else None
-    if not args.pred_distill:
-        losses = IntermediateLoss(student, teacher, args.match_original)
-        return losses, partial(features.collate, pad_to=pad_to)
-    # The teacher is frozen: its answer to a row is computed once, not every epoch.
-    teacher_logits = predict_logits(teacher, features, device, args.eval_batch_size, context)
+def make_learner(
+    args: argparse.Namespace, task: GlueTask, number: int, teacher: nn.Module,
+    tokenizer: BertTokenizer, total_steps: int, device: torch.device, dtype: torch.dtype | None,
+) -> Learner:
+    """Make student `number` with its stage's loss, exactly as if it were the only one."""
+    set_seed(args.seed)
+    student = load_student(args, task, args.student_model[number], teacher)
+    check_fit(args, student, tokenizer, args.teacher_model)
+    student.to(device)
+    if args.pred_distill:
+        loss = PredictionLoss(student, args.temperature, args.match_original)
+    else:
+        loss = IntermediateLoss(student, args.match_original, is_student=True)
+    optimizer = BertAdam(
+        param_groups(student, args.weight_decay), lr=args.learning_rate[number],
+        schedule="warmup_linear" if args.pred_distill else "none",
+        warmup=args.warmup_proportion, t_total=total_steps)
+    return Learner(student, loss, optimizer, device, dtype)
 
-    def make_batch(rows: Sequence[int]) -> Batch:
-        return features.collate(rows, pad_to) | {"teacher_logits": teacher_logits[rows]}
 
-    return PredictionLoss(student, args.temperature, args.match_original), make_batch
+def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
+    """Return what makes batches that bring the teacher's answer to each row."""
+
+    def with_logits(rows: Sequence[int]) -> Batch:
+        return collate(rows) | {"teacher_logits": teacher_logits[rows]}
+
+    return with_logits
+
+
+@dataclass
+class Output:
+    """Where one student's checkpoints, log and results go."""
+
+    learner: Learner
+    folder: Path
+    log: JsonLog
+    tokenizer: BertTokenizer
+    selection: Selection
+    means: RunningMean = field(default_factory=RunningMean)
+    losses: dict[str, float] = field(default_factory=dict)  # the last that were logged
+
+    def record(self, step: int, facts: dict[str, float],
+               metrics: dict[str, dict[str, float]] | None) -> None:
+        """Log the losses since the last time, and the dev metrics; save the best student."""
+        self.losses = self.means.read()
+        record = {"step": step, **facts, "lr": self.learner.optimizer.get_lr()[0], **self.losses}
+        if metrics is not None:
+            record |= {"metrics": metrics["dev"], "all_metrics": metrics}
+            if self.selection.update(metrics):
+                self.save()
+        self.log.write(record)
+        shown = "  ".join(f"{k} {v}" for k, v in record.items() if k != "all_metrics")
+        logger.info("%s: %s", self.folder.name, shown)
+
+    def save(self, subfolder: str = "") -> None:
+        save_pretrained(self.learner.student, self.folder / subfolder, self.tokenizer)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write the results; the prediction stage's last student is kept beside the best."""
+        result = {**facts, "losses": self.losses}
+        if self.selection.count:
+            self.save("last")
+            result |= self.selection.results()
+            logger.info("%s on dev: best %s, last %s", self.folder.name, result["best"],
+                        result["last"])
+        write_results(self.folder, result)
 
 
 def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
                   dtype: torch.dtype | None) -> None:
-    """Measure the student on each dev set of the task and write the results."""
-    student_dir = fetch_model(args.student_model, args.cache_dir or None)
-    student = TinyBertForSequenceClassification.from_pretrained(
-        student_dir, num_labels=task.num_labels)
-    tokenizer = load_tokenizer(args, student_dir, student)
-    labels = label_order(task, student.config.id2label)
-    dev = {split: load_features(args, task, split, tokenizer, labels) for split in task.dev_files}
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    save_arguments(output_dir, log_start(
-        args, device, dtype, task=task.name, parameters=parameter_count(student)))
-    student.to(device)
-    metrics = evaluate_splits(student, dev, task, device, args.eval_batch_size,
-                              lambda: autocast(device, dtype))
-    write_results(output_dir, {
-        "task": task.name, "split": "dev", "model": str(args.student_model),
-        "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
-        "selection": "none: this checkpoint as it is",
-    })
-    logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), metrics)
+    """Measure each student on the dev sets of the task and write the results."""
+    for source, folder in zip(args.student_model, args.output_dir, strict=True):
+        student_dir = fetch_model(source, args.cache_dir or None)
+        student = TinyBertForSequenceClassification.from_pretrained(
+            student_dir, num_labels=task.num_labels)
+        tokenizer = BertTokenizer.from_pretrained(student_dir, args.do_lower_case or None)
+        check_fit(args, student, tokenizer, student_dir)
+        labels = label_order(task, student.config.id2label)
+        dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
+        output_dir = prepare_output_dir(folder, args.overwrite_output_dir)
+        save_arguments(output_dir, log_start(
+            args, device, dtype, task=task.name, parameters=parameter_count(student)))
+        freeze(student, dtype, device)
+        metrics = evaluate_splits(student, dev, task, device, args.eval_batch_size, dtype)
+        write_results(output_dir, {
+            "task": task.name, "split": "dev", "model": source,
+            "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
+            "selection": "none: this checkpoint as it is",
+        })
+        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), metrics)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -262,76 +288,79 @@ def main(args: argparse.Namespace) -> None:
     check_numbers(args)
     task = get_task(args.task_name)
     apply_task_defaults(args, task)
+    students = len(args.student_model)
+    args.learning_rate = one_each("learning_rate", args.learning_rate, students)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir)
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
-    set_seed(args.seed)
     address = s3_address(args.data_url)
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
         return
 
-    # Models and data
-    teacher, student, tokenizer = load_models(args, task)
+    # Teacher, data and students
+    teacher, tokenizer = load_teacher(args, task)
     labels = label_order(task, teacher.config.id2label)
-    features = load_features(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
-                             args.max_train_rows)
-    dev = {split: load_features(args, task, split, tokenizer, labels) for split in task.dev_files}
-    steps_per_epoch = -(-len(features) // args.train_batch_size)
+    train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
+                           args.max_train_rows)
+    dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
+    steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
+    freeze(teacher, dtype, device, pack=not args.compile)
+    learners = [make_learner(args, task, number, teacher, tokenizer, total_steps, device, dtype)
+                for number in range(students)]
+    teach = show_nothing if args.pred_distill else IntermediateTeacher(
+        teacher.bert, [learner.student.config.num_hidden_layers for learner in learners])
+    compiled = compile_models(args.compile, device, *(learner.loss for learner in learners),
+                              *([] if args.pred_distill else [teach]))
 
     # Output
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    save_arguments(output_dir, log_start(
-        args, device, dtype, task=task.name, rows=len(features), batch=args.train_batch_size,
-        teacher=parameter_count(teacher), student=parameter_count(student)))
-    log = JsonLog(output_dir / "log.jsonl")
-    teacher.to(device)
-    student.to(device)
-
-    def context():
-        return autocast(device, dtype)
+    folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
+    start = log_start(
+        args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
+        batch=args.train_batch_size, teacher=parameter_count(teacher),
+        students=" ".join(parameter_count(learner.student) for learner in learners))
+    for folder in folders:
+        save_arguments(folder, start)
+    outputs = [Output(learner, folder, JsonLog(folder / "log.jsonl"), tokenizer, Selection(task))
+               for learner, folder in zip(learners, folders, strict=True)]
 
     # Distillation
-    optimizer = BertAdam(
-        param_groups(student, args.weight_decay), lr=args.learning_rate,
-        schedule="warmup_linear" if args.pred_distill else "none",
-        warmup=args.warmup_proportion, t_total=total_steps)
-    losses, make_batch = make_losses(args, student, teacher, features, device, context)
+    multiple = PADDING_MULTIPLE.get(device.type, 1)
+    make_batch = padded_collate(
+        train_rows, multiple, args.max_seq_length if args.match_original else None)
+    if args.pred_distill:
+        # The teacher is frozen: its answer to a row is computed once, not every epoch.
+        make_batch = with_teacher_logits(make_batch, predict_logits(
+            teacher, train_rows, device, args.eval_batch_size, dtype))
     generator = torch.Generator().manual_seed(args.seed)
-    epochs = ((make_batch, batches(features.lengths, args.train_batch_size, generator))
-              for _ in count())
-    means, selection, losses_at_end = RunningMean(), Selection(task), {}
-    steps = islice(train(student, losses, epochs, optimizer, args.gradient_accumulation_steps,
-                         device, context), total_steps)
+    epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
+                                   multiple=multiple)) for _ in count())
+    steps = islice(train(learners, teach, epochs, args.gradient_accumulation_steps, device),
+                   total_steps)
+    pace = Pace()
     progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
-    for step, (step_losses, epoch_ends) in enumerate(progress, start=1):
-        means.add(step_losses)
-        if step % args.eval_step == 0 or step == total_steps:
-            losses_at_end = means.read()
-            record = {"step": step, "epoch": round(step / steps_per_epoch, 3),
-                      "lr": optimizer.get_lr()[0], **losses_at_end}
-            if args.pred_distill:
+    for number, step in enumerate(progress, start=1):
+        pace.add(step.rows, step.waited)
+        for output, losses in zip(outputs, step.losses, strict=True):
+            output.means.add(losses)
+        if number % args.eval_step == 0 or number == total_steps:
+            facts = {"epoch": round(number / steps_per_epoch, 3), **pace.read()}
+            for output in outputs:
                 metrics = evaluate_splits(
-                    student, dev, task, device, args.eval_batch_size, context)
-                record |= {"metrics": metrics["dev"], "all_metrics": metrics}
-                if selection.update(metrics):
-                    save_pretrained(student, output_dir, tokenizer)
-            log.write(record)
-            logger.info("step %d/%d  %s", step, total_steps,
-                        "  ".join(f"{k} {v}" for k, v in record.items() if k != "all_metrics"))
-        if not args.pred_distill and (epoch_ends or step == total_steps):
-            save_pretrained(student, output_dir, tokenizer)
+                    output.learner.student, dev, task, device, args.eval_batch_size, dtype,
+                ) if args.pred_distill else None
+                output.record(number, facts, metrics)
+            pace.restart()
+        if not args.pred_distill and (step.epoch_ends or number == total_steps):
+            for output in outputs:
+                output.save()
 
     # Results
-    result = {"task": task.name, "rows": len(dev["dev"]), "train_rows": len(features),
-              "steps": total_steps, "losses": losses_at_end}
-    if args.pred_distill:
-        save_pretrained(student, output_dir / "last", tokenizer)
-        result |= selection.results()
-        logger.info("%s on dev: best %s, last %s", task.name, result["best"], result["last"])
-    write_results(output_dir, result)
-    if address:
-        upload_folder(output_dir, *address)
+    for output in outputs:
+        output.finish({"task": task.name, "rows": len(dev["dev"]),
+                       "train_rows": len(train_rows), "steps": total_steps})
+    upload_outputs(address, folders)
 
 
 if __name__ == "__main__":

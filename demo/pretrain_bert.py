@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformer import runtime
 from transformer.checkpoint import save_pretrained
-from transformer.distillation import to_device
 from transformer.file_utils import UserError
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
 from transformer.tokenization import BertTokenizer
+from transformer.training import autocast, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def measure(
     for batch in batches:
         batch = to_device(batch, device)
         labels = batch.pop("labels")
-        with runtime.autocast(device, dtype):
+        with autocast(device, dtype):
             logits = model(**batch, masked_positions=labels != IGNORED)  # [count, vocabulary]
         labels = labels[labels != IGNORED]
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
@@ -249,7 +249,7 @@ def train(
     progress = tqdm(range(1, steps + 1), desc=f"{layers} layers", unit="step", mininterval=5)
     for step in progress:
         batch = to_device(next(batches), run.device)
-        with runtime.autocast(run.device, run.dtype):
+        with autocast(run.device, run.dtype):
             loss = model(**batch)
         loss.backward()
         optimizer.step()

@@ -1,16 +1,13 @@
 """The losses, against the original's numbers and against their own definitions."""
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, random_batch, tiny_config
-from torch import nn
+from helpers import GOLDEN
 
-from task_distill import IntermediateLoss, PredictionLoss
 from transformer.checkpoint import load_weights
 from transformer.distillation import (
     attention_loss,
@@ -18,14 +15,11 @@ from transformer.distillation import (
     hidden_loss,
     intermediate_losses,
     map_layers,
-    micro_batches,
     prediction_loss,
     soft_cross_entropy,
-    train,
 )
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, TinyBertForSequenceClassification
-from transformer.optimization import BertAdam
 
 CPU = torch.device("cpu")
 
@@ -280,100 +274,6 @@ def test_soft_cross_entropy_is_least_at_the_teachers_logits():
 def test_regression_learns_the_teachers_scores():
     student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]])
     assert float(prediction_loss(student, teacher)) == pytest.approx((1 + 4) / 2)
-
-
-# ------------------------------------------------------------------ a step
-
-
-def distil(accumulation: int, prediction: bool, match_original: bool = False,
-           rows: int = 7, pad_to: int = 0, seed: int = 0, steps: int = 1):
-    """Train a tiny student; returns its weights, the losses of each step and the teacher."""
-    torch.manual_seed(seed)
-    teacher = TinyBertForSequenceClassification(
-        tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, num_labels=3))
-    student = TinyBertForSequenceClassification(
-        tiny_config(num_hidden_layers=2, hidden_size=12, num_labels=3), fit_size=16)
-    ids, segments, mask = random_batch(rows, 11)
-    lengths = mask.sum(1)
-    with torch.no_grad():
-        teacher_logits = freeze(teacher)(ids, segments, mask)[0]
-
-    def collate(part):
-        width = max(pad_to, 11 if match_original else int(lengths[list(part)].max()))
-        cut = [F.pad(t[list(part)], (0, max(0, width - 11)))[:, :width]
-               for t in (ids, segments, mask)]
-        batch = dict(zip(("input_ids", "token_type_ids", "attention_mask"), cut, strict=True))
-        return batch | {"teacher_logits": teacher_logits[list(part)]}
-
-    losses = (PredictionLoss(student, 1.0, match_original) if prediction
-              else IntermediateLoss(student, teacher, match_original))
-    optimizer = BertAdam(student.parameters(), lr=1e-2, schedule="none")
-    epochs = [(collate, [list(range(rows))])] * steps
-    history = [{k: float(v) for k, v in values.items()} for values, _ in train(
-        student, losses, epochs, optimizer, accumulation, CPU, contextlib.nullcontext)]
-    return student.state_dict(), history, teacher
-
-
-@pytest.mark.parametrize("match_original", [False, True])
-@pytest.mark.parametrize("prediction", [False, True])
-@pytest.mark.parametrize("accumulation", [2, 3, 4, 20])
-def test_a_step_does_not_depend_on_the_number_of_micro_batches(
-        accumulation, prediction, match_original):
-    whole, losses, _ = distil(1, prediction, match_original)
-    split, split_losses, _ = distil(accumulation, prediction, match_original)
-    for name, value in losses[0].items():
-        assert split_losses[0][name] == pytest.approx(value, abs=1e-5)
-    for name, tensor in whole.items():
-        # A gradient of rounding noise only (a key's bias) may move by up to lr either way.
-        if "key.bias" not in name:
-            torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-4, msg=name)
-
-
-@pytest.mark.parametrize("prediction", [False, True])
-def test_a_step_does_not_depend_on_the_width_that_the_batch_is_padded_to(prediction):
-    narrow, losses, _ = distil(1, prediction)
-    wide, wide_losses, _ = distil(1, prediction, pad_to=40)
-    for name, value in losses[0].items():
-        assert wide_losses[0][name] == pytest.approx(value, abs=1e-5)
-    for name, tensor in narrow.items():
-        if "key.bias" not in name:
-            torch.testing.assert_close(wide[name], tensor, rtol=0, atol=2e-4, msg=name)
-
-
-def test_the_teacher_stays_as_it_was_without_dropout_and_without_gradients():
-    _, history, teacher = distil(2, False, steps=3)
-    assert not any(module.training for module in teacher.modules())
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(teacher(ids)[0], teacher(ids)[0])
-    assert len(history) == 3
-
-
-def test_no_gradient_is_carried_into_the_next_step():
-    torch.manual_seed(0)
-    model = nn.Linear(1, 1, bias=False)
-    seen = []
-
-    def losses(batch):
-        seen.append(None if model.weight.grad is None else float(model.weight.grad.abs().sum()))
-        return {"loss": model(batch["x"]).square().mean()}
-
-    def collate(rows):
-        return {"x": torch.ones(len(rows), 1)}
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ends = [end for _, end in train(model, losses, [(collate, [[0, 1], [2]])] * 2, optimizer, 1,
-                                    CPU, contextlib.nullcontext)]
-    assert not any(seen)
-    assert ends == [False, True, False, True]
-
-
-def test_micro_batches_hold_every_row_once():
-    for rows in range(1, 9):
-        for parts in range(1, 10):
-            split = micro_batches(list(range(rows)), parts)
-            assert sum(split, []) == list(range(rows))
-            assert len(split) <= parts and all(split)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

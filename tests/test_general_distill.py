@@ -124,6 +124,36 @@ def test_reduce_memory_changes_nothing(setup):
     assert same_weights(weights(plain), weights(reduced))
 
 
+def test_several_students_end_as_if_each_had_been_trained_alone(setup):
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config_folder(setup.root / "a", num_hidden_layers=2, hidden_size=12, **dropout)
+    config_folder(setup.root / "b", num_hidden_layers=4, **dropout)
+    more = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 2, "--eval_step", 2)
+    a, b = (setup.run(f"alone_{name}", *more, "--student_model", setup.root / name,
+                      "--learning_rate", rate) for name, rate in (("a", 1e-3), ("b", 2e-3)))
+    setup.run("together_a", *more, "--student_model", setup.root / "a", setup.root / "b",
+              "--output_dir", setup.root / "together_a", setup.root / "together_b",
+              "--learning_rate", 1e-3, 2e-3)
+    for alone, together in ((a, "together_a"), (b, "together_b")):
+        together = setup.root / together
+        assert same_weights(weights(alone), weights(together))
+        assert {p.name for p in alone.iterdir()} == {p.name for p in together.iterdir()}
+        times = ("rows_per_second", "waiting")
+        logs = [[{k: v for k, v in line.items() if k not in times} for line in read_log(folder)]
+                for folder in (alone, together)]
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("more, contains", [
+    (("--student_model", "a", "b"), ["--output_dir: 1 folders for 2 students"]),
+    (("--student_model", "a", "b", "--output_dir", "out", "./out"), ["a folder of its own"]),
+    (("--learning_rate", 1e-3, 1e-4), ["--learning_rate: 2 values for 1 students"]),
+    (("--precision", "fp16"), ["--precision fp16 needs a GPU"]),
+])
+def test_flags_that_do_not_fit_together_are_one_line(setup, capsys, more, contains):
+    setup.expect_error(capsys, *more, contains=contains)
+
+
 @pytest.mark.parametrize("match", [(), ("--match_original",)])
 @pytest.mark.parametrize("micro_batches", [2, 3])
 def test_gradient_accumulation_does_not_change_the_student(setup, match, micro_batches):

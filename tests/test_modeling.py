@@ -15,12 +15,15 @@ from transformers import BertConfig as TheirConfig
 from transformer.file_utils import UserError
 from transformer.modeling import (
     ACTIVATIONS,
+    MASKED_SCORE,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertModel,
+    Dropout,
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
+    fused_attention,
 )
 from transformer.tokenization import BertTokenizer
 
@@ -296,3 +299,59 @@ def test_a_vocabulary_must_fit_the_embedding(model_size, fits):
         return
     with pytest.raises(UserError, match=rf"dir.*50 word pieces.*{model_size}"):
         config.check_vocabulary(50, "dir")
+
+
+# ------------------------------------------------------------------ attention and dropout
+
+
+@pytest.mark.parametrize("width", [5, 8, 26, 64])
+def test_fused_attention_gives_the_same_context_at_every_head_width(width):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 7, width)
+    mask = torch.zeros(2, 1, 1, 7)
+    mask[1, ..., 5:] = MASKED_SCORE
+    scores = query @ key.transpose(-1, -2) / width**0.5 + mask
+    context = fused_attention(query, key, value, mask, dropout=0.0)
+    torch.testing.assert_close(context, scores.softmax(dim=-1) @ value)
+
+
+def test_scores_are_returned_for_the_layers_asked_for_and_nothing_else_changes():
+    torch.manual_seed(0)
+    model = BertModel(tiny_config()).eval()
+    everything = model(*random_batch())
+    some = model(*random_batch(), score_layers=(1, 3))
+    assert [scores is None for scores in some.attention_scores] == [True, False, True, False]
+    assert torch.equal(some.attention_scores[3], everything.attention_scores[3])
+    for ours, theirs_ in zip(some.hidden_states, everything.hidden_states, strict=True):
+        assert torch.equal(ours, theirs_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_share_it_was_given_and_scales_the_rest(dtype):
+    torch.manual_seed(0)
+    dropout = Dropout(0.1)
+    x = torch.ones(1000, 1001, dtype=dtype, requires_grad=True)
+    out = dropout(x)
+    assert out.dtype == dtype
+    assert set(out.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9).to(dtype))}
+    out.float().sum().backward()
+    assert torch.equal(x.grad == 0, out == 0)
+    kept = (out != 0).flatten()
+    for lane in range(4):  # the quarters of the 64 random bits
+        assert float(kept[lane::4].float().mean()) == pytest.approx(0.9, abs=0.003)
+    neighbours = (kept[1:] & kept[:-1]).float().mean()
+    assert float(neighbours) == pytest.approx(0.81, abs=0.003)
+
+
+def test_dropout_follows_the_seed_and_is_off_in_eval_mode():
+    x = torch.ones(50)
+    dropout = Dropout(0.5)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return dropout(x)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert dropout.eval()(x) is x
+    assert Dropout(0.0)(x) is x
+    assert torch.equal(Dropout(1.0)(x), torch.zeros(50))

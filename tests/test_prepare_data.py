@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from random import Random
 
 import nltk
 import numpy as np
@@ -15,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_data
-from transformer.pretraining_data import build_corpus, document_instances, read_corpus_lines
+from transformer.pretraining_data import (
+    EpochSettings,
+    build_corpus,
+    line_blocks,
+    make_instances,
+    tokenize_block,
+)
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
 
@@ -202,19 +207,21 @@ def test_the_wikipedia_sample_gives_the_original_number_of_sentences(wikipedia_c
 
 def instance_statistics(corpus, seed: int) -> list[float]:
     """The golden columns; the second segment counts its [SEP]."""
-    rows = [
-        (first[1] - first[0] + second[1] - second[0] + 3, is_random, second[1] - second[0] + 1)
-        for document in range(corpus.documents)
-        for first, second, is_random in document_instances(
-            corpus, document, Random(f"{seed}/0/{document}")
-        )
-    ]
-    lengths, is_random, second = np.array(rows).T
-    return [len(rows), lengths.mean(), is_random.mean(), second.mean(), (lengths == 128).mean()]
+    blocks = list(make_instances(corpus, EpochSettings(seed), 0))
+    first, second, is_random = (
+        np.concatenate([getattr(block, column) for block in blocks])
+        for column in ("first_lengths", "second_lengths", "is_random_next")
+    )
+    lengths = first + second + 3
+    return [len(lengths), lengths.mean(), is_random.mean(), second.mean() + 1,
+            (lengths == 128).mean()]
 
 
 def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(wikipedia_corpus):
-    corpus = build_corpus(read_corpus_lines(wikipedia_corpus), BertTokenizer(VOCAB))
+    tokenizer = BertTokenizer(VOCAB)
+    blocks = (tokenize_block(wikipedia_corpus, block, tokenizer)
+              for block in line_blocks(wikipedia_corpus))
+    corpus = build_corpus(blocks, len(tokenizer))
     golden = json.loads(STATS.read_text())
     runs = np.array(golden["runs"])
     ours = np.array([instance_statistics(corpus, seed) for seed in range(SEEDS)])

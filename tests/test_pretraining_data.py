@@ -11,25 +11,29 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pregenerate_training_data
+from transformer import pretraining_data
 from transformer.file_utils import UserError
 from transformer.pretraining_data import (
     IGNORED_LABEL,
     Corpus,
+    EpochSettings,
+    Instances,
     Masking,
     PregeneratedDataset,
+    RandomNumbers,
     build_corpus,
     count_epochs,
-    document_instances,
-    epoch_paths,
+    line_blocks,
+    make_instances,
     mask_tokens,
-    random_span,
-    read_corpus_lines,
+    random_spans,
     read_metrics,
-    samples_per_epoch,
+    tokenize_block,
+    truncation,
 )
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
@@ -72,6 +76,50 @@ def make_corpus(document_lengths: list[list[int]]) -> Corpus:
     )
 
 
+def read_corpus(
+    path: Path, tokenizer: BertTokenizer, folder: Path | None = None, size: int = 1 << 18
+) -> Corpus:
+    """Tokenize a file in blocks of `size` bytes."""
+    blocks = (tokenize_block(path, block, tokenizer) for block in line_blocks(path, size))
+    return build_corpus(blocks, len(tokenizer), folder)
+
+
+def all_instances(corpus: Corpus, seed: int = 0, **settings) -> Instances:
+    """The instances of one epoch."""
+    parts = make_instances(corpus, EpochSettings(seed, **settings), 0)
+    return Instances(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def spans(instances: Instances) -> list[tuple[tuple[int, int], tuple[int, int], bool]]:
+    """Instances as [start, end) of both segments, and whether the second is random."""
+    _, first, first_length, second, second_length, is_random = instances
+    return list(zip(
+        zip(first.tolist(), (first + first_length).tolist(), strict=True),
+        zip(second.tolist(), (second + second_length).tolist(), strict=True),
+        is_random.tolist(), strict=True,
+    ))
+
+
+def document_of(corpus: Corpus, instances: Instances) -> np.ndarray:
+    """The document of each instance's first segment."""
+    return np.searchsorted(corpus.document_starts, instances.sentences, side="right") - 1
+
+
+def data_file(folder: Path, epoch: int = 0) -> Path:
+    """The data file of a JSON epoch."""
+    return folder / f"epoch_{epoch}.json"
+
+
+def metrics_file(folder: Path, epoch: int = 0) -> Path:
+    """The metrics file of an epoch."""
+    return folder / f"epoch_{epoch}_metrics.json"
+
+
+def generate_json(tmp_path: Path, *flags: str, **kwargs) -> Path:
+    """Run pregenerate_training_data.py's main with --format json; return its output folder."""
+    return generate(tmp_path, "--format", "json", *flags, **kwargs)
+
+
 def generate(tmp_path: Path, *flags: str, name: str = "out", text: str | None = None) -> Path:
     """Run pregenerate_training_data.py's main on random text; return its output folder."""
     (tmp_path / "corpus.txt").write_text(corpus_text() if text is None else text)
@@ -98,12 +146,12 @@ def refused(capsys, *args, **kwargs) -> str:
 
 def read_rows(folder: Path, epoch: int = 0) -> list[dict]:
     """All instances of an epoch, as plain JSON."""
-    return [json.loads(line) for line in epoch_paths(folder, epoch)[0].read_text().splitlines()]
+    return [json.loads(line) for line in data_file(folder, epoch).read_text().splitlines()]
 
 
 def write_rows(folder: Path, rows: list[dict], epoch: int = 0) -> None:
     """Put other rows into an epoch's data file, metrics untouched."""
-    epoch_paths(folder, epoch)[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_file(folder, epoch).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,31 +168,46 @@ def tokenizer(tmp_path) -> BertTokenizer:
 # ------------------------------------------------------------------ documents
 
 
-def test_documents_are_read_as_written(tokenizer):
-    lines = ["", "w1 w2x", "w3", "", "", "\x00", "", "w4.", ""]
-    corpus = build_corpus([line.strip() for line in lines], tokenizer)
-    assert (corpus.documents, corpus.sentences) == (2, 3)
-    words = tokenizer.convert_ids_to_tokens(corpus.token_ids)
-    assert words == ["w1", "w2", "##x", "w3", "w4", "."]
-    assert corpus.sentence_starts.tolist() == [0, 3, 4, 6]
-    assert corpus.document_starts.tolist() == [0, 2, 3]
+def test_documents_are_read_as_written(tokenizer, tmp_path):
+    text = b"\nw1 w2x\nw3\n \x1f\r\n\n\x00\n\nw4.\n\n"
+    (tmp_path / "corpus.txt").write_bytes(text)
+    for size in (1, 8, 1000):
+        corpus = read_corpus(tmp_path / "corpus.txt", tokenizer, size=size)
+        assert (corpus.documents, corpus.sentences) == (2, 3)
+        words = tokenizer.convert_ids_to_tokens(corpus.token_ids)
+        assert words == ["w1", "w2", "##x", "w3", "w4", "."]
+        assert corpus.sentence_starts.tolist() == [0, 3, 4, 6]
+        assert corpus.document_starts.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"one line", b"a\n\nbb\n", b"\n" * 9 + b"long" * 9])
+def test_blocks_are_whole_lines_and_cover_the_file(tmp_path, text):
+    (tmp_path / "corpus.txt").write_bytes(text)
+    for size in (1, 2, 3, 5, 100):
+        blocks = [text[start:end] for start, end in line_blocks(tmp_path / "corpus.txt", size)]
+        assert b"".join(blocks) == text
+        assert all(block.endswith(b"\n") for block in blocks[:-1]) and b"" not in blocks
 
 
 def test_a_corpus_on_disk_is_the_corpus_in_memory(tokenizer, tmp_path):
     (tmp_path / "arrays").mkdir()
-    lines = corpus_text().split("\n")
-    in_memory = build_corpus(lines, tokenizer)
-    on_disk = build_corpus(lines, tokenizer, tmp_path / "arrays")
+    (tmp_path / "corpus.txt").write_text(corpus_text())
+    in_memory = read_corpus(tmp_path / "corpus.txt", tokenizer)
+    on_disk = read_corpus(tmp_path / "corpus.txt", tokenizer, tmp_path / "arrays", size=100)
     for other in (on_disk, Corpus.open(tmp_path / "arrays", len(tokenizer))):
         for left, right in zip(in_memory[:3], other[:3], strict=True):
-            assert isinstance(right, np.memmap) and (left == right).all()
+            assert isinstance(right.base, np.memmap) and (left == right).all()
     assert in_memory.token_ids.dtype == np.uint16
 
 
-def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
-    (tmp_path / "corpus.txt").write_bytes(b"fine\nbad \xff byte\n")
-    with pytest.raises(UserError, match=r"corpus.txt, line 2"):
-        list(read_corpus_lines(tmp_path / "corpus.txt"))
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("bad", [b"bad \xff byte", b"cut \xe2\x82", b"[MASK] \xc3"])
+def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path, capsys, bad, workers):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"fine\n" * 100_000 + bad + b"\n")
+    message = refused(capsys, tmp_path, "--train_corpus", str(path), "--num_workers", workers)
+    assert f"{path}, line 100001: " in message and "UTF-8" in message
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_many_unknown_words_are_warned_of(tmp_path, caplog):
@@ -172,44 +235,58 @@ def test_pairs_fit_their_length_and_come_from_the_documents_in_order(
     document_sizes, max_seq_len, short_seq_prob, seed
 ):
     corpus = make_corpus(document_sizes)
-    starts, document_starts = corpus.sentence_starts, corpus.document_starts
-    for document in range(corpus.documents):
-        begin, end = starts[document_starts[document]], starts[document_starts[document + 1]]
-        position = begin
-        instances = document_instances(
-            corpus, document, Random(seed), max_seq_len=max_seq_len, short_seq_prob=short_seq_prob
-        )
-        for first, second, is_random in instances:
-            length = first[1] - first[0] + second[1] - second[0]
-            assert first[1] > first[0] and second[1] > second[0]
-            assert length + 3 <= max_seq_len
-            assert position <= first[0] and first[1] <= end
-            position = first[1]
-            inside = bool(begin <= second[0] and second[1] <= end)
-            assert inside is (not is_random)
-            assert not inside or first[1] <= second[0]
-            position = second[1] if inside else position
+    instances = all_instances(corpus, seed, max_seq_len=max_seq_len, short_seq_prob=short_seq_prob)
+    documents = document_of(corpus, instances)
+    borders = corpus.sentence_starts[corpus.document_starts].tolist()
+    assert sorted(set(documents.tolist())) == list(range(corpus.documents))
+    position = 0
+    for document, (first, second, is_random) in zip(documents, spans(instances), strict=True):
+        begin, end = borders[document : document + 2]
+        position = max(position, begin)
+        length = first[1] - first[0] + second[1] - second[0]
+        assert first[1] > first[0] and second[1] > second[0]
+        assert length + 3 <= max_seq_len
+        assert position <= first[0] and first[1] <= end
+        position = first[1]
+        inside = begin <= second[0] and second[1] <= end
+        assert inside is (not is_random)
+        assert not inside or first[1] <= second[0]
+        position = second[1] if inside else position
 
 
 @settings(max_examples=100, deadline=None)
 @given(**settings_of_instances)
-def test_one_seq_covers_the_document_once_with_single_segments(
+def test_one_seq_covers_the_documents_once_with_single_segments(
     document_sizes, max_seq_len, short_seq_prob, seed
 ):
     corpus = make_corpus(document_sizes)
-    for document in range(corpus.documents):
-        instances = list(document_instances(
-            corpus, document, Random(seed), max_seq_len=max_seq_len,
-            short_seq_prob=short_seq_prob, one_seq=True,
-        ))
-        assert all(second is None and not is_random for _, second, is_random in instances)
-        assert all(0 < end - start <= max_seq_len - 2 for (start, end), _, _ in instances)
-        spans = [first for first, _, _ in instances]
-        assert spans == sorted(spans)
-        assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
-        sizes = document_sizes[document]
-        if max(sizes) == 1:  # then nothing is too long, so nothing is cut
-            assert sum(end - start for start, end in spans) == sum(sizes)
+    instances = all_instances(
+        corpus, seed, max_seq_len=max_seq_len, short_seq_prob=short_seq_prob, one_seq=True
+    )
+    assert not instances.second_lengths.any() and not instances.is_random_next.any()
+    firsts = [first for first, _, _ in spans(instances)]
+    assert all(0 < end - start <= max_seq_len - 2 for start, end in firsts)
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(firsts))
+    if max(map(max, document_sizes)) == 1:  # then nothing is too long, so nothing is cut
+        assert sum(end - start for start, end in firsts) == len(corpus.token_ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(**settings_of_instances, one_seq=st.booleans(), size=st.integers(1, 40))
+@example([[1] * 60] * 2, 40, 0.0, 0, False, 1)  # instances of many sentences
+def test_how_the_sentences_are_divided_into_blocks_and_parts_changes_nothing(
+    document_sizes, max_seq_len, short_seq_prob, seed, one_seq, size
+):
+    corpus = make_corpus(document_sizes)
+    settings = EpochSettings(seed, max_seq_len, short_seq_prob, one_seq)
+    whole = list(make_instances(corpus, settings, 3))
+    borders = itertools.pairwise(corpus.document_starts.tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining_data, "SENTENCES_PER_BLOCK", size)
+        parts = [block for border in borders for block in make_instances(
+            corpus, settings, 3, *border)]
+    for left, right in zip(zip(*whole, strict=True), zip(*parts, strict=True), strict=True):
+        assert np.array_equal(np.concatenate(left), np.concatenate(right))
 
 
 @settings(max_examples=100, deadline=None)
@@ -217,36 +294,38 @@ def test_one_seq_covers_the_document_once_with_single_segments(
 def test_a_random_span_is_whole_sentences_of_one_other_document(document_sizes, length, seed):
     corpus = make_corpus(document_sizes)
     starts = corpus.sentence_starts.tolist()
-    for document in range(corpus.documents):
-        start, end = random_span(corpus, document, length, Random(seed))
-        first, last = starts.index(start), starts.index(end)
-        owners = {
-            int(np.searchsorted(corpus.document_starts, sentence, side="right")) - 1
-            for sentence in range(first, last)
-        }
+    sentences = np.arange(corpus.sentences)
+    documents = np.searchsorted(corpus.document_starts, sentences, side="right") - 1
+    drawn = random_spans(
+        corpus, RandomNumbers(seed, 0), sentences, documents, np.full(corpus.sentences, length)
+    )
+    for document, start, size in zip(documents, *drawn, strict=True):
+        first, last = starts.index(start), starts.index(start + size)
+        owners = set(documents[first:last].tolist())
         assert len(owners) == 1 and document not in owners
         owner_end = starts[corpus.document_starts[owners.pop() + 1]]
-        assert end - start >= length or end == owner_end
+        assert size >= length or start + size == owner_end
         assert starts[last - 1] - start < max(1, length)
 
 
 def test_random_sentences_come_from_documents_by_their_number_of_sentences():
     corpus = make_corpus([[1] * 10, [1] * 30, [1] * 60, [1] * 50])
-    random = Random(1)
-    drawn = [random_span(corpus, 1, 1, random)[0] for _ in range(6000)]
-    share = [np.mean([low <= start < high for start in drawn])
+    number = np.arange(20_000)
+    drawn, _ = random_spans(
+        corpus, RandomNumbers(1, 0), number, np.ones_like(number), np.ones_like(number)
+    )
+    share = [((low <= drawn) & (drawn < high)).mean()
              for low, high in ((0, 10), (10, 40), (40, 100), (100, 150))]
-    assert share == pytest.approx([1 / 12, 0, 6 / 12, 5 / 12], abs=0.02)
+    assert share == pytest.approx([1 / 12, 0, 6 / 12, 5 / 12], abs=0.012)
+    assert len(np.unique(drawn)) == 120
 
 
 def test_half_of_the_splittable_pairs_are_random_and_what_they_leave_is_used_again():
-    corpus = make_corpus([[10] * 3000, [10] * 50])
-    instances = list(document_instances(corpus, 0, Random(0), short_seq_prob=0.0))
-    assert np.mean([instance.is_random_next for instance in instances]) == pytest.approx(
-        0.5, abs=0.05
-    )
-    used = np.zeros(30000, dtype=bool)
-    for first, second, is_random in instances:
+    corpus = make_corpus([[10] * 30_000, [10] * 50])
+    instances = all_instances(corpus, short_seq_prob=0.0)
+    assert instances.is_random_next.mean() == pytest.approx(0.5, abs=0.025)
+    used = np.zeros(300_500, dtype=bool)
+    for first, second, is_random in spans(instances):
         used[slice(*first)] = True
         if not is_random:
             used[slice(*second)] = True
@@ -254,14 +333,72 @@ def test_half_of_the_splittable_pairs_are_random_and_what_they_leave_is_used_aga
     assert used.mean() > 0.9
 
 
+def test_the_split_is_at_every_sentence_equally_often():
+    corpus = make_corpus([[25] * 5] * 20_000)
+    instances = all_instances(corpus, short_seq_prob=0.0, max_seq_len=128)
+    is_whole = np.isin(instances.sentences, corpus.document_starts)
+    counts = np.bincount(instances.first_lengths[is_whole] // 25)[1:5]
+    assert counts / counts.sum() == pytest.approx([0.25] * 4, abs=0.015)
+
+
+def test_the_share_of_short_documents_and_their_targets_are_as_asked_for():
+    corpus = make_corpus([[1] * 400] * 2000)
+    instances = all_instances(corpus, short_seq_prob=0.3, max_seq_len=103, one_seq=True)
+    lengths = instances.first_lengths[np.isin(instances.sentences, corpus.document_starts)]
+    assert len(lengths) == 2000
+    short = lengths[lengths < 101]
+    # A short target is a number from 2 to 101, and 101 is the full length.
+    assert len(short) / 2000 == pytest.approx(0.3 * 99 / 100, abs=0.04)
+    assert (short.min(), short.max()) == (2, 100) and short.mean() == pytest.approx(51, abs=4)
+
+
+# ------------------------------------------------------------------ cutting to length
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(2, 200))
+def test_the_longer_span_loses_tokens_until_both_fit(first, second, max_tokens):
+    cut = [0, 0]
+    while (first - cut[0]) + (second - cut[1]) > max_tokens:
+        cut[0 if first - cut[0] > second - cut[1] else 1] += 1
+    found = truncation(np.array([first]), np.array([second]), max_tokens)
+    assert [int(values[0]) for values in found] == cut
+
+
 def test_truncation_takes_from_both_ends():
-    corpus = make_corpus([[500], [500]])
-    fronts = set()
-    for seed in range(20):
-        ((first, second, _),) = document_instances(corpus, 0, Random(seed), short_seq_prob=0.0)
-        fronts.add(first[0] > 0 and first[1] < 500)
-        assert abs((first[1] - first[0]) - (second[1] - second[0])) <= 1
-    assert fronts == {True}
+    corpus = make_corpus([[500]] * 2)
+    fronts = []
+    for seed in range(200):
+        for (start, end), (other, _), _ in spans(all_instances(corpus, seed, short_seq_prob=0.0)):
+            assert end - start in (62, 63)
+            fronts += [start % 500, other % 500]
+    assert np.mean(fronts) == pytest.approx(437.5 / 2, abs=2)
+    assert 8 < np.std(fronts) < 13  # binomial: sqrt(437.5 / 4) = 10.5
+
+
+@pytest.mark.parametrize("flips", [1, 2, 63, 64, 65, 128, 200])
+def test_heads_are_binomial(flips):
+    number = np.arange(20_000)
+    random = RandomNumbers(5, 1)
+    heads = random.heads("first", number, np.full(20_000, flips))
+    assert heads.min() >= 0 and heads.max() <= flips
+    assert heads.mean() == pytest.approx(flips / 2, abs=5 * np.sqrt(flips / 4 / 20_000))
+    assert heads.var() == pytest.approx(flips / 4, rel=0.06)
+    # A number's flips do not depend on those of the others.
+    mixed = random.heads("first", number, np.where(number % 2, flips, 0))
+    assert (mixed == np.where(number % 2, heads, 0)).all()
+
+
+def test_random_numbers_differ_by_seed_epoch_purpose_and_number():
+    number = np.arange(1000)
+    drawn = [
+        RandomNumbers(seed, epoch).uniform(purpose, number)
+        for seed in (1, 2) for epoch in (0, 1) for purpose in ("split", "next")
+    ]
+    assert len(np.unique(drawn)) == 8000
+    assert np.min(drawn) >= 0 and np.max(drawn) < 1
+    assert abs(np.corrcoef(drawn) - np.eye(8)).max() < 0.15
+    assert abs(np.corrcoef(drawn[0][1:], drawn[0][:-1])[0, 1]) < 0.15
 
 
 # ------------------------------------------------------------------ masking
@@ -324,7 +461,7 @@ def test_masked_tokens_are_80_percent_mask_and_10_percent_kept():
 
 @pytest.mark.parametrize("flags", [[], ["--do_whole_word_mask"], ["--one_seq"]])
 def test_masked_lm_prob_zero_masks_nothing(tmp_path, flags):
-    rows = read_rows(generate(tmp_path, "--masked_lm_prob", "0", *flags))
+    rows = read_rows(generate_json(tmp_path, "--masked_lm_prob", "0", *flags))
     assert rows
     assert all(row["masked_lm_positions"] == row["masked_lm_labels"] == [] for row in rows)
     assert not any("[MASK]" in row["tokens"] for row in rows)
@@ -334,11 +471,11 @@ def test_masked_lm_prob_zero_masks_nothing(tmp_path, flags):
 
 
 def test_rows_have_the_originals_keys_and_layout(tmp_path, tokenizer):
-    folder = generate(tmp_path, "--masked_lm_prob", "0.2", "--do_lower_case")
+    folder = generate_json(tmp_path, "--masked_lm_prob", "0.2", "--do_lower_case")
     rows = read_rows(folder)
     assert read_metrics(folder, 0) == (len(rows), 32)
     assert count_epochs(folder) == 2
-    lines = epoch_paths(folder, 0)[0].read_text().splitlines()
+    lines = data_file(folder).read_text().splitlines()
     for line, row in zip(lines, rows, strict=True):
         assert list(row) == ["tokens", "segment_ids", "is_random_next", "masked_lm_positions",
                              "masked_lm_labels"]
@@ -351,34 +488,76 @@ def test_rows_have_the_originals_keys_and_layout(tmp_path, tokenizer):
     assert {row["is_random_next"] for row in rows} == {True, False}
 
 
-@pytest.mark.parametrize("flags", [[], ["--one_seq"], ["--masked_lm_prob", "0.15"]])
-def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, flags):
+VARIANTS = [
+    [], ["--one_seq"], ["--masked_lm_prob", "0.15"],
+    ["--masked_lm_prob", "0.5", "--do_whole_word_mask", "--max_predictions_per_seq", "9"],
+]
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("kind", ["binary", "json"])
+def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, monkeypatch, flags, kind):
+    # Small, so that this text is many blocks and every epoch several parts.
+    monkeypatch.setattr(line_blocks, "__defaults__", (100,))
+    monkeypatch.setattr(pregenerate_training_data, "FEWEST_SENTENCES", 25)
+    flags = [*flags, "--format", kind]
     expected = contents(generate(tmp_path, *flags, name="plain"))
-    assert sorted(expected) == [
-        "epoch_0.json", "epoch_0_metrics.json", "epoch_1.json", "epoch_1_metrics.json",
-    ]
+    data = [".json"] if kind == "json" else [".bin"]
+    data += ["_masks.bin"] * (kind == "binary" and "--masked_lm_prob" in flags)
+    assert sorted(expected) == sorted([
+        *(["corpus.bin", "corpus.json"] if kind == "binary" else []),
+        *(f"epoch_{epoch}{end}" for epoch in range(2) for end in [*data, "_metrics.json"]),
+    ])
     for number, more in enumerate(
         (["--reduce_memory"], ["--num_workers", "2"], ["--num_workers", "3", "--reduce_memory"])
     ):
         assert contents(generate(tmp_path, *flags, *more, name=str(number))) == expected
 
 
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("reduce_memory", [False, True])
+def test_both_formats_give_the_same_batches(tmp_path, tokenizer, flags, reduce_memory):
+    binary = generate(tmp_path, *flags, name="binary")
+    json_lines = generate_json(tmp_path, *flags, name="json")
+    assert metrics_file(binary).read_bytes() == metrics_file(json_lines).read_bytes()
+    for epoch in range(2):
+        left, right = (PregeneratedDataset(folder, epoch, tokenizer, 40, reduce_memory)
+                       for folder in (binary, json_lines))
+        assert len(left) == len(right) and (left.lengths == right.lengths).all()
+        rows = np.random.default_rng(0).permutation(len(left))
+        for pad_to in (None, 40):
+            batch, other = left.collate(rows, pad_to), right.collate(rows, pad_to)
+            assert all(values.equal(other[name]) for name, values in batch.items())
+        assert all(left[row][4] == right[row][4] for row in range(len(left)))
+
+
+def test_binary_takes_a_fraction_of_the_text(tmp_path):
+    folder = generate(tmp_path, "--max_seq_len", "128", text=corpus_text(20, 100))
+    size = sum(map(len, contents(folder).values()))
+    rows = [read_metrics(folder, epoch).num_training_examples for epoch in range(2)]
+    tokens = (folder / "corpus.bin").stat().st_size / 2
+    assert size < 2 * tokens + 13 * sum(rows) + 500
+
+
 def test_one_seq_gives_one_segment_with_several_workers_too(tmp_path):
     for workers in ("1", "2"):
-        rows = read_rows(generate(tmp_path, "--one_seq", "--num_workers", workers, name=workers))
+        rows = read_rows(
+            generate_json(tmp_path, "--one_seq", "--num_workers", workers, name=workers))
         assert all(set(row["segment_ids"]) == {0} for row in rows)
         assert all(row["tokens"].count("[SEP]") == 1 for row in rows)
         assert not any(row["is_random_next"] for row in rows)
 
 
-def test_the_seed_decides_and_epochs_differ(tmp_path):
+@pytest.mark.parametrize("kind", ["json", "binary"])
+def test_the_seed_decides_and_epochs_differ(tmp_path, kind):
+    suffix = {"json": ".json", "binary": ".bin"}[kind]
     one, same, other = (
-        contents(generate(tmp_path, "--seed", seed, name=name))
+        contents(generate(tmp_path, "--seed", seed, "--format", kind, name=name))
         for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
     )
     assert one == same
-    assert one["epoch_0.json"] != other["epoch_0.json"]
-    assert one["epoch_0.json"] != one["epoch_1.json"]
+    assert one[f"epoch_0{suffix}"] != other[f"epoch_0{suffix}"]
+    assert one[f"epoch_0{suffix}"] != one[f"epoch_1{suffix}"]
 
 
 def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
@@ -386,9 +565,10 @@ def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
                            ("w1.\nw2.\n", "1 document")):
         assert expected in refused(capsys, tmp_path, text=text)
         assert list((tmp_path / "out").iterdir()) == []
-    assert read_rows(generate(tmp_path, "--one_seq", text="w1.\nw2.\n"))
+    assert read_rows(generate_json(tmp_path, "--one_seq", text="w1.\nw2.\n"))
     for flags in (["--masked_lm_prob", "1.5"], ["--short_seq_prob", "-1"],
                   ["--num_workers", "0"], ["--epochs_to_generate", "0"], ["--max_seq_len", "4"],
+                  ["--max_seq_len", "65536"],
                   ["--data_url", "gs://bucket"], ["--train_corpus", str(tmp_path)],
                   ["--bert_model", str(tmp_path / "missing")]):
         message = refused(capsys, tmp_path, *flags, name="other")
@@ -396,15 +576,58 @@ def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
         assert not (tmp_path / "other").exists()
 
 
-def test_a_non_empty_output_folder_is_kept_unless_overwrite_is_given(tmp_path, capsys):
-    folder = generate(tmp_path, "--epochs_to_generate", "3")
-    before = contents(folder)
+@pytest.mark.parametrize(("before", "after"), [("json", "json"), ("json", "binary"),
+                                              ("binary", "json"), ("binary", "binary")])
+def test_a_non_empty_output_folder_is_kept_unless_overwrite_is_given(
+    tmp_path, capsys, tokenizer, before, after
+):
+    folder = generate(tmp_path, "--epochs_to_generate", "3", "--masked_lm_prob", "0.2",
+                      "--format", before)
+    (folder / "notes.txt").write_text("mine")
+    old = contents(folder)
     assert "not empty" in refused(capsys, tmp_path)
     refused(capsys, tmp_path, "--overwrite_output_dir", text="")
-    assert contents(folder) == before
-    generate(tmp_path, "--overwrite_output_dir", "--seed", "7")
+    assert contents(folder) == old
+    flags = ["--seed", "7", "--format", after]
+    generate(tmp_path, "--overwrite_output_dir", *flags)
     assert count_epochs(folder) == 2
-    assert contents(folder)["epoch_0.json"] != before["epoch_0.json"]
+    fresh = contents(generate(tmp_path, *flags, name="fresh"))
+    assert contents(folder) == {**fresh, "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("kind", ["json", "binary"])
+def test_a_run_killed_while_it_publishes_leaves_nothing_that_passes_for_a_whole_one(
+    tmp_path, monkeypatch, tokenizer, kind
+):
+    class Killed(BaseException):
+        pass
+
+    flags = ["--overwrite_output_dir", "--epochs_to_generate", "3", "--format", kind]
+    folder = generate(tmp_path, *flags)
+    files = len(contents(folder))
+    count = itertools.count()
+
+    def killed_at(event, method):
+        def call(path, *target, **options):
+            inside = folder in (path.parent, *(Path(name).parent for name in target))
+            if inside and next(count) == event:
+                raise Killed
+            return method(path, *target, **options)
+        return call
+
+    # The old files are removed one by one, then the new ones are moved; before that, and after
+    # it, the folder holds a whole run.
+    for event in range(1, 2 * files):
+        count = itertools.count()
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            for name in ("unlink", "replace"):
+                patch.setattr(Path, name, killed_at(event, getattr(Path, name)))
+            generate(tmp_path, *flags, "--seed", str(event))
+        with pytest.raises(UserError):
+            PregeneratedDataset(folder, 0, tokenizer)
+        generate(tmp_path, *flags)
+        assert len(PregeneratedDataset(folder, 0, tokenizer)) > 0
+        assert len(list(folder.iterdir())) == files
 
 
 def test_data_url_copies_the_epochs_to_s3(tmp_path, monkeypatch, capsys):
@@ -448,7 +671,7 @@ def test_data_url_copies_the_epochs_to_s3(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("reduce_memory", [False, True])
 @pytest.mark.parametrize("flags", [["--masked_lm_prob", "0.15"], ["--one_seq"], []])
 def test_the_dataset_gives_back_what_was_written(tmp_path, tokenizer, flags, reduce_memory):
-    folder = generate(tmp_path, *flags)
+    folder = generate_json(tmp_path, *flags)
     dataset = PregeneratedDataset(folder, 1, tokenizer, 40, reduce_memory)
     rows = read_rows(folder, 1)
     assert len(dataset) == len(rows) == len(dataset.lengths)
@@ -486,25 +709,87 @@ def test_collate_trims_to_the_longest_row(tmp_path, tokenizer):
         assert batch["labels"][row].equal(labels[:longest])
 
 
-def test_the_dataset_takes_2_bytes_a_token(tmp_path, tokenizer):
-    dataset = PregeneratedDataset(generate(tmp_path), 0, tokenizer)
-    assert dataset._token_ids.nbytes == 2 * dataset.lengths.sum()
+def test_the_dataset_takes_2_bytes_a_token_and_with_reduce_memory_none(tmp_path, tokenizer):
+    folder = generate(tmp_path)
+    held, mapped = (PregeneratedDataset(folder, 0, tokenizer, 128, reduce) for reduce in (0, 1))
+    assert held._data.token_ids.nbytes == (folder / "corpus.bin").stat().st_size
+    assert held._data.records.nbytes == 13 * len(held)
+    for name in ("token_ids", "records"):
+        assert isinstance(getattr(mapped._data, name).base, np.memmap)
+        assert not isinstance(getattr(held._data, name).base, np.memmap)
+    of_json = PregeneratedDataset(generate_json(tmp_path, name="json"), 0, tokenizer)
+    assert of_json._data.token_ids.nbytes <= 2 * of_json.lengths.sum()
+
+
+def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
+    pieces = [*PIECES, *(f"filler{number}" for number in range(70_000)), "late"]
+    model = write_model(tmp_path / "wide", pieces)
+    text = corpus_text().replace("w3 ", "late ")
+    for kind in ("binary", "json"):
+        folder = generate(tmp_path, "--format", kind, "--masked_lm_prob", "0.3", "--bert_model",
+                          str(model), name=kind, text=text)
+        dataset = PregeneratedDataset(folder, 0, BertTokenizer.from_pretrained(model))
+        assert dataset._data.token_ids.dtype == np.int32
+        batch = dataset.collate(range(len(dataset)))
+        assert (batch["input_ids"] == len(pieces) - 1).any()
+        assert (batch["labels"] == len(pieces) - 1).any()
 
 
 def test_fewer_epochs_than_asked_for_are_read_in_turn(tmp_path, tokenizer, caplog):
     folder = generate(tmp_path)
-    sizes = [len(read_rows(folder, epoch)) for epoch in range(2)]
-    assert samples_per_epoch(folder, 5) == [sizes[0], sizes[1], sizes[0], sizes[1], sizes[0]]
     with caplog.at_level(logging.INFO):
         dataset = PregeneratedDataset(folder, 3, tokenizer)
-    assert len(dataset) == sizes[1]
+    assert dataset.epoch == 1
+    assert len(dataset) == read_metrics(folder, 1).num_training_examples
     assert dataset[0][0].equal(PregeneratedDataset(folder, 1, tokenizer)[0][0])
     assert "2 epochs were generated" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["corpus.bin", "epoch_0.bin", "epoch_0_masks.bin"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "missing", "empty"])
+def test_a_binary_file_of_another_size_is_an_error(tmp_path, tokenizer, name, change):
+    path = generate(tmp_path, "--masked_lm_prob", "0.2") / name
+    content = path.read_bytes()
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"shorter": content[:-1], "longer": content * 2, "empty": b""}[change])
+    with pytest.raises(UserError, match=name if change != "missing" else "epoch_0.bin|no such"):
+        PregeneratedDataset(path.parent, 0, tokenizer)
+
+
+def test_records_outside_the_corpus_are_an_error_with_their_number(tmp_path, tokenizer):
+    path = generate(tmp_path) / "epoch_0.bin"
+    content = path.read_bytes()
+    for damage in (bytes(13), b"\xff" * 13):
+        path.write_bytes(content[:39] + damage + content[52:])
+        with pytest.raises(UserError, match=r"epoch_0.bin: record 3 \(from 0\)"):
+            PregeneratedDataset(path.parent, 0, tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"dtype": 3}, {"tokens": "9"}, {"predictions": None}, None])
+def test_a_wrong_corpus_file_is_an_error(tmp_path, tokenizer, change):
+    path = generate(tmp_path) / "corpus.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(change and {**info, **change}))
+    with pytest.raises(UserError, match="corpus.json: expected dtype, tokens"):
+        PregeneratedDataset(path.parent, 0, tokenizer)
+    path.unlink()
+    with pytest.raises(UserError, match="corpus.json: no such file"):
+        PregeneratedDataset(path.parent, 0, tokenizer)
+
+
+def test_ids_of_another_vocabulary_are_refused(tmp_path):
+    folder = generate(tmp_path)
+    swapped = [*PIECES[:-2], PIECES[-1], PIECES[-2]]
+    other = BertTokenizer.from_pretrained(write_model(tmp_path / "other", swapped))
+    with pytest.raises(UserError, match="corpus.json: of the vocabulary with SHA-256 [0-9a-f]{12}"):
+        PregeneratedDataset(folder, 0, other)
+
+
 @pytest.mark.parametrize("change", ["fewer", "more", "none"])
 def test_a_wrong_number_of_rows_is_an_error_with_both_numbers(tmp_path, tokenizer, change):
-    folder = generate(tmp_path)
+    folder = generate_json(tmp_path)
     rows = read_rows(folder)
     changed = {"fewer": rows[:-1], "more": [*rows, rows[0]], "none": []}[change]
     write_rows(folder, changed)
@@ -515,16 +800,15 @@ def test_a_wrong_number_of_rows_is_an_error_with_both_numbers(tmp_path, tokenize
 
 
 def test_a_file_that_ends_within_a_row_is_an_error_with_the_line(tmp_path, tokenizer):
-    folder = generate(tmp_path)
-    data_file = epoch_paths(folder, 0)[0]
+    folder = generate_json(tmp_path)
     count = len(read_rows(folder))
-    data_file.write_bytes(data_file.read_bytes()[:-40])
+    data_file(folder).write_bytes(data_file(folder).read_bytes()[:-40])
     with pytest.raises(UserError, match=rf"epoch_0.json, line {count}: .*expected the {count}"):
         PregeneratedDataset(folder, 0, tokenizer)
 
 
 def test_a_token_outside_the_vocabulary_is_named(tmp_path):
-    folder = generate(tmp_path)
+    folder = generate_json(tmp_path)
     other = BertTokenizer.from_pretrained(
         write_model(tmp_path / "other", [piece for piece in PIECES if piece != "w7"])
     )
@@ -541,11 +825,14 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         ({"is_random_next": 1}, "is_random_next"),
         ({"masked_lm_positions": [0, 1]}, "2 masked positions, but 0 labels"),
         ({"masked_lm_positions": [40], "masked_lm_labels": ["w1"]}, "masked positions from 0"),
+        ({"masked_lm_positions": [0], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
+        ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),
+        ({"tokens": ["[CLS]", "w1", "[SEP]", "[SEP]"], "segment_ids": [0, 0, 0, 1]}, "of a pair"),
         ({"tokens": [["w1"]], "segment_ids": [0]}, "line 2"),
     ],
 )
 def test_a_malformed_row_is_named_with_its_line(tmp_path, tokenizer, change, complaint):
-    folder = generate(tmp_path)
+    folder = generate_json(tmp_path)
     rows = read_rows(folder)
     rows[1].update(change)
     write_rows(folder, rows)
@@ -559,24 +846,33 @@ def test_data_longer_than_the_model_is_told_is_an_error(tmp_path, tokenizer):
         PregeneratedDataset(generate(tmp_path), 0, tokenizer, max_seq_length=16)
 
 
-def test_missing_epochs_are_named(tmp_path, tokenizer):
+@pytest.mark.parametrize("kind", ["json", "binary"])
+def test_missing_epochs_are_named(tmp_path, tokenizer, kind):
     with pytest.raises(UserError, match="no such folder"):
         count_epochs(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no epoch_0.json"):
+    with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
         count_epochs(tmp_path / "empty")
-    folder = generate(tmp_path, "--epochs_to_generate", "3")
-    epoch_paths(folder, 2)[1].unlink()
+    folder = generate(tmp_path, "--epochs_to_generate", "3", "--format", kind)
+    metrics_file(folder, 2).unlink()
     with pytest.raises(UserError, match="epoch_2_metrics.json: no such file"):
         count_epochs(folder)
-    epoch_paths(folder, 1)[0].unlink()
-    with pytest.raises(UserError, match="epoch_1.json: no such file"):
+    next(folder.glob("epoch_1.[bj]*")).unlink()
+    with pytest.raises(UserError, match=r"epoch_1\.(json|bin): no such file"):
+        PregeneratedDataset(folder, 0, tokenizer)
+
+
+def test_files_of_both_formats_are_an_error(tmp_path, tokenizer):
+    folder = generate(tmp_path)
+    generate_json(tmp_path, name="json")
+    data_file(tmp_path / "json").replace(data_file(folder))
+    with pytest.raises(UserError, match="both formats"):
         PregeneratedDataset(folder, 0, tokenizer)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"num_training_examples": "9", "max_seq_len": 9}'])
-def test_wrong_metrics_are_an_error(tmp_path, text):
+def test_wrong_metrics_are_an_error(tmp_path, tokenizer, text):
     folder = generate(tmp_path)
-    epoch_paths(folder, 0)[1].write_text(text)
+    metrics_file(folder).write_text(text)
     with pytest.raises(UserError, match="epoch_0_metrics.json: expected positive integers"):
-        samples_per_epoch(folder, 1)
+        PregeneratedDataset(folder, 0, tokenizer)

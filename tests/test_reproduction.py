@@ -87,6 +87,16 @@ def given(command: list[str]) -> dict:
     return {name: value for name, value in parse(command).items() if name in actions}
 
 
+def each_student(command: list[str]) -> list[dict]:
+    """Return what `given` does for each student of a command as if it were the only one."""
+    flags = given(command)
+    if command[1] not in ("general_distill.py", "task_distill.py"):
+        return [flags]
+    own = [name for name in ("student_model", "output_dir", "learning_rate") if name in flags]
+    return [{**flags, **{name: flags[name][number] for name in own}}
+            for number in range(len(flags["student_model"]))]
+
+
 @pytest.mark.parametrize("arguments", RUNS, ids=" ".join)
 def test_every_command_of_the_driver_parses_with_its_scripts_own_parser(arguments):
     commands = [command for command in dry_run(*arguments) if is_script(command)]
@@ -121,14 +131,14 @@ READS = {
     "get_bert_models.py": lambda a: [m for m in hub_sources(a) if Path(m).parts[0] != "google-bert"
                                      and not m.startswith(("JeremiahZ/", "sentence-"))],
     "pregenerate_training_data.py": lambda a: [a.train_corpus, a.bert_model],
-    "general_distill.py": lambda a: [a.pregenerated_data, a.teacher_model, a.student_model],
+    "general_distill.py": lambda a: [a.pregenerated_data, a.teacher_model, *a.student_model],
     "data_augmentation.py": lambda a: [a.pretrained_bert_model, a.glove_embs,
                                        f"{a.glue_dir}/{a.task_name}/train.tsv"],
     "fix_teacher_layers.py": lambda a: a.models,
     "finetune_teacher.py": lambda a: [a.data_dir, a.bert_model, *filter(None, [a.vocab_dir])],
     "tinybert_6_from_bert.py": lambda a: [a.bert_model],
     "task_distill.py": lambda a: [
-        a.data_dir, a.student_model, *([] if a.do_eval else [a.teacher_model]),
+        a.data_dir, *a.student_model, *([] if a.do_eval else [a.teacher_model]),
         *([f"{a.data_dir}/train_aug.tsv"] if a.aug_train else [])],
     "benchmarks/report.py": lambda a: [a.glue_dir],
 }  # fmt: skip
@@ -142,6 +152,8 @@ WRITES = {
     ],
     "data_augmentation.py": lambda a: [f"{a.glue_dir}/{a.task_name}/train_aug.tsv"],
     "fix_teacher_layers.py": lambda a: a.models,
+    "general_distill.py": lambda a: a.output_dir,
+    "task_distill.py": lambda a: a.output_dir,
     "benchmarks/report.py": lambda a: [a.results_dir],
 }
 
@@ -199,12 +211,12 @@ def test_the_full_run_contains_every_command_of_the_seed(shared):
         words = ["python", *(corrected.get(word, word) for word in shlex.split(line))]
         if len(words) == 2:  # no flags: which models and tasks is the driver's business
             continue
-        wanted = given(words)
+        (wanted,) = each_student(words)
         if wanted.get("do_eval") or wanted.get("learning_rate") == 1.25e-5:
             wanted.pop("output_dir")  # all of them went to one folder
         wanted = {key: str(value).lower() for key, value in wanted.items()}
-        same = [c for c in ours if c[1] == words[1] and wanted.items() <= {
-            key: str(value).lower() for key, value in given(c).items()}.items()]  # fmt: skip
+        same = [c for c in ours if c[1] == words[1] for flags in each_student(c)
+                if wanted.items() <= {k: str(v).lower() for k, v in flags.items()}.items()]
         assert same, f"not in the full run: {shlex.join(words)}"
         checked += 1
     assert checked > 50
@@ -218,10 +230,10 @@ def test_the_paper_recipe_leaves_epochs_and_lengths_to_the_task_and_keeps_the_se
     assert all("max_seq_length" not in flags for flags in intermediate)
     augmentation = [given(c) for c in commands if c[1] == "data_augmentation.py"]
     assert {flags["N"] for flags in augmentation} == {20}
-    general = [given(c) for c in commands if c[1] == "general_distill.py"]
+    general = [f for c in commands if c[1] == "general_distill.py" for f in each_student(c)]
     assert {flags["train_batch_size"] for flags in general} == {256}
     assert {flags["learning_rate"] for flags in general} == {1e-4}
-    prediction = [given(c) for c in commands if "--pred_distill" in c]
+    prediction = [flags for c in commands if "--pred_distill" in c for flags in each_student(c)]
     rates = {(flags["learning_rate"], flags["train_batch_size"]) for flags in prediction}
     assert rates == {(rate, size) for rate in (1e-5, 2e-5, 3e-5) for size in (16, 32)}
     outputs = {p for c in commands if c[1] not in ("get_bert_models.py", "fix_teacher_layers.py")
@@ -256,7 +268,16 @@ def test_the_environment_wins_over_profile_and_recipe():
     assert {given(c)["task_name"] for c in commands} == {"RTE"}
     stages = [given(c) for c in commands if "--pred_distill" not in c]
     assert {flags["num_train_epochs"] for flags in stages} == {7.0}
-    assert all(flags["output_dir"].startswith("elsewhere/") for flags in stages)
+    assert all(p.startswith("elsewhere/") for flags in stages for p in flags["output_dir"])
+
+
+def test_students_with_the_same_settings_share_the_teachers_pass():
+    full, paper = ([given(c)["student_model"] for c in dry_run(*more, "--only", "general")]
+                   for more in ((), ("--recipe", "paper")))
+    assert full == [["tinybert_4l_config"] * 2, ["tinybert_6l_config"]]
+    assert paper == [["tinybert_4l_config", "tinybert_6l_config"]]
+    stages = [given(c) for c in dry_run("--only", "distill", TASKS="RTE")]
+    assert [len(flags["student_model"]) for flags in stages] == [3, 3]
 
 
 def test_a_setting_for_one_task_wins_over_the_plain_one(tmp_path):
@@ -405,7 +426,7 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py"}
 
     # A step that was killed halfway is run again, its leftovers are gone.
-    (tmp_path / "models" / ".state" / "distilled_tinybert_4l_cola").unlink()
+    (tmp_path / "models" / ".state" / "prediction_cola").unlink()
     leftover = tmp_path / "models" / "distilled_tinybert_4l_cola" / "leftover"
     leftover.touch()
     (command,) = dry_run("--demo", "--only", "distill", **settings)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from transformer import runtime
 from transformer.file_utils import UserError
 from transformer.runtime import (
     JsonLog,
+    Pace,
     RunningMean,
-    autocast,
     check_numbers,
+    check_output_dirs,
+    compile_models,
     get_device,
     given_flags,
     log_start,
+    one_each,
     parameter_count,
     prepare_output_dir,
     resolve_precision,
@@ -140,14 +144,75 @@ def test_fp16_needs_a_gpu_and_no_other_precision():
     with pytest.raises(UserError, match=r"contradict"):
         resolve_precision("bf16", torch.device("cuda"), fp16=True)
     assert resolve_precision("auto", torch.device("cuda"), fp16=True) is torch.float16
+    with pytest.raises(UserError, match=r"--precision fp16 needs a GPU"):
+        resolve_precision("fp16", CPU)
+    assert resolve_precision("fp16", torch.device("cuda")) is torch.float16
 
 
-def test_autocast_computes_in_the_named_type():
-    matrix = torch.ones(2, 2)
-    with autocast(CPU, torch.bfloat16):
-        assert (matrix @ matrix).dtype == torch.bfloat16
-    with autocast(CPU, None):
-        assert (matrix @ matrix).dtype == torch.float32
+# ------------------------------------------------------------------ compiling
+
+
+def test_compile_is_off_on_a_cpu_unless_asked_for():
+    module = torch.nn.Linear(2, 2)
+    assert compile_models(None, CPU, module) is False
+    assert compile_models(False, torch.device("cuda"), module) is False
+    assert module._compiled_call_impl is None
+
+
+def test_compile_without_a_compiler_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--compile: there is no C\+\+ compiler \(no-such-comp"):
+        compile_models(True, CPU, torch.nn.Linear(2, 2))
+
+
+def test_a_gpu_without_triton_runs_uncompiled_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        assert compile_models(None, torch.device("cuda"), torch.nn.Linear(2, 2)) is False
+    assert "compile off: the package triton is not installed" in caplog.text
+    with pytest.raises(UserError, match="--compile: the package triton"):
+        compile_models(True, torch.device("cuda"), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_module_computes_the_same():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    x = torch.randn(3, 4)
+    expected = module(x)
+    assert compile_models(True, CPU, module) is True
+    torch.testing.assert_close(module(x), expected)
+
+
+# ------------------------------------------------------------------ one value a student
+
+
+def test_a_flag_has_one_value_for_each_student_or_one_for_all():
+    assert one_each("learning_rate", 0.1, 3) == [0.1] * 3
+    assert one_each("learning_rate", [0.1], 2) == [0.1] * 2
+    assert one_each("learning_rate", [0.1, 0.2], 2) == [0.1, 0.2]
+    with pytest.raises(UserError, match=r"--learning_rate: 2 values for 3 students"):
+        one_each("learning_rate", [0.1, 0.2], 3)
+
+
+def test_every_student_needs_an_output_folder_of_its_own(tmp_path):
+    check_output_dirs([str(tmp_path / "a"), str(tmp_path / "b")], 2)
+    with pytest.raises(UserError, match=r"--output_dir: 1 folders for 2 students"):
+        check_output_dirs([str(tmp_path / "a")], 2)
+    with pytest.raises(UserError, match=r"a folder of its own"):
+        check_output_dirs([str(tmp_path / "a"), f"{tmp_path}/./a"], 2)
+
+
+def test_the_pace_is_rows_a_second_and_the_share_of_waiting(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    pace = Pace()
+    pace.add(32, 0.5)
+    pace.add(32, 0.0)
+    now[0] += 2.0
+    assert pace.read() == {"rows_per_second": 32.0, "waiting": 0.25}
+    now[0] += 1.0
+    assert pace.read() == {"rows_per_second": 0.0, "waiting": 0.0}
 
 
 def test_a_seed_sets_python_numpy_and_torch():

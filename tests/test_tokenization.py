@@ -5,8 +5,12 @@ import logging
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from transformer import tokenization
 from transformer.file_utils import UserError
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer, load_vocab
 
@@ -35,7 +39,11 @@ def test_lower_cased_tokens_and_ids_are_the_originals(tokenizer):
         assert tokenizer.tokenize(row["text"]) == row["tokens"]
         assert tokenizer.convert_tokens_to_ids(row["tokens"]) == row["ids"]
         assert tokenizer.convert_ids_to_tokens(row["ids"]) == row["tokens"]
-    assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
+    texts = [row["text"] for row in rows]
+    assert tokenizer.encode_batch(texts) == [row["ids"] for row in rows]
+    ids, lengths = tokenizer.encode_flat(texts)
+    assert ids.tolist() == [index for row in rows for index in row["ids"]]
+    assert lengths.tolist() == [len(row["ids"]) for row in rows]
 
 
 def test_cased_tokens_are_the_originals():
@@ -51,6 +59,71 @@ def test_special_tokens_are_kept_only_where_they_stand_alone(tokenizer):
     for token in SPECIAL_TOKENS:
         assert tokenizer.tokenize(token) == [token]
         assert tokenizer.encode_batch([token, "x"])[0] == [tokenizer.vocab[token]]
+
+
+CASED = BertTokenizer(VOCAB, do_lower_case=False)
+UNCASED = BertTokenizer(VOCAB)
+AWKWARD = [
+    *SPECIAL_TOKENS, "[", "]", " ", "  ", "\t", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e",
+    "\x1f", "\x00", "\x7f", "\x85", "\u200b", "\ufeff", "\ufffd", "\u00a0", "\u2003", "\u2028",
+    "\u039f\u0394\u039f\u03a3", "\u0391\u03a3.\u0392", "\u03a3", "\u4e2d\u56fd", "\u65e5", "a", "B",
+    "Unaffable", "\u00c9", "e\u0301", "\u0301", "\u0130", "\u00df", "\ufb01", ".", ",", "-",
+    "\u2013", "<\u0338", "\U0001d518", "\U0001f600", "x" * 99, "q" * 101, "1,000.5", "##ing",
+    "\u212a",
+]
+
+
+def ids_of_parts(tokenizer: BertTokenizer, text: str) -> list[int]:
+    """The ids of a text by the Rust tokenizer alone, special tokens apart."""
+    ids = []
+    for part in tokenizer.basic_tokenizer.parts(text):
+        special = part in SPECIAL_TOKENS
+        ids += [tokenizer.vocab[part]] if special else tokenizer._fast.encode(
+            part, add_special_tokens=False).ids
+    return ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.one_of(
+        st.lists(st.sampled_from(AWKWARD), max_size=12).map("".join),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    ), max_size=8),
+    st.sampled_from([CASED, UNCASED]),
+    st.sampled_from([1, 40, 1 << 18]),
+)
+def test_texts_in_blocks_give_the_ids_of_each_text_alone(texts, tokenizer, block_bytes):
+    expected = [ids_of_parts(tokenizer, text) for text in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "BLOCK_BYTES", block_bytes)
+        assert tokenizer.encode_batch(texts) == expected
+        ids, lengths = tokenizer.encode_flat(texts)
+    assert ids.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
+    assert ids.dtype == lengths.dtype == np.int32
+
+
+def test_lines_are_texts_and_must_be_utf8(tokenizer):
+    text = "A cat,\n\n\u4e2d [MASK]\nx\r\n"
+    ids, lengths = tokenizer.encode_lines(text.encode())
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    assert [row.tolist() for row in rows] == tokenizer.encode_batch(text.split("\n"))
+    for wrong in (b"a \xff b", b"\xff", b"\xc3", b"[MASK] \xc3", b"\xe2\x82,"):
+        with pytest.raises(UnicodeDecodeError):
+            tokenizer.encode_lines(wrong)
+        # Nothing of it stays behind.
+        assert tokenizer.encode_lines(text.encode())[0].tolist() == ids.tolist()
+
+
+def test_what_is_remembered_of_earlier_texts_is_bounded(monkeypatch):
+    monkeypatch.setattr(tokenization, "CACHE_BYTES", 20_000)
+    tokenizer = BertTokenizer(VOCAB)
+    sizes = []
+    for number in range(50):
+        words = [f"word{number}x{count}" for count in range(30)]
+        assert tokenizer.encode_batch(words) == [ids_of_parts(tokenizer, word) for word in words]
+        sizes.append(len(tokenizer._table))
+    assert max(sizes) < 20_000 / 200 + 40
+    assert sum(left > right for left, right in zip(sizes, sizes[1:], strict=False)) > 5
 
 
 def test_texts_without_any_token_are_empty_rows(tokenizer):

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -240,7 +239,7 @@ class Query(NamedTuple):
 class DataAugmentor:
     """Algorithm 1 of the paper, for many sentences at once.
 
-    model: a BertForMaskedLM with its head; put in eval mode here
+    model: a BertForMaskedLM with its head; put in eval mode here, used in its own precision
     M: replacements considered for a word; N: new sentences tried for a sentence
     p: the probability that a word is replaced
     seed: the draws of the i-th sentence depend on it and i alone, not on how sentences are batched
@@ -248,7 +247,6 @@ class DataAugmentor:
         best, and fold the case of the word vectors; False takes the M best of the whole
         vocabulary and then drops the `##` pieces, as the original does
     batch_tokens: word pieces in one batch of the model; 0 takes what suits the device
-    autocast_dtype: None computes in float32
     counts: running totals: `words` that may be varied and those with `no_candidates`; word
         `pieces` and those `unknown`
     """
@@ -264,7 +262,6 @@ class DataAugmentor:
         seed: int = 42,
         drop_non_words: bool = True,
         batch_tokens: int = 0,
-        autocast_dtype: torch.dtype | None = None,
     ):
         if not isinstance(model, BertForMaskedLM):
             raise UserError(f"{type(model).__name__}: expected BertForMaskedLM with its head")
@@ -285,7 +282,6 @@ class DataAugmentor:
         self.drop_non_words = drop_non_words
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
-        self.autocast_dtype = autocast_dtype
         self.counts: Counter[str] = Counter()
         self._pieces: dict[str, list[int]] = {}
         self._spellings = list(tokenizer.vocab)
@@ -446,14 +442,8 @@ class DataAugmentor:
             torch.from_numpy(array).to(self.device)
             for array in (ids, segments, attention_mask, masked)
         ]
-        autocast = (
-            torch.autocast(self.device.type, self.autocast_dtype)
-            if self.autocast_dtype is not None
-            else nullcontext()
-        )
-        with autocast:
-            logits = self.model(*inputs[:3], masked_positions=inputs[3])  # [batch, vocabulary]
-        logits = logits.float().masked_fill(self._forbidden, float("-inf"))
+        logits = self.model(*inputs[:3], masked_positions=inputs[3])  # [batch, vocabulary]
+        logits = logits.masked_fill(self._forbidden, float("-inf"))
         return logits.topk(min(self.M, self._allowed)).indices
 
     def _forbidden_entries(self) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """TinyBERT's layer mapping and losses (paper: arXiv 1909.10351, section 3)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.file_utils import UserError
+from transformer.inference import freeze as freeze  # a teacher's first step
+from transformer.modeling import BertModel, BertModelOutput
 
 
 def map_layers(teacher_layers: int, student_layers: int) -> tuple[list[int], list[int]]:
@@ -135,7 +136,7 @@ def check_heads(teacher_heads: int, student_heads: int) -> None:
 def check_shapes(student_scores: Sequence[Tensor], student_hidden: Sequence[Tensor],
                  teacher_scores: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> None:
     """Raise a `UserError` that names both numbers when heads or widths do not agree."""
-    check_heads(teacher_scores[0].shape[1], student_scores[0].shape[1])
+    check_heads(teacher_scores[-1].shape[1], student_scores[-1].shape[1])
     student_width, teacher_width = student_hidden[0].shape[-1], teacher_hidden[0].shape[-1]
     if student_width != teacher_width:
         raise UserError(
@@ -177,67 +178,71 @@ def intermediate_losses(
     return {"att_loss": att_loss, "rep_loss": rep_loss}
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Put a teacher into eval mode and stop its gradients; returns the same model."""
-    return model.eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------ training steps
+# ------------------------------------------------------------------ what a teacher shows
 
 Batch = dict[str, Tensor]
-Collate = Callable[[Sequence[int]], Batch]
 
 
-def micro_batches(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split the rows of one step into at most `parts` pieces of nearly equal size."""
-    size = -(-len(rows) // parts)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what every model is called with: ids, segments and mask, each [batch, length]."""
+    return batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with every tensor on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def train(
-    student: nn.Module,
-    losses: Callable[[Batch], dict[str, Tensor]],
-    epochs: Iterable[tuple[Collate, list[list[int]]]],
-    optimizer: torch.optim.Optimizer,
-    accumulation: int,
-    device: torch.device,
-    context: Callable[[], AbstractContextManager],
-    scaler: torch.amp.GradScaler | None = None,
-) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """Train a student, one optimizer step at a time.
+class IntermediateTeacher(nn.Module):
+    """The hidden states of a frozen encoder, and those raw scores that any student aims at.
 
     Args:
-        student: trained in place; put into train mode before each step.
-        losses: from a batch to named losses, each a mean over rows; their sum is minimised.
-        epochs: for each pass, what turns row numbers into a batch, and the rows of each step.
-        optimizer: of the student.
-        accumulation: micro-batches a step. A row counts the same in whichever micro-batch it
-            stands, so the step's result does not depend on this number.
-        device: where the batches go.
-        context: makes the autocast context of the forward pass.
-        scaler: scales the loss for float16.
-
-    Yields:
-        After each step its losses, detached and still on the device, and whether it ended a pass.
+        encoder: a frozen `BertModel`.
+        student_depths: the students' numbers of layers; each must divide the encoder's.
     """
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    for collate, epoch_batches in epochs:
-        for place, rows in enumerate(epoch_batches, start=1):
-            student.train()
-            step_losses: dict[str, Tensor] = {}
-            for part in micro_batches(rows, accumulation):
-                with context():
-                    values = losses(to_device(collate(part), device))
-                share = len(part) / len(rows)
-                scaler.scale(sum(values.values()) * share).backward()
-                for name, value in values.items():
-                    step_losses[name] = step_losses.get(name, 0.0) + value.detach() * share
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            yield step_losses, place == len(epoch_batches)
+
+    def __init__(self, encoder: BertModel, student_depths: Iterable[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        depth = encoder.config.num_hidden_layers
+        self.score_layers = tuple(sorted(
+            {layer for student in student_depths for layer in map_layers(depth, student)[0]}))
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> BertModelOutput:
+        return self.encoder(*model_inputs(batch), score_layers=self.score_layers)
+
+
+def show_nothing(batch: Batch) -> None:
+    """Stand in for a teacher whose answers the batch brings along, or that is not needed."""
+
+
+class IntermediateLoss(nn.Module):
+    """Eq. 7-9 on a batch: attention scores, hidden states and embeddings, summed over layers.
+
+    Args:
+        student: its last two outputs are its scores and its hidden states.
+        match_original: see `intermediate_losses`.
+        arguments: what else the student is called with.
+    """
+
+    def __init__(self, student: nn.Module, match_original: bool = False, **arguments: bool) -> None:
+        super().__init__()
+        self.student, self.match_original, self.arguments = student, match_original, arguments
+
+    def forward(self, batch: Batch, teacher: BertModelOutput) -> dict[str, Tensor]:
+        *_, scores, hidden = self.student(*model_inputs(batch), **self.arguments)
+        return intermediate_losses(
+            scores, hidden, teacher.attention_scores, teacher.hidden_states,
+            batch["attention_mask"], self.match_original)
+
+
+class PredictionLoss(nn.Module):
+    """Eq. 10 on a batch that brings its rows' teacher logits."""
+
+    def __init__(
+        self, student: nn.Module, temperature: float = 1.0, match_original: bool = False
+    ) -> None:
+        super().__init__()
+        self.student, self.temperature = student, temperature
+        self.match_original = match_original
+
+    def forward(self, batch: Batch, teacher: None) -> dict[str, Tensor]:
+        logits = self.student(*model_inputs(batch), score_layers=())[0]
+        return {"cls_loss": prediction_loss(
+            logits, batch["teacher_logits"], self.temperature, self.match_original)}

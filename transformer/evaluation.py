@@ -1,10 +1,8 @@
 """Metrics by task, evaluation of a model on encoded rows, and the files that hold the result."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,15 @@ from torch import nn
 from torch.nn import functional
 
 from transformer.file_utils import UserError, write_json, write_text
-from transformer.glue import Features, GlueTask, batches, get_task
+from transformer.glue import (
+    PADDING_MULTIPLE,
+    Features,
+    GlueTask,
+    batches,
+    get_task,
+    padded_collate,
+)
+from transformer.inference import inference_copy
 
 logger = logging.getLogger(__name__)
 
@@ -98,40 +104,32 @@ def majority_baseline(task: str | GlueTask, features: Features) -> dict[str, flo
     return _classification_metrics(task, predicted, gold, features.label_names)
 
 
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and restore each part's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def predict_logits(
     model: nn.Module,
     features: Features,
     device: torch.device | str,
     batch_size: int = 32,
-    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Run a model over all rows, dropout off: logits [rows, labels], float32, in row order."""
+    """Run a model over all rows, dropout off: logits [rows, labels], float32, in row order.
+
+    It computes in `dtype`, on a copy of the model: the model itself is not touched.
+    """
+    device = torch.device(device)
     order = batches(features.lengths, batch_size)
+    collate = padded_collate(features, PADDING_MULTIPLE.get(device.type, 1))
+    model = inference_copy(model, dtype, device)
     outputs = []
-    with _eval_mode(model), torch.inference_mode():
+    with torch.inference_mode():
         for indices in order:
-            batch = features.collate(indices)
+            batch = collate(indices)
             inputs = [
                 batch[key].to(device) for key in ("input_ids", "token_type_ids", "attention_mask")
             ]
-            with autocast():
-                logits = model(*inputs)[0]  # [batch, labels]
-            outputs.append(logits.float())
+            outputs.append(model(*inputs, score_layers=())[0].float())  # [batch, labels]
         sorted_logits = torch.cat(outputs).cpu()
     logits = torch.empty_like(sorted_logits)
-    logits[torch.tensor([row for indices in order for row in indices])] = sorted_logits
+    logits[torch.from_numpy(np.concatenate(order))] = sorted_logits
     return logits
 
 
@@ -151,19 +149,18 @@ def evaluate(
     task: str | GlueTask,
     device: torch.device | str,
     batch_size: int = 32,
-    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a classifier on encoded rows; the model's mode is as before afterwards.
+    """Evaluate a classifier on encoded rows, on a copy of it that computes in `dtype`.
 
-    `model(input_ids, token_type_ids, attention_mask)[0]` are its logits; `autocast` makes the
-    context it runs in. Returns "metrics" (see `compute_metrics`), "loss" (mean cross-entropy, or
-    squared error for STS-B), "logits" [rows, labels] float32, "predictions" [rows] (class
-    numbers or scores) and "rows", in the order of `features`.
+    Returns "metrics" (see `compute_metrics`), "loss" (mean cross-entropy, or squared error for
+    STS-B), "logits" [rows, labels] float32, "predictions" [rows] (class numbers or scores) and
+    "rows", in the order of `features`.
     """
     task = get_task(task)
     if not len(features):
         raise UserError(f"no rows of {task.name} to evaluate; expected at least one")
-    logits = predict_logits(model, features, device, batch_size, autocast)
+    logits = predict_logits(model, features, device, batch_size, dtype)
     if logits.shape[1] != task.num_labels:
         raise UserError(
             f"the model puts out {logits.shape[1]} numbers a row; "

@@ -106,6 +106,11 @@ def file_sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def cache_root() -> Path:
+    """Return the folder for what can be had again: `$TINYBERT_CACHE`, else `~/.cache/tinybert`."""
+    return Path(os.environ.get("TINYBERT_CACHE") or Path.home() / ".cache" / "tinybert")
+
+
 def cached_path(
     url_or_path: Path | str, cache_dir: Path | str | None = None, sha256: str | None = None
 ) -> Path:
@@ -128,7 +133,7 @@ def cached_path(
     if scheme not in ("http", "https", "s3"):
         raise UserError(f"{text}: unknown scheme {scheme!r}; expected http, https or s3")
     if cache_dir is None:
-        cache_dir = os.environ.get("TINYBERT_CACHE") or Path.home() / ".cache" / "tinybert"
+        cache_dir = cache_root()
     # The digest keeps apart files of the same name, the name lets a reader see what is cached.
     prefix = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = PurePosixPath(urlsplit(text).path).name or "index"

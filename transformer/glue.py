@@ -1,26 +1,34 @@
 """GLUE: the table of tasks, TSV reading and writing, and rows turned into model input."""
 
+import hashlib
+import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from transformer.file_utils import UserError, atomic_path
+from transformer.file_utils import UserError, atomic_path, file_sha256
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
 
 BYTE_ORDER_MARK = "\ufeff"
-ENCODING_CHUNK = 8192  # examples handed to the tokenizer at once
-POOL_BATCHES = 50  # batches shuffled together before rows of similar length are grouped
+ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
+MOST_BUCKETS = 8  # padded lengths of one set of rows
 UNKNOWN_SHARE_LIMIT = 0.10
+PADDING_MULTIPLE = {"cuda": 8}  # lengths that a GPU's matrix units take; a CPU takes any
+CACHE_FORMAT = 1  # to be raised when the same rows would be encoded or stored differently
+CACHE_SUFFIX = ".features.npz"
+CACHE_BYTES = 4 * 2**30  # a million rows of SST-2's kind take 47 MB
 
 
 # ------------------------------------------------------------------ the tasks, one row each
@@ -346,6 +354,19 @@ def _shorten(cells: Sequence[str]) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+def iterate_examples(
+    task: str | GlueTask, data_dir: Path | str, split: str, max_rows: int | None = None
+) -> Iterator[Example]:
+    """Yield the rows that `load_examples` lists, one at a time."""
+    task = get_task(task)
+    path = split_path(task, data_dir, split)
+    columns = _find_columns(task, path)
+    for number, cells in islice(_iterate_rows(task, path, columns), max_rows):
+        text_b = None if columns.text_b is None else cells[columns.text_b]
+        label = sys.intern(cells[columns.label])
+        yield Example(f"{split}-{number}", cells[columns.text_a], text_b, label)
+
+
 def load_examples(
     task: str | GlueTask, data_dir: Path | str, split: str, max_rows: int | None = None
 ) -> list[Example]:
@@ -354,15 +375,7 @@ def load_examples(
     `max_rows` reads only the first rows. Whatever is wrong with the file is a `UserError` that
     names file, line and value and what was expected there.
     """
-    task = get_task(task)
-    path = split_path(task, data_dir, split)
-    columns = _find_columns(task, path)
-    examples = []
-    for number, cells in islice(_iterate_rows(task, path, columns), max_rows):
-        text_b = None if columns.text_b is None else cells[columns.text_b]
-        label = sys.intern(cells[columns.label])
-        examples.append(Example(f"{split}-{number}", cells[columns.text_a], text_b, label))
-    return examples
+    return list(iterate_examples(task, data_dir, split, max_rows))
 
 
 def task_rows(task: str | GlueTask, data_dir: Path | str, split: str = "train") -> TaskRows:
@@ -414,6 +427,44 @@ def label_order(
 # ------------------------------------------------------------------ model input
 
 
+def bucket_lengths(
+    lengths: Sequence[int] | np.ndarray, multiple: int = 1, most: int = MOST_BUCKETS
+) -> np.ndarray:
+    """Choose at most `most` padded lengths, ascending, that pad these rows least in total.
+
+    Each row is padded up to the next of them, so the last holds the longest row. All are
+    multiples of `multiple`: 8 suits a GPU's matrix units, 1 a CPU. The choice is the best one,
+    found by dynamic programming over the histogram of `lengths`.
+    """
+    rounded = -(-np.asarray(lengths, dtype=np.int64) // multiple)
+    counts = np.bincount(rounded)
+    used = np.flatnonzero(counts)  # no other length is ever worth a bucket
+    widths = used * multiple  # [w]
+    rows = np.concatenate([[0], np.cumsum(counts[used])])  # [w + 1], rows below each place
+    # Positions of one bucket that takes the widths from `start` up to and with `end`, [w, w].
+    places = np.arange(len(widths))
+    cost = widths * (rows[1:] - rows[:-1, None]).astype(np.float64)  # exact up to 2**53
+    cost[places[:, None] > places] = np.inf
+    # Least positions of the widths before each place in as many buckets as were added, [w + 1].
+    least = np.concatenate([[0.0], np.full(len(widths), np.inf)])
+    starts = []  # for each bucket added: where it starts if it ends at a place, [w]
+    for _ in range(min(most, len(widths))):
+        totals = least[:-1, None] + cost  # [w, w]
+        starts.append(totals.argmin(axis=0))
+        least = np.concatenate([[np.inf], totals.min(axis=0)])
+    chosen, end = [], len(widths)
+    for start in reversed(starts):
+        chosen.append(widths[end - 1])
+        end = start[end - 1]
+    return np.array(chosen[::-1], dtype=np.int64)
+
+
+def _span_places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """List the places in spans [spans] of a flat array, span after span: [sum of lengths]."""
+    shifts = starts - (np.cumsum(lengths) - lengths)  # from a place in the list to its place
+    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+
 @dataclass
 class Features:
     """Encoded rows in flat arrays: a million rows take some 50 MB, not gigabytes.
@@ -435,7 +486,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.first_lengths)
 
-    @property
+    @cached_property  # it is asked for with every batch
     def lengths(self) -> np.ndarray:
         """Word pieces of each row, [rows]."""
         return np.diff(self.offsets)
@@ -468,12 +519,10 @@ class Features:
         """Copy the rows `indices`, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[indices]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        # Place of each kept piece in `ids`: its place in the copy, shifted by its row's move.
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], lengths)
         return Features(
-            self.ids[places], offsets, self.first_lengths[indices],
-            self.labels[torch.from_numpy(indices)], self.label_names, self.pad_id,
+            self.ids[_span_places(self.offsets[indices], lengths)], _offsets(lengths),
+            self.first_lengths[indices], self.labels[torch.from_numpy(indices)],
+            self.label_names, self.pad_id,
         )  # fmt: skip
 
     def first(self, count: int) -> "Features":
@@ -481,20 +530,22 @@ class Features:
         return self.subset(range(min(count, len(self))))
 
 
-def truncate_pair(length_a: int, length_b: int, budget: int) -> tuple[int, int]:
-    """Say how much of two sentences to keep so that both fit into `budget` positions.
+def truncate_pair(
+    length_a: np.ndarray, length_b: np.ndarray, budget: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say how much of two sentences to keep so that both fit into `budget` positions, [rows].
 
     The same as BERT's loop that drops the last piece of the longer sentence (of the second, if
     they are equal) until they fit.
     """
-    keep_a = min(length_a, max(budget - budget // 2, budget - length_b))
-    return keep_a, min(length_b, budget - keep_a)
+    keep_a = np.minimum(length_a, np.maximum(budget - budget // 2, budget - length_b))
+    return keep_a, np.minimum(length_b, budget - keep_a)
 
 
 def _label_numbers(
     examples: Sequence[Example], labels: Sequence[str], regression: bool
-) -> list[float]:
-    """Turn label strings into class numbers or scores; an unknown one is a `UserError`."""
+) -> np.ndarray:
+    """Turn label strings into class numbers or scores, [rows]; an unknown one is a `UserError`."""
     number_of = {label: number for number, label in enumerate(labels)}
     numbers = []
     for example in examples:
@@ -506,32 +557,42 @@ def _label_numbers(
             raise UserError(
                 f"example {example.guid}: label {example.label!r}; expected {expected}"
             ) from error
-    return numbers
+    return np.array(numbers, dtype=np.float32 if regression else np.int64)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Where each of consecutive spans starts, and the end: [spans + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _encode_rows(
     examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int
-) -> list[tuple[list[int], int]]:
-    """Encode each row: its framed word pieces, and how many of them are of segment 0."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode rows: framed word pieces of all, and of each row the length and first length."""
     # Each different text is tokenized once: augmented rows repeat the sentence they do not vary.
     texts = dict.fromkeys(text for example in examples for text in example[1:3] if text is not None)
-    encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
-    start, end = [tokenizer.cls_id], [tokenizer.sep_id]
-    rows = []
-    for example in examples:
-        ids_a = encoded[example.text_a]
-        if example.text_b is None:
-            row = start + ids_a[: max_seq_length - 2] + end
-            rows.append((row, len(row)))
-            continue
-        ids_b = encoded[example.text_b]
-        keep_a, keep_b = truncate_pair(len(ids_a), len(ids_b), max_seq_length - 3)
-        rows.append((start + ids_a[:keep_a] + end + ids_b[:keep_b] + end, keep_a + 2))
-    return rows
+    pieces, text_lengths = tokenizer.encode_flat(texts)
+    text_starts = _offsets(text_lengths)
+    number_of = {text: number for number, text in enumerate(texts)}
+    a = np.array([number_of[example.text_a] for example in examples])  # [rows]
+    b = np.array([number_of.get(example.text_b, -1) for example in examples])  # [rows]
+    paired = b >= 0
+    keep_a, keep_b = truncate_pair(
+        text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - paired)
+
+    lengths = keep_a + 2 + keep_b + paired
+    offsets = _offsets(lengths)
+    starts = offsets[:-1]
+    ids = np.full(
+        offsets[-1], tokenizer.sep_id, np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+    ids[starts] = tokenizer.cls_id
+    ids[_span_places(starts + 1, keep_a)] = pieces[_span_places(text_starts[a], keep_a)]
+    ids[_span_places(starts + keep_a + 2, keep_b)] = pieces[_span_places(text_starts[b], keep_b)]
+    return ids, lengths, (keep_a + 2).astype(np.int32)
 
 
 def encode_examples(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: BertTokenizer,
     max_seq_length: int,
     labels: Sequence[str],
@@ -545,33 +606,24 @@ def encode_examples(
     """
     if max_seq_length < 3:
         raise UserError(f"maximum sequence length {max_seq_length}; expected at least 3 positions")
-    if not examples:
-        raise UserError("no examples to encode; expected at least one")
-    piece_type = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    chunks, lengths, first_lengths = [], [], []
-    for begin in range(0, len(examples), ENCODING_CHUNK):
-        part = examples[begin : begin + ENCODING_CHUNK]
+    examples = iter(examples)
+    chunks = []
+    while part := list(islice(examples, ENCODING_CHUNK)):
         rows = _encode_rows(part, tokenizer, max_seq_length)
-        chunks.append(np.array([piece for row, _ in rows for piece in row], dtype=piece_type))
-        lengths += [len(row) for row, _ in rows]
-        first_lengths += [first for _, first in rows]
+        chunks.append((*rows, _label_numbers(part, labels, regression)))
+    if not chunks:
+        raise UserError("no examples to encode; expected at least one")
+    ids, lengths, first_lengths, numbers = map(np.concatenate, zip(*chunks, strict=True))
     features = Features(
-        ids=np.concatenate(chunks),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        first_lengths=np.array(first_lengths, dtype=np.int32),
-        labels=torch.tensor(
-            _label_numbers(examples, labels, regression),
-            dtype=torch.float32 if regression else torch.int64,
-        ),
-        label_names=() if regression else tuple(labels),
-        pad_id=tokenizer.pad_id,
-    )
-    _warn_of_unknown_pieces(features, tokenizer, len(examples))
+        ids, _offsets(lengths), first_lengths, torch.from_numpy(numbers),
+        () if regression else tuple(labels), tokenizer.pad_id,
+    )  # fmt: skip
+    _warn_of_unknown_pieces(features, tokenizer)
     return features
 
 
-def _warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer, rows: int) -> None:
-    special = 2 * rows + int((features.first_lengths < features.lengths).sum())
+def _warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None:
+    special = 2 * len(features) + int((features.first_lengths < features.lengths).sum())
     share = int((features.ids == tokenizer.unk_id).sum()) / max(1, len(features.ids) - special)
     if share > UNKNOWN_SHARE_LIMIT:
         logger.warning(
@@ -581,18 +633,146 @@ def _warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer, rows: 
         )  # fmt: skip
 
 
+# ------------------------------------------------------------------ features on disk
+
+
+def load_features(
+    task: str | GlueTask,
+    data_dir: Path | str,
+    split: str,
+    tokenizer: BertTokenizer,
+    max_seq_length: int,
+    labels: Sequence[str],
+    max_rows: int | None = None,
+    cache_dir: Path | str | None = None,
+) -> Features:
+    """Read and encode one split, or find it in the cache.
+
+    The arguments are those of `load_examples` and `encode_examples`, and so are the errors. The
+    file is read in pieces: beyond the features themselves it takes some 100 MB of memory. With
+    `cache_dir` they are stored there under a hash of all that they depend on, the file's bytes
+    and the vocabulary included, and read from there the next time; a damaged cache or one that
+    cannot be written is a warning. Of the stored features the newest 4 GB are kept.
+    """
+    began = time.monotonic()
+    task = get_task(task)
+    path = split_path(task, data_dir, split)
+    features = cache_file = None
+    if cache_dir is not None:
+        key = _cache_key(path, task, tokenizer, max_seq_length, labels, max_rows)
+        cache_file = Path(cache_dir) / f"{task.name}-{split}-{key}{CACHE_SUFFIX}"
+        features = _read_cache(cache_file, key)
+    from_cache = features is not None
+    if from_cache:
+        _warn_of_unknown_pieces(features, tokenizer)
+    else:
+        examples = iterate_examples(task, data_dir, split, max_rows)
+        features = encode_examples(
+            examples, tokenizer, max_seq_length, labels, task.is_regression)
+        if cache_file is not None:
+            _write_cache(cache_file, key, features)
+    logger.info(
+        "%s: %d rows in %.1f s%s", path, len(features), time.monotonic() - began,
+        ", from cache" if from_cache else "",
+    )  # fmt: skip
+    return features
+
+
+def _cache_key(
+    path: Path, task: GlueTask, tokenizer: BertTokenizer, max_seq_length: int,
+    labels: Sequence[str], max_rows: int | None,
+) -> str:  # fmt: skip
+    """Hash everything that the features of the file at `path` depend on: 64 digits."""
+    content = (
+        CACHE_FORMAT, task.name, file_sha256(path), list(tokenizer.vocab),
+        tokenizer.do_lower_case, max_seq_length, list(labels), max_rows,
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
+
+
+def _read_cache(path: Path, key: str) -> Features | None:
+    """Read what `_write_cache` wrote; None without a file and, with a warning, for any other."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:  # the zip's check sums find damage
+            if str(stored["key"]) != key:
+                raise ValueError("made from something else")
+            return Features(
+                stored["ids"], stored["offsets"], stored["first_lengths"],
+                torch.from_numpy(stored["labels"]), tuple(stored["label_names"].tolist()),
+                int(stored["pad_id"]),
+            )  # fmt: skip
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # whatever is wrong with it, it can be made again
+        logger.warning("%s: not a sound cache (%s); the rows are encoded again", path, error)
+        return None
+
+
+def _write_cache(path: Path, key: str, features: Features) -> None:
+    """Store features, and remove the oldest stored beside them beyond the newest 4 GB."""
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, key=np.array(key), ids=features.ids, offsets=features.offsets,
+                first_lengths=features.first_lengths, labels=features.labels.numpy(),
+                label_names=np.array(features.label_names, dtype=str), pad_id=features.pad_id,
+            )  # fmt: skip
+        kept = 0
+        files = [(file.stat(), file) for file in path.parent.glob(f"*{CACHE_SUFFIX}")]
+        for status, file in sorted(files, key=lambda item: item[0].st_mtime_ns, reverse=True):
+            kept += status.st_size
+            if kept > CACHE_BYTES and file != path:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: the features are not cached (%s)", path, error)
+
+
+# ------------------------------------------------------------------ batches
+
+
+class Rows(Protocol):
+    """Encoded rows: `Features` or `pretraining_data.PregeneratedDataset`."""
+
+    lengths: np.ndarray  # [rows]
+
+    def collate(self, rows: Sequence[int], pad_to: int | None = None) -> dict[str, torch.Tensor]:
+        """Return the rows as tensors [rows, length]."""
+
+
+def padded_collate(
+    data: Rows, multiple: int = 1, pad_to: int | None = None
+) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
+    """Return what makes batches of `data`, padded to one of few lengths, or all to `pad_to`.
+
+    The lengths are those of `bucket_lengths`, so a batch is little longer than its longest row
+    and there are at most 8 shapes to compile.
+    """
+    if pad_to is not None:
+        return partial(data.collate, pad_to=pad_to)
+    lengths = data.lengths
+    buckets = bucket_lengths(lengths, multiple)
+
+    def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        longest = lengths[rows].max()
+        return data.collate(rows, pad_to=int(buckets[np.searchsorted(buckets, longest)]))
+
+    return collate
+
+
 def batches(
     lengths: Sequence[int] | np.ndarray,
     batch_size: int,
     generator: torch.Generator | None = None,
     drop_last: bool = False,
-) -> list[list[int]]:
+    multiple: int = 1,
+) -> list[np.ndarray]:
     """Split rows into batches of similar length, so that little is padded; each row once.
 
     Without `generator` the longest rows come first (evaluation: a batch that does not fit into
-    memory fails at once). With it rows are shuffled, sorted within pools of 50 batches, and the
-    batches shuffled again: the same generator state gives the same batches. `drop_last` leaves
-    out the batch that is not full.
+    memory fails at once). With it rows are shuffled within each of the `bucket_lengths` (in
+    multiples of `multiple`) to which batches are padded, and the batches shuffled as well: the
+    same generator state gives the same batches, at most 7 of them with rows of several buckets.
+    `drop_last` leaves out the batch that is not full.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}; expected at least 1 row")
@@ -601,13 +781,11 @@ def batches(
         order = np.argsort(-lengths, kind="stable")
     else:
         order = torch.randperm(len(lengths), generator=generator).numpy()
-        pool = POOL_BATCHES * batch_size
-        for begin in range(0, len(order), pool):
-            rows = order[begin : begin + pool]
-            order[begin : begin + pool] = rows[np.argsort(-lengths[rows], kind="stable")]
-    groups = [
-        order[begin : begin + batch_size].tolist() for begin in range(0, len(order), batch_size)
-    ]
+        buckets = bucket_lengths(lengths, multiple)
+        # Numbers from the longest bucket down; in one byte they are sorted in linear time.
+        numbers = (len(buckets) - np.searchsorted(buckets, lengths)).astype(np.uint8)
+        order = order[np.argsort(numbers[order], kind="stable")]
+    groups = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     if drop_last and groups and len(groups[-1]) < batch_size:
         groups.pop()
     if generator is None:

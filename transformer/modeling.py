@@ -5,6 +5,7 @@ Every model returns what distillation needs: raw attention scores and all hidden
 """
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
+FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
 
 
 class BertConfig:
@@ -169,6 +171,51 @@ def find_config(directory: Path | str) -> Path:
 # ------------------------------------------------------------------ parts
 
 
+class Dropout(nn.Module):
+    """Dropout that takes 16 random bits a value on a CPU.
+
+    Drawing random numbers is nearly all that dropout costs there, and `F.dropout` draws 32 bits
+    or more for each value: this is 3 times as fast. The probability is exact to 1/65536.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        if x.device.type != "cpu" or self.probability == 1:
+            return F.dropout(x, self.probability)
+        return x * self.scaled_mask(x.shape, x.dtype)
+
+    @torch.no_grad()
+    def scaled_mask(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return random values of 0 (dropped) and 1 / (1 - probability) (kept)."""
+        count = shape.numel()
+        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+        values = words.view(torch.int16)[:count].view(shape)  # each from -32768 to 32767
+        threshold = round(self.probability * 2**16) - 2**15
+        mask = torch.ge(values, threshold, out=torch.empty(shape, dtype=dtype))
+        return mask.mul_(1 / (1 - self.probability))
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
+) -> Tensor:
+    """Attend without keeping the scores; all [batch, heads, length, head width].
+
+    Heads whose width the kernels do not take (TinyBERT4's 26) are padded with zeros, which
+    changes neither scores nor context.
+    """
+    width = query.shape[-1]
+    if padding := -width % FUSED_HEAD_MULTIPLE:
+        query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
+    context = F.scaled_dot_product_attention(
+        query, key, value, mask.to(query.dtype), dropout, scale=1 / math.sqrt(width))
+    return context[..., :width]
+
+
 class BertEmbeddings(nn.Module):
     """Sum of word, position and segment embeddings, normalised."""
 
@@ -180,7 +227,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         length = input_ids.shape[1]
@@ -191,7 +238,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head attention that also returns its scores before the softmax."""
+    """Multi-head attention that returns its scores before the softmax where they are wanted."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -200,20 +247,37 @@ class BertSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def split_heads(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         return x.view(batch, length, self.heads, self.head_width).transpose(1, 2)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, need_scores: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         query = self.split_heads(self.query(hidden))  # [batch, heads, length, head width]
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_width) + mask
-        attention = self.dropout(scores.softmax(dim=-1))  # [batch, heads, length, length]
+        if not need_scores and hidden.device.type == "cuda":
+            dropout = self.dropout.probability if self.training else 0.0
+            context = fused_attention(query, key, value, mask, dropout)
+            return context.transpose(1, 2).flatten(start_dim=2), None
+        # Also where nobody wants the scores on a CPU: its fused kernel is slower than this one
+        # (bf16: by half at length 128, and 4 to 10 times in training).
+        scores = self.scores(query, key, mask)  # [batch, heads, length, length]
+        attention = self.dropout(scores.softmax(dim=-1))
         context = (attention @ value).transpose(1, 2)  # [batch, length, heads, head width]
-        return context.flatten(start_dim=2), scores
+        return context.flatten(start_dim=2), scores if need_scores else None
+
+    def scores(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        """Return query key^T / sqrt(head width) + mask, as one operation."""
+        batch, heads, length, _ = query.shape
+        scores = torch.baddbmm(
+            mask.expand(batch, heads, 1, length).flatten(0, 1),
+            query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2),
+            alpha=1 / math.sqrt(self.head_width))
+        return scores.view(batch, heads, length, length)
 
 
 class BertSelfOutput(nn.Module):
@@ -223,7 +287,7 @@ class BertSelfOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(self.dense(context)) + residual)
@@ -235,8 +299,10 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        context, scores = self.self(hidden, mask)
+    def forward(
+        self, hidden: Tensor, mask: Tensor, need_scores: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        context, scores = self.self(hidden, mask, need_scores)
         return self.output(context, hidden), scores
 
 
@@ -255,7 +321,7 @@ class BertOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, intermediate: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(self.dense(intermediate)) + residual)
@@ -270,8 +336,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        attended, scores = self.attention(hidden, mask)
+    def forward(
+        self, hidden: Tensor, mask: Tensor, need_scores: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, scores = self.attention(hidden, mask, need_scores)
         return self.output(self.intermediate(attended), attended), scores
 
 
@@ -280,10 +348,13 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, score_layers: Collection[int] | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         all_hidden, all_scores = [hidden], []
-        for layer in self.layer:
-            hidden, scores = layer(hidden, mask)
+        for number, layer in enumerate(self.layer):
+            need_scores = score_layers is None or number in score_layers
+            hidden, scores = layer(hidden, mask, need_scores)
             all_hidden.append(hidden)
             all_scores.append(scores)
         return all_hidden, all_scores
@@ -333,12 +404,12 @@ class BertModelOutput(NamedTuple):
 
     hidden_states: layers + 1 tensors [batch, length, hidden], the embeddings first.
     attention_scores: layers tensors [batch, heads, length, length], raw, before the softmax;
-        keys that are padding carry -10000.
+        keys that are padding carry -10000. None for a layer whose scores were not asked for.
     pooled_output: [batch, hidden], or None for a model without a pooler.
     """
 
     hidden_states: list[Tensor]
-    attention_scores: list[Tensor]
+    attention_scores: list[Tensor | None]
     pooled_output: Tensor | None
 
 
@@ -421,6 +492,7 @@ class BertModel(BertPreTrainedModel):
         input_ids: Tensor,  # [batch, length]
         token_type_ids: Tensor | None = None,  # [batch, length], 0 or 1
         attention_mask: Tensor | None = None,  # [batch, length], 1 for real tokens
+        score_layers: Collection[int] | None = None,  # whose scores to return; None: all
     ) -> BertModelOutput:
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit:
@@ -434,7 +506,7 @@ class BertModel(BertPreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         hidden = self.embeddings(input_ids, token_type_ids)
         mask = (1.0 - attention_mask[:, None, None, :].to(hidden.dtype)) * MASKED_SCORE
-        all_hidden, all_scores = self.encoder(hidden, mask)
+        all_hidden, all_scores = self.encoder(hidden, mask, score_layers)
         pooled = None if self.pooler is None else self.pooler(all_hidden[-1])
         return BertModelOutput(all_hidden, all_scores, pooled)
 
@@ -475,7 +547,8 @@ class BertForMaskedLM(BertPreTrainedModel):
     ) -> Tensor:
         """Return logits [batch, length, vocab], those [count, vocab] at `masked_positions`,
         or with `labels` the mean cross-entropy over the labelled tokens, a scalar."""
-        hidden = self.bert(input_ids, token_type_ids, attention_mask).hidden_states[-1]
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
+        hidden = output.hidden_states[-1]
         if labels is not None:
             masked_positions = labels != -100
         if masked_positions is not None:
@@ -505,7 +578,7 @@ class BertForPreTraining(BertPreTrainedModel):
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return masked-LM logits [batch, length, vocab] and next-sentence logits [batch, 2]."""
-        output = self.bert(input_ids, token_type_ids, attention_mask)
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
         words = self.cls.predictions(output.hidden_states[-1])
         return words, self.cls.seq_relationship(output.pooled_output)
 
@@ -628,12 +701,14 @@ class TinyBertForSequenceClassification(_FittedModel):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         is_student: bool = False,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        score_layers: Collection[int] | None = None,
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
         """Return logits [batch, labels], attention scores and hidden states.
 
-        With `is_student` the hidden states are mapped to the teacher's width.
+        With `is_student` the hidden states are mapped to the teacher's width. `score_layers` is
+        that of `BertModel`.
         """
-        output = self.bert(input_ids, token_type_ids, attention_mask)
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
         pooled = output.pooled_output
         if self.config.classifier_relu:
             # Kept from the original: only where the config asks for it.

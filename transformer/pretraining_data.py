@@ -2,79 +2,88 @@
 
 A corpus is one flat array of word-piece ids with the starts of its sentences and documents; an
 instance is two spans of that array, as cutting it to length only trims ends (BERT, arXiv
-1810.04805, section 3.1 and appendix A). On disk an epoch is the original's pair of files:
-`epoch_N.json` with one JSON object a line, and `epoch_N_metrics.json` with its counts.
+1810.04805, section 3.1 and appendix A). On disk a run is one of two kinds, each with an
+`epoch_N_metrics.json` an epoch that counts its instances:
+
+binary  `corpus.bin` has the ids, `corpus.json` says what they are and of which vocabulary,
+        `epoch_N.bin` has a record of spans an instance, and with masking `epoch_N_masks.bin` has
+        a fixed number of masked positions an instance.
+json    `epoch_N.json` has one JSON object an instance, as the original wrote it.
 """
 
+import hashlib
 import json
 import logging
+import re
 import tempfile
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, cached_property
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from transformer.file_utils import UserError, atomic_path, read_json, write_json
-from transformer.tokenization import BertTokenizer
+from transformer.file_utils import UserError, read_json, write_json
+from transformer.tokenization import BLOCK_BYTES, CLS, SEP, BertTokenizer
 
 logger = logging.getLogger(__name__)
 
-LINES_PER_BATCH = 8192
-VALUES_PER_FLUSH = 1 << 20
+SENTENCES_PER_BLOCK = 1 << 14  # worked on at once
+ROWS_PER_BLOCK = 1 << 12
+RECORDS_PER_CHECK = 1 << 18
 MANY_UNKNOWN = 0.1
 IGNORED_LABEL = -100
 CONTINUATION_PREFIX = "##"
+CORPUS_IDS_NAME = "corpus.bin"
+CORPUS_INFO_NAME = "corpus.json"
+SENTENCES_NAME, DOCUMENTS_NAME = "sentence_starts", "document_starts"
+BINARY_SUFFIX, MASKS_SUFFIX, JSON_SUFFIX = ".bin", "_masks.bin", ".json"
+METRICS_SUFFIX = "_metrics.json"
+GENERATED_FILE = re.compile(
+    r"corpus\.(bin|json)|epoch_(\d+)(\.bin|_masks\.bin|\.json|_metrics\.json)"
+)
 
 
-# ------------------------------------------------------------------ flat integer arrays
+# ------------------------------------------------------------------ flat arrays
 
 
-class IntegerWriter:
-    """Collects integers of one dtype, in memory or, where a path is given, in a file."""
+class ArrayWriter:
+    """Collects arrays of one dtype end to end, in memory or, where a path is given, in a file."""
 
-    TYPE_CODES = {"uint8": "B", "uint16": "H", "int32": "i", "int64": "q"}
-
-    def __init__(self, dtype: str, path: Path | None = None) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: np.dtype | str, path: Path | None = None) -> None:
+        self.dtype = np.dtype(dtype)
         self.path = path
-        self._values = array(self.TYPE_CODES[dtype])
-        self._file = path.open("wb") if path else None
+        self._output: BinaryIO = path.open("wb") if path else BytesIO()
 
-    def extend(self, values: Iterable[int]) -> None:
-        """Append integers, which must fit the dtype."""
-        self._values.extend(values)
-        if self._file and len(self._values) >= VALUES_PER_FLUSH:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._values.tofile(self._file)
-        del self._values[:]
+    def write(self, values: np.ndarray | Sequence) -> None:
+        """Append values, which must fit the dtype."""
+        self._output.write(np.ascontiguousarray(values, dtype=self.dtype).data)
 
     def close(self) -> np.ndarray:
         """Return all values: an array in memory, or a read-only map of the file."""
-        if self._file is None:
-            return np.asarray(self._values)  # shares the memory
-        self._flush()
-        self._file.close()
-        return map_integers(self.path, self.dtype)
+        if self.path is None:
+            return np.frombuffer(self._output.getbuffer(), dtype=self.dtype)  # shares the memory
+        self._output.close()
+        return map_array(self.path, self.dtype)
 
 
-def map_integers(path: Path, dtype: str) -> np.ndarray:
-    """Map a file of integers into memory, read-only; an empty file is an empty array."""
+def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
+    """Map a file of values into memory, read-only; an empty file is an empty array."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def id_dtype(vocab_size: int) -> str:
     """Return the smallest dtype that holds every word-piece id."""
-    return "uint16" if vocab_size <= 1 << 16 else "int32"
+    return "<u2" if vocab_size <= 1 << 16 else "<i4"
 
 
 # ------------------------------------------------------------------ documents
@@ -99,75 +108,112 @@ class Corpus(NamedTuple):
         return len(self.sentence_starts) - 1
 
     @classmethod
-    def open(cls, directory: Path, vocab_size: int) -> "Corpus":
+    def open(cls, folder: Path, vocab_size: int) -> "Corpus":
         """Map a corpus that `build_corpus` wrote to a folder; processes share its memory."""
         return cls(
-            map_integers(directory / "token_ids", id_dtype(vocab_size)),
-            map_integers(directory / "sentence_starts", "int64"),
-            map_integers(directory / "document_starts", "int64"),
+            map_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)),
+            map_array(folder / SENTENCES_NAME, "<i8"),
+            map_array(folder / DOCUMENTS_NAME, "<i8"),
             0,
         )
 
 
-def read_corpus_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text file, stripped; other bytes are a `UserError` with line."""
+class TokenizedBlock(NamedTuple):
+    """A part of a corpus, from a line's start to a line's end."""
+
+    text_bytes: int
+    token_ids: np.ndarray  # [tokens]
+    lengths: np.ndarray  # [sentences], in tokens
+    blank_lines: np.ndarray  # [blank lines], how many of the block's sentences are before each
+    unknown: int
+
+
+def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more."""
+    total = path.stat().st_size
+    end = 0
+    with path.open("rb") as lines:
+        while end < total:
+            start = end
+            lines.seek(min(start + size, total) - 1)
+            lines.readline()
+            end = lines.tell()
+            yield start, end
+
+
+def tokenize_block(path: Path, block: tuple[int, int], tokenizer: BertTokenizer) -> TokenizedBlock:
+    """Tokenize bytes [start, end) of a UTF-8 file: a sentence a line, blank between documents.
+
+    Lines without word pieces are dropped. Bytes that are not UTF-8 are a `UserError` with line.
+    """
+    start, end = block
+    with path.open("rb") as file:
+        file.seek(start)
+        text = file.read(end - start)
+    text_lines = text.removesuffix(b"\n")
+    try:
+        ids, lengths = tokenizer.encode_lines(text_lines)
+        lines = text_lines.split(b"\n")
+        blank = [line for line in np.flatnonzero(lengths == 0) if not lines[line].decode().strip()]
+    except UnicodeDecodeError:
+        check_utf8(path)  # raises the error that names the line
+        raise
+    sentences = np.cumsum(lengths > 0)
+    return TokenizedBlock(
+        len(text),
+        ids.astype(id_dtype(len(tokenizer))),
+        lengths[lengths > 0],
+        sentences[blank],
+        int((ids == tokenizer.unk_id).sum()),
+    )
+
+
+def check_utf8(path: Path) -> None:
+    """Raise a `UserError` that names the first line of a file which is not UTF-8."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield line.decode("utf-8").strip()
+                line.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}, line {number}: {error}; expected UTF-8 text, one sentence a line"
                 ) from error
 
 
-def line_batches(lines: Iterable[str], size: int = LINES_PER_BATCH) -> Iterator[list[str]]:
-    """Group lines into lists of at most `size`."""
-    batch: list[str] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def build_corpus(
-    lines: Iterable[str], tokenizer: BertTokenizer, directory: Path | None = None
+    blocks: Iterable[TokenizedBlock],
+    vocab_size: int,
+    folder: Path | None = None,
+    ids_file: Path | None = None,
 ) -> Corpus:
-    """Tokenize sentences, one a line, with an empty line between documents.
+    """Join blocks, in the order of the text; documents without sentences are dropped.
 
-    Sentences without word pieces and documents without sentences are dropped. With a `directory`
-    the arrays live in files there, and memory stays at a batch of lines whatever the corpus.
+    With a `folder` the arrays are files in it, which `Corpus.open` maps, and memory stays at a
+    block whatever the corpus. With an `ids_file` at least the ids are in that file.
     """
-    token_ids, sentence_starts, document_starts = (
-        IntegerWriter(dtype, directory / name if directory else None)
-        for name, dtype in (
-            ("token_ids", id_dtype(len(tokenizer))),
-            ("sentence_starts", "int64"),
-            ("document_starts", "int64"),
-        )
+    if folder:
+        ids_file = folder / CORPUS_IDS_NAME
+    token_ids = ArrayWriter(id_dtype(vocab_size), ids_file)
+    sentence_starts, document_starts = (
+        ArrayWriter("<i8", folder / name if folder else None)
+        for name in (SENTENCES_NAME, DOCUMENTS_NAME)
     )
     tokens = sentences = last_start = unknown = 0
-    sentence_starts.extend([0])
-    document_starts.extend([0])
-    for batch in line_batches(lines):
-        for line, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            if ids:
-                token_ids.extend(ids)
-                tokens += len(ids)
-                sentences += 1
-                sentence_starts.extend([tokens])
-                unknown += ids.count(tokenizer.unk_id)
-            elif not line and sentences > last_start:
-                document_starts.extend([sentences])
-                last_start = sentences
+    sentence_starts.write([0])
+    document_starts.write([0])
+    for block in blocks:
+        token_ids.write(block.token_ids)
+        sentence_starts.write(tokens + np.cumsum(block.lengths, dtype=np.int64))
+        starts = np.unique(sentences + block.blank_lines)
+        starts = starts[starts > last_start]
+        document_starts.write(starts)
+        last_start = int(starts[-1]) if len(starts) else last_start
+        tokens += len(block.token_ids)
+        sentences += len(block.lengths)
+        unknown += block.unknown
     if sentences > last_start:
-        document_starts.extend([sentences])
-    return Corpus(
-        token_ids.close(), sentence_starts.close(), document_starts.close(), unknown
-    )
+        document_starts.write([sentences])
+    return Corpus(token_ids.close(), sentence_starts.close(), document_starts.close(), unknown)
 
 
 def check_corpus(corpus: Corpus, source: Path | str, one_seq: bool) -> None:
@@ -190,95 +236,219 @@ def check_corpus(corpus: Corpus, source: Path | str, one_seq: bool) -> None:
         )
 
 
+# ------------------------------------------------------------------ random numbers
+
+
+class RandomNumbers(NamedTuple):
+    """The random numbers of an epoch, each by its purpose and a sentence's or document's number.
+
+    As no number depends on those drawn before, neither the division of the work nor its order
+    changes the result. They are those of SplitMix64 (Steele, Lea and Flood, 2014), which also
+    defines the n-th number by n alone, with a start for each seed, epoch and purpose.
+    """
+
+    seed: int
+    epoch: int
+
+    def bits(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
+        """Return 64 random bits for each of `numbers`, as uint64."""
+        state = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state += _stream_start(f"{self.seed}/{self.epoch}/{purpose}")
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+    def uniform(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
+        """Return a random number from 0 to below 1 for each of `numbers`."""
+        return (self.bits(purpose, numbers) >> np.uint64(11)) * 2.0**-53
+
+    def below(self, purpose: str, numbers: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
+        """Return a random integer from 0 to below the limit for each of `numbers`."""
+        return (self.uniform(purpose, numbers) * limits).astype(np.int64)
+
+    def heads(self, purpose: str, numbers: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """Return for each of `numbers` how many of so many coin flips are heads."""
+        heads = np.zeros(len(numbers), dtype=np.int64)
+        for word in range(-(-int(flips.max(initial=0)) // 64)):
+            rows = np.flatnonzero(flips > 64 * word)
+            unused = np.maximum(64 * (word + 1) - flips[rows], 0).astype(np.uint64)
+            bits = self.bits(f"{purpose} {word}", numbers[rows]) >> unused
+            flipped = np.unpackbits(bits.view(np.uint8).reshape(-1, 8), axis=1)
+            heads[rows] += flipped.sum(axis=1, dtype=np.int64)
+        return heads
+
+
+@cache
+def _stream_start(name: str) -> np.uint64:
+    return np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u8")[0]
+
+
 # ------------------------------------------------------------------ next-sentence instances
 
 
-class Instance(NamedTuple):
-    """Spans of the corpus, [start, end) in tokens; `second` is None for one segment."""
+class EpochSettings(NamedTuple):
+    """What the instances of a run have in common; lengths count the special tokens."""
 
-    first: tuple[int, int]
-    second: tuple[int, int] | None
-    is_random_next: bool
+    seed: int = 42
+    max_seq_len: int = 128
+    short_seq_prob: float = 0.1
+    one_seq: bool = False
 
-
-def truncate_pair(
-    first: tuple[int, int], second: tuple[int, int], max_tokens: int, random: Random
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Trim the longer span at a random end, token by token, until both hold `max_tokens`."""
-    (start_a, end_a), (start_b, end_b) = first, second
-    excess = (end_a - start_a) + (end_b - start_b) - max_tokens
-    for _ in range(excess):
-        from_front = random.random() < 0.5
-        if end_a - start_a > end_b - start_b:
-            start_a, end_a = (start_a + 1, end_a) if from_front else (start_a, end_a - 1)
-        else:
-            start_b, end_b = (start_b + 1, end_b) if from_front else (start_b, end_b - 1)
-    return (start_a, end_a), (start_b, end_b)
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of text an instance holds."""
+        return self.max_seq_len - (2 if self.one_seq else 3)
 
 
-def truncate_one(span: tuple[int, int], max_tokens: int, random: Random) -> tuple[int, int]:
-    """Trim one span at random ends, token by token, until it holds `max_tokens`."""
-    excess = max(0, span[1] - span[0] - max_tokens)
-    from_front = sum(random.random() < 0.5 for _ in range(excess))
-    return span[0] + from_front, span[1] - (excess - from_front)
+class Instances(NamedTuple):
+    """Instances one after the other: two spans of the corpus, counted in tokens.
 
-
-def random_span(corpus: Corpus, document: int, length: int, random: Random) -> tuple[int, int]:
-    """Take sentences of another document, from a random one on, until they hold `length` tokens.
-
-    Every sentence outside `document` is equally likely to be the first, which is to draw a
-    document by its number of sentences and then one of them. Stops at the document's end.
+    `sentences` are the numbers of the sentences that they begin with, which differ. Of one
+    segment, the second length is 0.
     """
-    begin, end = (int(start) for start in corpus.document_starts[document : document + 2])
-    sentence = random.randrange(corpus.sentences - (end - begin))
-    if sentence >= begin:
-        sentence += end - begin
-    other = int(np.searchsorted(corpus.document_starts, sentence, side="right"))
-    last = int(corpus.document_starts[other])
-    starts = corpus.sentence_starts[sentence : last + 1]
-    needed = int(np.searchsorted(starts, starts[0] + max(1, length)))
-    return int(starts[0]), int(starts[min(needed, len(starts) - 1)])
+
+    sentences: np.ndarray  # [instances]
+    first_starts: np.ndarray  # [instances]
+    first_lengths: np.ndarray  # [instances]
+    second_starts: np.ndarray  # [instances]
+    second_lengths: np.ndarray  # [instances]
+    is_random_next: np.ndarray  # [instances], bool
 
 
-def document_instances(
-    corpus: Corpus,
-    document: int,
-    random: Random,
-    *,
-    max_seq_len: int = 128,
-    short_seq_prob: float = 0.1,
-    one_seq: bool = False,
-) -> Iterator[Instance]:
-    """Yield the instances of one document for one epoch.
+class _Plan(NamedTuple):
+    """For each sentence [sentences] of a block, the instance that would begin with it."""
 
-    Sentences are gathered until they hold the target length, split at a random one, and half of
-    the time the second part is exchanged for a random span and given back to the document. The
-    target is the full length or, with probability `short_seq_prob`, a random shorter one.
-    `one_seq` keeps what was gathered as one segment. Lengths count the special tokens.
+    documents: np.ndarray  # the sentence's document
+    targets: np.ndarray  # tokens to gather
+    splits: np.ndarray  # the sentence that begins the second part
+    stops: np.ndarray  # the sentence after the second part
+    is_random: np.ndarray  # whether a random span replaces the second part
+    following: np.ndarray  # the sentence that begins the next instance
+
+
+def make_instances(
+    corpus: Corpus, settings: EpochSettings, epoch: int, begin: int = 0, end: int | None = None
+) -> Iterator[Instances]:
+    """Yield the instances of the sentences [begin, end) for one epoch, block by block.
+
+    `begin` and `end` are borders of documents, of the whole corpus if not given. Sentences are
+    gathered until they hold the target length, split at a random one, and half of the time the
+    second part is exchanged for a random span and given back to the document. The target is the
+    full length or, with probability `short_seq_prob`, a random shorter one. `one_seq` keeps
+    what was gathered as one segment.
     """
-    begin, end = (int(start) for start in corpus.document_starts[document : document + 2])
-    starts = corpus.sentence_starts[begin : end + 1].tolist()
-    max_tokens = max_seq_len - (2 if one_seq else 3)
+    random = RandomNumbers(settings.seed, epoch)
+    end = corpus.sentences if end is None else end
+    while begin < end:
+        # The next instance depends on where the last one ended; everything else is computed for
+        # all sentences of the block at once, and then kept for those that begin an instance.
+        plan = _plan_instances(
+            corpus, settings, random, begin, min(begin + SENTENCES_PER_BLOCK, end)
+        )
+        following = (plan.following - begin).tolist()
+        chosen, place = [], 0
+        while place < len(following):
+            chosen.append(place)
+            place = following[place]
+        chosen = np.array(chosen)
+        plan = _Plan(*(values[chosen] for values in plan))
+        yield _cut_instances(corpus, settings, random, begin + chosen, plan)
+        begin += place
+
+
+def _plan_instances(
+    corpus: Corpus, settings: EpochSettings, random: RandomNumbers, begin: int, end: int
+) -> _Plan:
+    """Plan an instance from every sentence in [begin, end)."""
+    sentences = np.arange(begin, end)
+    documents = np.searchsorted(corpus.document_starts, sentences, side="right") - 1
+    numbers = np.arange(documents[0], documents[-1] + 1)
     # Kept from the original: one target length a document, where BERT draws one an instance.
-    target = random.randint(2, max_tokens) if random.random() < short_seq_prob else max_tokens
-    sentence, count = 0, end - begin
-    while sentence < count:
-        stop = sentence + 1
-        while stop < count and starts[stop] - starts[sentence] < target:
-            stop += 1
-        gathered = (starts[sentence], starts[stop])
-        if one_seq:
-            yield Instance(truncate_one(gathered, max_tokens, random), None, False)
-            sentence = stop
-            continue
-        split = sentence + (random.randrange(1, stop - sentence) if stop - sentence > 1 else 1)
-        first, second = (starts[sentence], starts[split]), (starts[split], starts[stop])
-        is_random = stop == split or random.random() < 0.5
-        if is_random:
-            second = random_span(corpus, document, target - (first[1] - first[0]), random)
-            stop = split
-        yield Instance(*truncate_pair(first, second, max_tokens, random), is_random)
-        sentence = stop
+    is_short = random.uniform("short", numbers) < settings.short_seq_prob
+    short_targets = 2 + random.below("target", numbers, settings.max_tokens - 1)
+    targets = np.where(is_short, short_targets, settings.max_tokens)[documents - documents[0]]
+    # A sentence has a token at least, so no instance reaches further than its target.
+    starts = corpus.sentence_starts[begin : end + settings.max_tokens]
+    stops = begin + np.searchsorted(starts, starts[: len(sentences)] + targets)
+    stops = np.minimum(stops, corpus.document_starts[documents + 1])
+    if settings.one_seq:
+        never = np.zeros(len(sentences), dtype=bool)
+        return _Plan(documents, targets, stops, stops, never, stops)
+    splits = sentences + 1 + random.below("split", sentences, stops - sentences - 1)
+    is_random = (splits == stops) | (random.uniform("next", sentences) < 0.5)
+    return _Plan(
+        documents, targets, splits, stops, is_random, np.where(is_random, splits, stops)
+    )
+
+
+def _cut_instances(
+    corpus: Corpus,
+    settings: EpochSettings,
+    random: RandomNumbers,
+    sentences: np.ndarray,
+    plan: _Plan,
+) -> Instances:
+    """Take the planned instances that begin with `sentences`, cut to length."""
+    first_starts, second_starts, ends = (
+        corpus.sentence_starts[place] for place in (sentences, plan.splits, plan.stops)
+    )
+    first_lengths, second_lengths = second_starts - first_starts, ends - second_starts
+    chosen = np.flatnonzero(plan.is_random)
+    second_starts[chosen], second_lengths[chosen] = random_spans(
+        corpus, random, sentences[chosen], plan.documents[chosen],
+        plan.targets[chosen] - first_lengths[chosen],
+    )
+    first_cut, second_cut = truncation(first_lengths, second_lengths, settings.max_tokens)
+    return Instances(
+        sentences,
+        first_starts + random.heads("first", sentences, first_cut),
+        first_lengths - first_cut,
+        second_starts + random.heads("second", sentences, second_cut),
+        second_lengths - second_cut,
+        plan.is_random,
+    )
+
+
+def random_spans(
+    corpus: Corpus,
+    random: RandomNumbers,
+    sentences: np.ndarray,
+    documents: np.ndarray,
+    lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take sentences of other documents, from random ones on, until they hold `lengths` tokens.
+
+    For each of `sentences` [spans], which are of `documents`, every sentence outside its document
+    is equally likely to be the first, which is to draw a document by its number of sentences and
+    then one of them. A span stops at its document's end. Returns starts and lengths in tokens.
+    """
+    begins, ends = corpus.document_starts[documents], corpus.document_starts[documents + 1]
+    own = ends - begins
+    drawn = random.below("random sentence", sentences, corpus.sentences - own)
+    drawn += np.where(drawn >= begins, own, 0)
+    others = np.searchsorted(corpus.document_starts, drawn, side="right")
+    starts = corpus.sentence_starts[drawn]
+    stops = np.searchsorted(corpus.sentence_starts, starts + np.maximum(lengths, 1))
+    stops = np.minimum(stops, corpus.document_starts[others])
+    return starts, corpus.sentence_starts[stops] - starts
+
+
+def truncation(
+    first_lengths: np.ndarray, second_lengths: np.ndarray, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many tokens to cut off each first and second span, so that both fit together.
+
+    The longer one loses tokens until both are equally long; then they take turns, the second
+    first. At which end a span loses each of them is another matter.
+    """
+    excess = np.maximum(first_lengths + second_lengths - max_tokens, 0)
+    difference = first_lengths - second_lengths
+    alone = np.minimum(excess, abs(difference))
+    rest = excess - alone
+    is_first = difference > 0
+    return np.where(is_first, alone, 0) + rest // 2, np.where(is_first, 0, alone) + (rest + 1) // 2
 
 
 # ------------------------------------------------------------------ masking
@@ -309,6 +479,13 @@ class Masking(NamedTuple):
             frozenset(index for piece, index in pieces if piece.startswith(CONTINUATION_PREFIX)),
         )
 
+    def predictions(self, length: int) -> int:
+        """Return how many of `length` tokens are masked, at most."""
+        if self.probability <= 0:
+            return 0
+        # Kept from the original: at least one prediction, though here not at probability 0.
+        return min(self.max_predictions, max(1, round(length * self.probability)))
+
 
 def mask_tokens(
     ids: Sequence[int], masking: Masking, random: Random
@@ -318,9 +495,8 @@ def mask_tokens(
     Of the chosen tokens 80 % become [MASK], 10 % a random piece, and 10 % stay.
     """
     masked = list(ids)
-    # Kept from the original: at least one prediction, though here not at probability 0.
-    budget = min(masking.max_predictions, max(1, round(len(masked) * masking.probability)))
-    if masking.probability <= 0 or budget <= 0:
+    budget = masking.predictions(len(masked))
+    if budget <= 0:
         return masked, [], []
     words: list[list[int]] = []
     for position, index in enumerate(masked):
@@ -348,94 +524,156 @@ def mask_tokens(
     return masked, positions, labels
 
 
+class MaskedRow(NamedTuple):
+    """An instance in full: ids with special tokens, what is masked, and the original ids there."""
+
+    ids: list[int]
+    first_length: int  # tokens of segment 0
+    positions: list[int]
+    labels: list[int]
+    is_random_next: bool
+
+
+def masked_rows(
+    corpus: Corpus,
+    tokenizer: BertTokenizer,
+    masking: Masking,
+    numbers: RandomNumbers,
+    instances: Instances,
+) -> Iterator[MaskedRow]:
+    """Spell instances out and mask them."""
+    seeds = numbers.bits("masking", instances.sentences).tolist()
+    columns = (values.tolist() for values in instances[1:])
+    for seed, first, first_length, second, second_length, is_random in zip(
+        seeds, *columns, strict=True
+    ):
+        ids = corpus.token_ids[first : first + first_length].tolist()
+        ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+        if second_length:
+            ids += corpus.token_ids[second : second + second_length].tolist()
+            ids.append(tokenizer.sep_id)
+        masked = mask_tokens(ids, masking, Random(seed))
+        yield MaskedRow(masked[0], first_length + 2, *masked[1:], is_random)
+
+
 # ------------------------------------------------------------------ writing an epoch
 
 
-class EpochSettings(NamedTuple):
-    """What the instances of a run have in common."""
+def record_dtype(tokens: int) -> np.dtype:
+    """Return the record of an instance in `epoch_N.bin`: 13 bytes, or 21 from 2^32 tokens on."""
+    start = "<u4" if tokens < 1 << 32 else "<u8"
+    return np.dtype([
+        ("first_start", start), ("first_length", "<u2"),
+        ("second_start", start), ("second_length", "<u2"), ("is_random_next", "u1"),
+    ])
 
-    seed: int
-    max_seq_len: int
-    short_seq_prob: float
-    one_seq: bool
+
+def mask_dtype(vocab_size: int) -> np.dtype:
+    """Return a masked position in `epoch_N_masks.bin`; 0, which is [CLS], stands for none."""
+    return np.dtype([("position", "<u2"), ("id", id_dtype(vocab_size))])
+
+
+@dataclass
+class EpochWriter:
+    """Writes instances as the files of one format, "binary" or "json"."""
+
+    corpus: Corpus
+    tokenizer: BertTokenizer
+    settings: EpochSettings
     masking: Masking
+    format: str
 
+    @property
+    def predictions(self) -> int:
+        """How many masked positions a row has in `epoch_N_masks.bin`."""
+        return self.masking.predictions(self.settings.max_seq_len)
 
-class RowWriter:
-    """Spells instances as the original's JSON lines."""
+    @property
+    def suffixes(self) -> list[str]:
+        """How the names of an epoch's data files end."""
+        if self.format == "json":
+            return [JSON_SUFFIX]
+        return [BINARY_SUFFIX, MASKS_SUFFIX] if self.predictions else [BINARY_SUFFIX]
 
-    def __init__(self, corpus: Corpus, pieces: Sequence[str], masking: Masking) -> None:
-        """`pieces` are the vocabulary's entries in id order, with [CLS] and [SEP]."""
-        self.corpus = corpus
-        self.masking = masking
+    def write(self, stem: Path, epoch: int, begin: int, end: int) -> int:
+        """Write the instances of the sentences [begin, end) to files stem + suffix; count them."""
+        rows = 0
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(stem.with_name(stem.name + suffix).open("wb"))
+                for suffix in self.suffixes
+            ]
+            for instances in make_instances(self.corpus, self.settings, epoch, begin, end):
+                spell = self._json if self.format == "json" else self._binary
+                for file, content in zip(files, spell(epoch, instances), strict=True):
+                    file.write(content)
+                rows += len(instances.sentences)
+        return rows
+
+    def _rows(self, epoch: int, instances: Instances) -> Iterator[MaskedRow]:
+        random = RandomNumbers(self.settings.seed, epoch)
+        return masked_rows(self.corpus, self.tokenizer, self.masking, random, instances)
+
+    def _binary(self, epoch: int, instances: Instances) -> Iterator[bytes]:
+        """Yield the records, and with masking the masked positions."""
+        records = np.empty(len(instances.sentences), record_dtype(len(self.corpus.token_ids)))
+        for field, values in zip(records.dtype.names, instances[1:], strict=True):
+            records[field] = values
+        yield records.tobytes()
+        if not self.predictions:
+            return
+        masks = np.zeros((len(records), self.predictions), mask_dtype(len(self.tokenizer)))
+        for slots, row in zip(masks, self._rows(epoch, instances), strict=True):
+            slots["position"][: len(row.positions)] = row.positions
+            slots["id"][: len(row.positions)] = [row.ids[position] for position in row.positions]
+        yield masks.tobytes()
+
+    def _json(self, epoch: int, instances: Instances) -> Iterator[bytes]:
+        """Yield the lines."""
+        lines = []
+        for row in self._rows(epoch, instances):
+            segments = [0] * row.first_length + [1] * (len(row.ids) - row.first_length)
+            lines.append(
+                f'{{"tokens": [{self._join(row.ids)}], "segment_ids": {segments}, '
+                f'"is_random_next": {"true" if row.is_random_next else "false"}, '
+                f'"masked_lm_positions": {row.positions}, '
+                f'"masked_lm_labels": [{self._join(row.labels)}]}}\n'
+            )
+        yield "".join(lines).encode()
+
+    @cached_property
+    def _spelled(self) -> list[str]:
         # Spelled once a piece and not once a token: the same text as json.dumps, 3 times as fast.
-        self._spelled = [json.dumps(piece) for piece in pieces]
-        self._cls, self._sep = pieces.index("[CLS]"), pieces.index("[SEP]")
-
-    def row(self, instance: Instance, random: Random) -> str:
-        """Return one line, line break included."""
-        first, second = (
-            self.corpus.token_ids[span[0] : span[1]].tolist() if span else []
-            for span in instance[:2]
-        )
-        ids = [self._cls, *first, self._sep]
-        segments = [0] * len(ids)
-        if second:
-            ids += [*second, self._sep]
-            segments += [1] * (len(second) + 1)
-        ids, positions, labels = mask_tokens(ids, self.masking, random)
-        return (
-            f'{{"tokens": [{self._join(ids)}], "segment_ids": {segments}, '
-            f'"is_random_next": {"true" if instance.is_random_next else "false"}, '
-            f'"masked_lm_positions": {positions}, "masked_lm_labels": [{self._join(labels)}]}}\n'
-        )
+        return [json.dumps(piece) for piece in self.tokenizer.vocab]
 
     def _join(self, ids: list[int]) -> str:
         return ", ".join([self._spelled[index] for index in ids])
 
+    def finish(self, folder: Path, rows: Sequence[int]) -> list[Path]:
+        """Write the counts of whole epochs beside their data; return all files of the run.
 
-def epoch_paths(data_dir: Path, epoch: int) -> tuple[Path, Path]:
-    """Return the data file and the metrics file of an epoch, which counts from 0."""
-    return data_dir / f"epoch_{epoch}.json", data_dir / f"epoch_{epoch}_metrics.json"
-
-
-def write_epoch(
-    corpus: Corpus,
-    pieces: Sequence[str],
-    output_dir: Path,
-    epoch: int,
-    settings: EpochSettings,
-    documents: Iterable[int],
-) -> int:
-    """Write both files of an epoch, atomically, and return its number of instances.
-
-    `documents` are the numbers of the documents to use, in order (a progress bar around a range).
-    Each has its own random numbers, by seed, epoch and document, so that the result does not
-    depend on how the work is divided.
-    """
-    writer = RowWriter(corpus, pieces, settings.masking)
-    data_file, metrics_file = epoch_paths(output_dir, epoch)
-    rows = 0
-    with (
-        atomic_path(data_file) as temporary,
-        temporary.open("w", encoding="utf-8", newline="\n") as output,
-    ):
-        for document in documents:
-            random = Random(f"{settings.seed}/{epoch}/{document}")
-            instances = document_instances(
-                corpus, document, random, max_seq_len=settings.max_seq_len,
-                short_seq_prob=settings.short_seq_prob, one_seq=settings.one_seq,
+        `rows` are the instances of each epoch. Files that are moved in the returned order do not
+        pass for a run until all are there.
+        """
+        files = []
+        if self.format == "binary":
+            info = CorpusInfo(
+                id_dtype(len(self.tokenizer)), len(self.corpus.token_ids), self.predictions,
+                vocabulary_sha256(self.tokenizer),
             )
-            for instance in instances:
-                output.write(writer.row(instance, random))
-                rows += 1
-    write_json(
-        metrics_file, {"num_training_examples": rows, "max_seq_len": settings.max_seq_len}
-    )
-    return rows
+            write_json(folder / CORPUS_INFO_NAME, info._asdict())
+            files = [folder / CORPUS_IDS_NAME, folder / CORPUS_INFO_NAME]
+        # The last epoch first: epochs are only read if they are numbered from 0 without a gap.
+        for epoch in reversed(range(len(rows))):
+            metrics = Metrics(rows[epoch], self.settings.max_seq_len)
+            metrics_file = epoch_path(folder, epoch, METRICS_SUFFIX)
+            write_json(metrics_file, metrics._asdict())
+            files += [epoch_path(folder, epoch, suffix) for suffix in self.suffixes]
+            files.append(metrics_file)
+        return files
 
 
-# ------------------------------------------------------------------ reading an epoch
+# ------------------------------------------------------------------ what a folder holds
 
 
 class Metrics(NamedTuple):
@@ -445,14 +683,89 @@ class Metrics(NamedTuple):
     max_seq_len: int
 
 
+class CorpusInfo(NamedTuple):
+    """What `corpus.json` says of the binary files."""
+
+    dtype: str  # of the ids
+    tokens: int
+    predictions: int  # masked positions of a row
+    vocabulary_sha256: str
+
+
+def vocabulary_sha256(tokenizer: BertTokenizer) -> str:
+    """Return the fingerprint of a vocabulary: all its word pieces, in the order of their ids."""
+    return hashlib.sha256("\n".join(tokenizer.vocab).encode()).hexdigest()
+
+
+def epoch_path(data_dir: Path | str, epoch: int, suffix: str) -> Path:
+    """Return a file of an epoch, which counts from 0."""
+    return Path(data_dir) / f"epoch_{epoch}{suffix}"
+
+
+def generated_files(data_dir: Path) -> list[Path]:
+    """Return the files of earlier runs of any format, those without which no run is read first."""
+    paths = [path for path in data_dir.iterdir() if GENERATED_FILE.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (not path.name.startswith("epoch_0"), path.name))
+
+
 def read_metrics(data_dir: Path | str, epoch: int) -> Metrics:
     """Read `epoch_N_metrics.json`; a missing or wrong one is a `UserError`."""
-    path = epoch_paths(Path(data_dir), epoch)[1]
+    path = epoch_path(data_dir, epoch, METRICS_SUFFIX)
     content = read_json(path)
     values = [content.get(key) if isinstance(content, dict) else None for key in Metrics._fields]
     if not all(type(value) is int and value > 0 for value in values):
         raise UserError(f"{path}: expected positive integers {' and '.join(Metrics._fields)}")
     return Metrics(*values)
+
+
+def read_corpus_info(data_dir: Path, tokenizer: BertTokenizer) -> CorpusInfo:
+    """Read `corpus.json`; one that is wrong or of another vocabulary is a `UserError`."""
+    path = data_dir / CORPUS_INFO_NAME
+    content = read_json(path)
+    wanted = {"dtype": str, "tokens": int, "predictions": int, "vocabulary_sha256": str}
+    if not isinstance(content, dict) or any(
+        type(content.get(key)) is not kind for key, kind in wanted.items()
+    ):
+        raise UserError(f"{path}: expected {', '.join(wanted)}")
+    info = CorpusInfo(*(content[key] for key in wanted))
+    own = vocabulary_sha256(tokenizer)
+    if (info.vocabulary_sha256, info.dtype) != (own, id_dtype(len(tokenizer))):
+        raise UserError(
+            f"{path}: of the vocabulary with SHA-256 {info.vocabulary_sha256[:12]}...; expected "
+            f"the model's {len(tokenizer)} word pieces, {own[:12]}..., as the data are ids of them"
+        )
+    return info
+
+
+def data_suffix(data_dir: Path | str) -> str:
+    """Return how the names of the data files in a folder end: .bin or .json.
+
+    A folder that is missing, has none, or has both is a `UserError`.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder; expected pregenerate_training_data.py's")
+    found = sorted({BINARY_SUFFIX, JSON_SUFFIX} & _epoch_numbers(data_dir).keys())
+    if not found:
+        raise UserError(
+            f"{data_dir}: no epoch_0.json and no epoch_0.bin; expected the output of "
+            "pregenerate_training_data.py"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{data_dir}: data files of both formats, .bin and .json; expected those of one run"
+        )
+    return found[0]
+
+
+def _epoch_numbers(data_dir: Path) -> dict[str, set[int]]:
+    """Return the numbers of the epochs that a folder has files of, by the files' suffix."""
+    numbers: dict[str, set[int]] = {}
+    for path in generated_files(data_dir):
+        _, epoch, suffix = GENERATED_FILE.fullmatch(path.name).groups()
+        if epoch:
+            numbers.setdefault(suffix, set()).add(int(epoch))
+    return numbers
 
 
 def count_epochs(data_dir: Path | str) -> int:
@@ -461,21 +774,10 @@ def count_epochs(data_dir: Path | str) -> int:
     None, a gap in their numbers, and a data file or metrics file without the other are
     `UserError`s that name the missing file.
     """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such folder; expected pregenerate_training_data.py's")
-    numbers = {
-        int(name.split("_")[1].split(".")[0])
-        for name in (path.name for path in data_dir.glob("epoch_*.json"))
-        if name.removesuffix("_metrics.json").removesuffix(".json")[6:].isdecimal()
-    }
-    if not numbers:
-        raise UserError(
-            f"{data_dir}: no epoch_0.json; expected the output of pregenerate_training_data.py"
-        )
-    count = max(numbers) + 1
+    suffix = data_suffix(data_dir)
+    count = 1 + max(set.union(*_epoch_numbers(Path(data_dir)).values()))
     for epoch in range(count):
-        for path in epoch_paths(data_dir, epoch):
+        for path in (epoch_path(data_dir, epoch, end) for end in (suffix, METRICS_SUFFIX)):
             if not path.is_file():
                 raise UserError(
                     f"{path}: no such file; expected epochs 0 to {count - 1}, each with its "
@@ -484,12 +786,34 @@ def count_epochs(data_dir: Path | str) -> int:
     return count
 
 
-def samples_per_epoch(data_dir: Path | str, epochs: int) -> list[int]:
-    """Return the number of instances of each training epoch; generated ones are used in turn."""
-    generated = count_epochs(data_dir)
-    return [
-        read_metrics(data_dir, epoch % generated).num_training_examples for epoch in range(epochs)
-    ]
+def read_array(
+    path: Path, dtype: np.dtype | str, count: int, source: str, mapped: bool
+) -> np.ndarray:
+    """Read or map `count` values; a file of another size is a `UserError`.
+
+    `source` is the name of the file that says how many there are.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the one that {source} describes")
+    expected = count * np.dtype(dtype).itemsize
+    if path.stat().st_size != expected:
+        raise UserError(
+            f"{path}: {path.stat().st_size} bytes; expected {expected}, as {source} says; the "
+            "file is incomplete or of another run"
+        )
+    return map_array(path, dtype) if mapped else np.fromfile(path, dtype)
+
+
+# ------------------------------------------------------------------ reading JSON
+
+
+class JsonRow(NamedTuple):
+    """A row of `epoch_N.json` as ids: the unmasked text of both segments, and what is masked."""
+
+    first: list[int]
+    second: list[int]
+    is_random_next: bool
+    masks: list[tuple[int, int]]  # position in the row, id that is shown there
 
 
 def check_row(row: Any, max_length: int) -> int:
@@ -501,31 +825,173 @@ def check_row(row: Any, max_length: int) -> int:
             raise ValueError(f'expected a list "{key}"')
     if not isinstance(row.get("is_random_next"), bool):
         raise ValueError('expected true or false as "is_random_next"')
-    length, segments = len(row["tokens"]), row["segment_ids"]
+    tokens, segments = row["tokens"], row["segment_ids"]
+    length = len(tokens)
     if not 0 < length <= max_length:
         raise ValueError(f"{length} tokens; expected 1 to {max_length}")
     first = segments.count(0)
     if segments != [0] * first + [1] * (length - first):
         raise ValueError(f"expected {length} segment ids, zeros and then ones")
+    ends = [tokens[0], tokens[first - 1], tokens[-1]]
+    if ends != [CLS, SEP, SEP] or first == length - 1:
+        raise ValueError("expected the tokens [CLS], text, [SEP], and of a pair text, [SEP]")
     positions = row["masked_lm_positions"]
     if len(positions) != len(row["masked_lm_labels"]):
         raise ValueError(
             f"{len(positions)} masked positions, but {len(row['masked_lm_labels'])} labels"
         )
-    if any(type(position) is not int or not 0 <= position < length for position in positions):
-        raise ValueError(f"expected masked positions from 0 to {length - 1}")
+    special = (0, first - 1, length - 1)
+    if any(
+        type(position) is not int or not 0 <= position < length or position in special
+        for position in positions
+    ):
+        raise ValueError(
+            f"expected masked positions from 0 to {length - 1}, none of [CLS] or [SEP]"
+        )
     return first
 
 
-class PregeneratedDataset(Dataset):
-    """One epoch of instances, held as flat integer arrays (2 to 4 bytes a token).
+def read_json_rows(
+    path: Path, metrics: Metrics, vocab: dict[str, int]
+) -> Iterator[JsonRow]:
+    """Yield the rows of `epoch_N.json`; a malformed one is a `UserError` that names its line."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                first = check_row(row, metrics.max_seq_len)
+                ids = [vocab[token] for token in row["tokens"]]
+                masks = []
+                for position, label in zip(
+                    row["masked_lm_positions"], row["masked_lm_labels"], strict=True
+                ):
+                    masks.append((position, ids[position]))
+                    ids[position] = vocab[label]
+            except KeyError as error:
+                raise UserError(
+                    f"{path}, line {number}: token {error.args[0]!r} is not in the model's "
+                    f"vocabulary of {len(vocab)} word pieces; expected data that was generated "
+                    "with this vocabulary"
+                ) from None
+            # ValueError covers malformed JSON and bytes that are not UTF-8.
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}; expected the "
+                    f"{metrics.num_training_examples} rows that its metrics file counts"
+                ) from None
+            yield JsonRow(ids[1 : first - 1], ids[first:-1], row["is_random_next"], masks)
 
-    With `reduce_memory` the arrays are files in a temporary folder (TMPDIR chooses the place),
-    mapped into memory. An epoch beyond the generated ones reads them again in turn.
+
+# ------------------------------------------------------------------ the dataset
+
+
+class _Epoch(NamedTuple):
+    """What a dataset holds, whatever the files: spans of unmasked text, and what is masked."""
+
+    token_ids: np.ndarray  # [tokens]
+    records: np.ndarray  # [rows] of record_dtype
+    masks: np.ndarray  # [rows, predictions] of mask_dtype
+
+
+def _read_json_epoch(
+    path: Path, metrics: Metrics, tokenizer: BertTokenizer, folder: Path | None
+) -> _Epoch:
+    """Read `epoch_N.json`; with a `folder` the arrays are files in it."""
+    ids = id_dtype(len(tokenizer))
+    token_ids, records, masks, counts = (
+        ArrayWriter(dtype, folder / name if folder else None)
+        for name, dtype in (
+            ("token_ids", ids), ("records", record_dtype(1 << 32)),
+            ("masks", mask_dtype(len(tokenizer))), ("mask_counts", "<u2"),
+        )
+    )
+    rows = read_json_rows(path, metrics, tokenizer.vocab)
+    start = count = 0
+    while block := list(islice(rows, ROWS_PER_BLOCK)):
+        spans = []
+        for row in block:
+            middle = start + len(row.first)
+            spans.append(
+                (start, len(row.first), middle, len(row.second), row.is_random_next)
+            )
+            start = middle + len(row.second)
+        token_ids.write([index for row in block for part in row[:2] for index in part])
+        records.write(np.array(spans, dtype=records.dtype))
+        masks.write(np.array([mask for row in block for mask in row.masks], dtype=masks.dtype))
+        counts.write([len(row.masks) for row in block])
+        count += len(block)
+    if count != metrics.num_training_examples:
+        raise UserError(
+            f"{path}: {count} rows; expected {metrics.num_training_examples}, as "
+            f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another run"
+        )
+    slots = _mask_slots(masks.close(), counts.close(), folder / "slots" if folder else None)
+    return _Epoch(token_ids.close(), records.close(), slots)
+
+
+def _mask_slots(masks: np.ndarray, counts: np.ndarray, path: Path | None) -> np.ndarray:
+    """Give each row as many places for masks as the longest needs: [masks] to [rows, places]."""
+    width = int(counts.max(initial=0))
+    writer = ArrayWriter(masks.dtype, path)
+    start = 0
+    for begin in range(0, len(counts), ROWS_PER_BLOCK):
+        part = counts[begin : begin + ROWS_PER_BLOCK]
+        slots = np.zeros((len(part), width), masks.dtype)
+        end = start + int(part.sum())
+        slots[np.arange(width) < part[:, None]] = masks[start:end]
+        writer.write(slots)
+        start = end
+    return writer.close().reshape(len(counts), width)
+
+
+def _read_binary_epoch(
+    path: Path, metrics: Metrics, tokenizer: BertTokenizer, mapped: bool
+) -> _Epoch:
+    """Read or map `epoch_N.bin` and the files beside it, and check them."""
+    info = read_corpus_info(path.parent, tokenizer)
+    rows, counted = metrics.num_training_examples, f"{path.stem}{METRICS_SUFFIX}"
+    ids_file = path.with_name(CORPUS_IDS_NAME)
+    token_ids = read_array(ids_file, info.dtype, info.tokens, CORPUS_INFO_NAME, mapped)
+    records = read_array(path, record_dtype(info.tokens), rows, counted, mapped)
+    dtype = mask_dtype(len(tokenizer))
+    if info.predictions:
+        masks_file = path.with_name(path.stem + MASKS_SUFFIX)
+        masks = read_array(masks_file, dtype, rows * info.predictions, counted, mapped)
+    else:
+        masks = np.empty(0, dtype)
+    for begin in range(0, rows, RECORDS_PER_CHECK):
+        block = records[begin : begin + RECORDS_PER_CHECK]
+        lengths = _lengths(block)
+        ends = [block[f"{part}_start"].astype(np.int64) + block[f"{part}_length"]
+                for part in ("first", "second")]
+        right = (block["first_length"] > 0) & (lengths <= metrics.max_seq_len) & (
+            np.maximum(*ends) <= info.tokens)
+        if not right.all():
+            raise UserError(
+                f"{path}: record {begin + int(np.argmin(right))} (from 0) is no pair of spans of "
+                f"the {info.tokens} tokens in {CORPUS_IDS_NAME}; the file is damaged or of "
+                "another run"
+            )
+    return _Epoch(token_ids, records, masks.reshape(rows, info.predictions))
+
+
+def _lengths(records: np.ndarray) -> np.ndarray:
+    """Return the length of each row, special tokens included, as int32."""
+    first, second = (records[f"{part}_length"].astype(np.int32) for part in ("first", "second"))
+    return first + second + 2 + (second > 0)
+
+
+class PregeneratedDataset(Dataset):
+    """One epoch of instances, binary or JSON, held as flat integer arrays.
+
+    A binary epoch takes 2 bytes a token of the corpus and 13 an instance, a JSON one 2 a token
+    of an instance. With `reduce_memory` none is held: the binary files themselves are mapped
+    into memory, and a JSON epoch becomes files in a temporary folder (TMPDIR chooses the place).
+    An epoch beyond the generated ones reads them again in turn.
 
     Raises:
-        UserError: a missing epoch, a malformed row, more or fewer rows than the metrics say,
-            rows longer than `max_seq_length`, or a token that the vocabulary lacks.
+        UserError: a missing epoch or file, a malformed row, more or fewer rows than the metrics
+            say, rows longer than `max_seq_length`, or data of another vocabulary.
     """
 
     def __init__(
@@ -538,107 +1004,48 @@ class PregeneratedDataset(Dataset):
     ) -> None:
         generated = count_epochs(data_dir)
         self.epoch = epoch % generated
+        path = epoch_path(data_dir, self.epoch, data_suffix(data_dir))
         if epoch >= generated:
             logger.info(
-                "epoch %d: reads epoch_%d.json again, as %d epochs were generated",
-                epoch, self.epoch, generated,
+                "epoch %d: reads %s again, as %d epochs were generated",
+                epoch, path.name, generated,
             )
-        self.data_file, metrics_file = epoch_paths(Path(data_dir), self.epoch)
         metrics = read_metrics(data_dir, self.epoch)
         if metrics.max_seq_len > max_seq_length:
             raise UserError(
-                f"{metrics_file}: instances of up to {metrics.max_seq_len} tokens; expected at "
-                f"most the --max_seq_length of {max_seq_length}"
+                f"{epoch_path(data_dir, self.epoch, METRICS_SUFFIX)}: instances of up to "
+                f"{metrics.max_seq_len} tokens; expected at most the --max_seq_length of "
+                f"{max_seq_length}"
             )
         self.max_seq_length = max_seq_length
-        self.pad_id = tokenizer.pad_id
-        self._folder = tempfile.TemporaryDirectory(prefix="tinybert-") if reduce_memory else None
-        self._read(metrics, tokenizer)
-
-    def _read(self, metrics: Metrics, tokenizer: BertTokenizer) -> None:
-        """Fill the arrays from the data file and check its number of rows."""
+        self.cls_id, self.sep_id, self.pad_id = (
+            tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        if path.suffix == BINARY_SUFFIX:
+            self._data = _read_binary_epoch(path, metrics, tokenizer, reduce_memory)
+            return
+        if reduce_memory:
+            self._folder = tempfile.TemporaryDirectory(prefix="tinybert-")
         folder = Path(self._folder.name) if self._folder else None
-        ids = id_dtype(len(tokenizer))
-        names = {
-            "token_ids": ids, "lengths": "int32", "first_lengths": "int32",
-            "is_next": "uint8", "positions": "int32", "labels": ids, "label_counts": "int32",
-        }
-        writers = {
-            name: IntegerWriter(dtype, folder / name if folder else None)
-            for name, dtype in names.items()
-        }
-        for first, row in self._rows(metrics, tokenizer.vocab):
-            writers["token_ids"].extend(row["tokens"])
-            writers["lengths"].extend([len(row["tokens"])])
-            writers["first_lengths"].extend([first])
-            # Kept from the original: "is next" is 1 where the second segment is random, BERT's
-            # label of that class.
-            writers["is_next"].extend([row["is_random_next"]])
-            writers["positions"].extend(row["masked_lm_positions"])
-            writers["labels"].extend(row["masked_lm_labels"])
-            writers["label_counts"].extend([len(row["masked_lm_labels"])])
-        arrays = {name: writer.close() for name, writer in writers.items()}
-        self.lengths = arrays["lengths"]  # [rows], tokens with the special ones
-        if len(self) != metrics.num_training_examples:
-            raise UserError(
-                f"{self.data_file}: {len(self)} rows; expected {metrics.num_training_examples}, "
-                f"as {epoch_paths(self.data_file.parent, self.epoch)[1].name} says; the file is "
-                "incomplete or of another run"
-            )
-        self._token_ids, self._first_lengths = arrays["token_ids"], arrays["first_lengths"]
-        self._is_next = arrays["is_next"]
-        self._positions, self._labels = arrays["positions"], arrays["labels"]
-        self._starts = self._offsets("starts", self.lengths, folder)  # [rows + 1]
-        self._label_starts = self._offsets("label_starts", arrays["label_counts"], folder)
-
-    def _rows(
-        self, metrics: Metrics, vocab: dict[str, int]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each row with ids for its tokens and labels, and its first segment's length."""
-        with self.data_file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    row = json.loads(line)
-                    first = check_row(row, metrics.max_seq_len)
-                    for key in ("tokens", "masked_lm_labels"):
-                        row[key] = [vocab[token] for token in row[key]]
-                except KeyError as error:
-                    raise UserError(
-                        f"{self.data_file}, line {number}: token {error.args[0]!r} is not in the "
-                        f"model's vocabulary of {len(vocab)} word pieces; expected data that was "
-                        "generated with this vocabulary"
-                    ) from None
-                # ValueError covers malformed JSON and bytes that are not UTF-8.
-                except (ValueError, TypeError) as error:
-                    raise UserError(
-                        f"{self.data_file}, line {number}: {error}; expected the "
-                        f"{metrics.num_training_examples} rows that its metrics file counts"
-                    ) from None
-                yield first, row
-
-    @staticmethod
-    def _offsets(name: str, counts: np.ndarray, folder: Path | None) -> np.ndarray:
-        """Return where each row starts in a flat array, and where the last one ends."""
-        writer = IntegerWriter("int64", folder / name if folder else None)
-        writer.extend([0])
-        total = 0
-        for begin in range(0, len(counts), VALUES_PER_FLUSH):
-            ends = list(accumulate(counts[begin : begin + VALUES_PER_FLUSH].tolist(),
-                                   initial=total))
-            writer.extend(ends[1:])
-            total = ends[-1]
-        return writer.close()
+        self._data = _read_json_epoch(path, metrics, tokenizer, folder)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._data.records)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row with the special ones [rows], computed anew at each reading."""
+        return _lengths(self._data.records)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         """Return ids, attention mask, segments, labels, each [max_seq_length], and is_next []."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        batch = self.collate([index % len(self)], pad_to=self.max_seq_length)
+        batch = self.collate([index], pad_to=self.max_seq_length)
         keys = ("input_ids", "attention_mask", "token_type_ids", "labels")
-        is_next = torch.tensor(int(self._is_next[index]), dtype=torch.int64)
+        # Kept from the original: "is next" is 1 where the second segment is random, BERT's label
+        # of that class.
+        is_next = torch.tensor(int(self._data.records["is_random_next"][index]))
         return (*(batch[key][0] for key in keys), is_next)
 
     def collate(
@@ -649,20 +1056,37 @@ class PregeneratedDataset(Dataset):
         `input_ids`, `token_type_ids`, `attention_mask` (1 at real tokens), and `labels` with the
         original ids at masked positions and -100 elsewhere.
         """
-        length = pad_to or max(int(self.lengths[index]) for index in indices)
-        shape = (len(indices), length)
-        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
-        token_type_ids, attention_mask = np.zeros((2, *shape), dtype=np.int64)
-        labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-        for row, index in enumerate(indices):
-            start, end = self._starts[index], self._starts[index + 1]
-            input_ids[row, : end - start] = self._token_ids[start:end]
-            token_type_ids[row, self._first_lengths[index] : end - start] = 1
-            attention_mask[row, : end - start] = 1
-            chosen = slice(self._label_starts[index], self._label_starts[index + 1])
-            labels[row, self._positions[chosen]] = self._labels[chosen]
+        indices = np.asarray(indices, dtype=np.int64)
+        records = self._data.records[indices]
+        first_starts, second_starts, first_lengths, second_lengths = (
+            records[field].astype(np.int64)[:, None]
+            for field in ("first_start", "second_start", "first_length", "second_length")
+        )
+        middles = first_lengths + 1  # [rows, 1], where the first [SEP] stands
+        ends = middles + second_lengths + (second_lengths > 0)  # [rows, 1], the last [SEP]
+        length = pad_to or int(ends.max()) + 1
+        positions = np.arange(length)
+        is_second = positions > middles  # [rows, length]
+        places = positions + np.where(
+            is_second, second_starts - middles - 1, first_starts - 1
+        )
+        # Places of special tokens and padding mean nothing and may lie outside the corpus.
+        input_ids = self._data.token_ids.take(places, mode="clip").astype(np.int64)
+        attention_mask = positions <= ends
+        input_ids[~attention_mask] = self.pad_id
+        input_ids[:, 0] = self.cls_id
+        for separators in (middles, ends):
+            np.put_along_axis(input_ids, separators, self.sep_id, axis=1)
+        labels = np.full(input_ids.shape, IGNORED_LABEL, dtype=np.int64)
+        masks = self._data.masks[indices]  # [rows, predictions]
+        rows, slots = np.nonzero(masks["position"])
+        masked = rows, masks["position"][rows, slots]
+        labels[masked] = input_ids[masked]
+        input_ids[masked] = masks["id"][rows, slots]
         arrays = {
-            "input_ids": input_ids, "token_type_ids": token_type_ids,
-            "attention_mask": attention_mask, "labels": labels,
+            "input_ids": input_ids,
+            "token_type_ids": (is_second & attention_mask).astype(np.int64),
+            "attention_mask": attention_mask.astype(np.int64),
+            "labels": labels,
         }
         return {name: torch.from_numpy(values) for name, values in arrays.items()}

@@ -1,14 +1,17 @@
 """What every script needs around its work: errors, seeds, device, precision, output folders."""
 
 import argparse
-import contextlib
 import copy
+import ctypes
+import importlib.util
 import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from transformer.file_utils import UserError, write_json
+from transformer.file_utils import UserError, upload_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED_SHAPES = 64  # 8 padded lengths, each with the few numbers of rows that occur
+
+# glibc's names for mallopt: what it keeps of freed memory, and what it asks the system for anew.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, LARGEST_KEPT_BYTES = 2**31 - 1, 2**28
 
 
 # ------------------------------------------------------------------ starting a script
@@ -67,10 +75,19 @@ def setup_logging() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def add_precision_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --precision, which every script that runs a model has."""
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto",
+                        help="precision to compute in; auto: bf16 where the device has it; fp16:"
+                             " with loss scaling, on a GPU")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every training script has beyond the original's."""
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                        help="autocast precision; auto: bf16 where the device computes in it")
+    add_precision_argument(parser)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compile the models with torch.compile; not given: on a GPU, where"
+                             " it can")
     parser.add_argument("--overwrite_output_dir", action="store_true",
                         help="write into an output folder that is not empty")
 
@@ -93,9 +110,10 @@ LEAST = {
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a number that makes no sense, before anything is read."""
     for name, least in LEAST.items():
-        value = getattr(args, name, least)
-        if not value >= least:  # also nan
-            raise UserError(f"--{name} {value}; expected at least {least}")
+        values = getattr(args, name, least)
+        for value in values if isinstance(values, list) else [values]:
+            if not value >= least:  # also nan
+                raise UserError(f"--{name} {value}; expected at least {least}")
     warmup = getattr(args, "warmup_proportion", 0.0)
     if warmup >= 1:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
@@ -112,7 +130,7 @@ def set_seed(seed: int) -> None:
 
 
 def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
-    """Return the GPU of this process, or the CPU.
+    """Return the GPU of this process, or the CPU, which is then set up for training steps.
 
     Raises:
         UserError: started as one of several processes; the training scripts run as one.
@@ -122,11 +140,26 @@ def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
             f"started as one of {os.environ['WORLD_SIZE']} processes; expected a single process"
         )
     if no_cuda or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     index = max(local_rank, 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"--local_rank {local_rank}: there are {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step, where it is glibc.
+
+    It returns large blocks to the system and gets them back page by page, filled with zeros:
+    with activations of tens of megabytes that is a quarter of a step on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def cpu_has_bf16() -> bool:
@@ -141,19 +174,20 @@ def cpu_has_bf16() -> bool:
 def resolve_precision(
     name: str, device: torch.device, fp16: bool = False
 ) -> torch.dtype | None:
-    """Return the dtype to autocast to, or None for float32.
+    """Return the dtype to compute in, or None for float32.
 
     Args:
-        name: auto, fp32 or bf16. auto takes bf16 where the device computes in it.
+        name: auto, fp32, bf16 or fp16. auto takes bf16 where the device computes in it.
         device: where the model runs.
-        fp16: the flag --fp16, for GPUs without bf16; it wins over auto.
+        fp16: the flag --fp16, the same as fp16; it wins over auto.
 
     Raises:
-        UserError: --fp16 on a CPU, or together with another --precision.
+        UserError: float16 on a CPU, or --fp16 together with another --precision.
     """
-    if fp16:
+    if fp16 or name == "fp16":
         if device.type != "cuda":
-            raise UserError("--fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+            flag = "--fp16" if fp16 else "--precision fp16"
+            raise UserError(f"{flag} needs a GPU; on a CPU use --precision bf16 or fp32")
         if name not in ("auto", "fp16"):
             raise UserError(f"--fp16 and --precision {name} contradict each other")
         return torch.float16
@@ -164,11 +198,42 @@ def resolve_precision(
     return PRECISIONS[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return a context that computes in `dtype` where that is safe; None computes in float32."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+def missing_for_compile(device: torch.device) -> str | None:
+    """Say what torch.compile lacks on this machine, or None."""
+    if device.type == "cuda":
+        if not importlib.util.find_spec("triton"):
+            return "the package triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "this GPU is older than compute capability 7.0"
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return None if compiler else "there is no C compiler (gcc or clang)"
+    compiler = os.environ.get("CXX") or "g++"
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
+def compile_models(
+    wanted: bool | None, device: torch.device, *modules: torch.nn.Module
+) -> bool:
+    """Have torch.compile take over the modules, in place; returns whether it did.
+
+    Args:
+        wanted: the flag --compile; None means on a GPU, where it can.
+
+    Raises:
+        UserError: asked for by the flag, and it cannot be done here.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return False
+    missing = missing_for_compile(device)
+    if missing and wanted:
+        raise UserError(f"--compile: {missing}; leave the flag out to run without")
+    if missing:
+        logger.info("compile off: %s", missing)
+        return False
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    for module in modules:
+        module.compile(dynamic=False)
+    return True
 
 
 def training_steps(epochs: float, steps_per_epoch: int) -> int:
@@ -181,8 +246,8 @@ def training_steps(epochs: float, steps_per_epoch: int) -> int:
 # ------------------------------------------------------------------ output and logs
 
 
-def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
-    """Make the output folder; one that holds files already is an error unless `overwrite`."""
+def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
+    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder")
@@ -191,8 +256,48 @@ def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
             f"{path}: exists and is not empty; choose another folder"
             " or pass --overwrite_output_dir"
         )
+
+
+def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
+    """Make the output folder; one that holds files already is an error unless `overwrite`."""
+    check_output_dir(path, overwrite)
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def one_each(flag: str, values: float | list[float], students: int) -> list[float]:
+    """Return one value of a flag for each student; a single one serves all."""
+    values = values if isinstance(values, list) else [values]
+    if len(values) not in (1, students):
+        raise UserError(
+            f"--{flag}: {len(values)} values for {students} students; expected one each, or one"
+            " for all"
+        )
+    return values if len(values) == students else values * students
+
+
+def check_output_dirs(paths: list[str], students: int, overwrite: bool = False) -> None:
+    """Raise a `UserError` unless there is an output folder of its own for each student."""
+    if len(paths) != students:
+        raise UserError(
+            f"--output_dir: {len(paths)} folders for {students} students of --student_model;"
+            " expected one each"
+        )
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError(f"--output_dir {' '.join(paths)}: expected a folder of its own for each")
+    for path in paths:
+        check_output_dir(path, overwrite)
+
+
+def upload_outputs(address: tuple[str, str] | None, folders: list[Path]) -> None:
+    """Copy output folders to an S3 address if there is one, several below their own names."""
+    if address is None:
+        return
+    bucket, prefix = address
+    for folder in folders:
+        below = prefix if len(folders) == 1 else f"{prefix}/{folder.name}"
+        upload_folder(folder, bucket, below)
 
 
 class RunningMean:
@@ -214,6 +319,30 @@ class RunningMean:
         means = {name: float(total) / self.count for name, total in self.totals.items()}
         self.totals, self.count = {}, 0
         return means
+
+
+class Pace:
+    """How fast a run is between two readings."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.rows, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def add(self, rows: int, waited: float) -> None:
+        """Count the rows of a step, and the seconds that it waited for them."""
+        self.rows += rows
+        self.waited += waited
+
+    def read(self) -> dict[str, float]:
+        """Return rows per second and the share of time spent waiting; start again."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        figures = {"rows_per_second": round(self.rows / seconds, 1),
+                   "waiting": round(self.waited / seconds, 4)}
+        self.restart()
+        return figures
 
 
 class JsonLog:

@@ -7,9 +7,12 @@ punctuation, then take the longest matching word piece from the left.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -24,6 +27,14 @@ MAX_CHARACTERS_PER_WORD = 100
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 FAST_TOKENIZER_NAME = "tokenizer.json"
 FINAL_SIGMA_CANDIDATE = "\u03a3"
+
+ASCII_PUNCTUATION = [bytes([code]) for code in b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"]
+# White space to bytes.split, but to BERT control characters, which leave no gap.
+ASCII_CONTROLS_OF_SPLIT = (b"\x0b", b"\x0c")
+LINE_END = b"\xff"  # in lists of chunks: a byte that UTF-8 never has
+BLOCK_BYTES = 1 << 18  # text that is tokenized at once
+CACHE_BYTES = 64 << 20
+CACHE_ENTRY_BYTES = 200  # of an entry beside its text: three Python objects and its ids
 
 
 def load_vocab(vocab_file: Path | str) -> dict[str, int]:
@@ -41,21 +52,27 @@ def load_vocab(vocab_file: Path | str) -> dict[str, int]:
         raise UserError(f"{vocab_file}: not UTF-8 text ({error})") from error
     if lines and not lines[-1]:
         lines.pop()
-    vocab: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        piece = line.rstrip("\r")
-        if not piece.strip():
-            raise UserError(f"{vocab_file}: line {number} is blank; expected one word piece a line")
-        if piece in vocab:
-            raise UserError(
-                f"{vocab_file}: line {number} repeats {piece!r} of line {vocab[piece] + 1}; "
-                "expected each word piece once"
-            )
-        vocab[piece] = number - 1
+    pieces = [line.rstrip("\r") for line in lines]
+    vocab = dict(zip(pieces, range(len(pieces)), strict=True))
+    if len(vocab) < len(pieces) or not all(map(str.strip, pieces)):
+        _name_wrong_line(vocab_file, pieces)
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{vocab_file}: lacks {', '.join(missing)}; expected a BERT vocabulary")
     return vocab
+
+
+def _name_wrong_line(vocab_file: Path, pieces: Sequence[str]) -> None:
+    first_line: dict[str, int] = {}
+    for number, piece in enumerate(pieces, start=1):
+        if not piece.strip():
+            raise UserError(f"{vocab_file}: line {number} is blank; expected one word piece a line")
+        if piece in first_line:
+            raise UserError(
+                f"{vocab_file}: line {number} repeats {piece!r} of line {first_line[piece]}; "
+                "expected each word piece once"
+            )
+        first_line[piece] = number
 
 
 def saved_lower_case(model_dir: Path) -> bool | None:
@@ -128,7 +145,55 @@ class BasicTokenizer:
     @staticmethod
     def _lower_sigma(text: str) -> str:
         """Lower-case the words with a capital sigma: Python, unlike Rust, knows its final form."""
-        return re.sub(r"\S*\u03a3\S*", lambda match: match[0].lower(), text)
+
+        def lower(match: re.Match[str]) -> str:
+            return match[0].lower() if FINAL_SIGMA_CANDIDATE in match[0] else match[0]
+
+        return re.sub(r"\S+", lower, text)
+
+
+class ChunkTable(dict[bytes, int]):
+    """Numbers chunks of text in the order in which they are first looked up.
+
+    `ids` holds the word pieces of chunk 0, then of chunk 1, ..., and `ends[n + 1]` is where those
+    of chunk n end. `new` are the chunks whose word pieces are still to be added.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = array("i")
+        self.ends = array("q", [0])
+        self.new: list[bytes] = []
+        self.text_bytes = 0
+
+    def __missing__(self, chunk: bytes) -> int:
+        self.new.append(chunk)
+        number = self[chunk] = len(self)
+        return number
+
+    def add(self, rows: Iterable[Sequence[int]]) -> None:
+        """Give the new chunks their word pieces."""
+        rows = list(rows)
+        self.ids.extend(chain.from_iterable(rows))
+        self.ends.extend(islice(accumulate(map(len, rows), initial=self.ends[-1]), 1, None))
+        self.text_bytes += sum(map(len, self.new))
+        self.new.clear()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may grow further, and was not left half-filled by an error."""
+        size = self.text_bytes + CACHE_ENTRY_BYTES * len(self)
+        return not self.new and size <= CACHE_BYTES
+
+    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the word pieces of these chunks, and how many each has [chunks]."""
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        starts = ends[numbers]
+        counts = ends[numbers + 1] - starts
+        last = np.cumsum(counts)
+        # Place of each piece in `ids`: its place in the result, shifted by its chunk's move.
+        places = np.arange(counts.sum()) + np.repeat(starts - last + counts, counts)
+        return np.frombuffer(self.ids, dtype=np.int32)[places], counts
 
 
 class BertTokenizer:
@@ -153,6 +218,7 @@ class BertTokenizer:
         )
         self._fast.normalizer = self.basic_tokenizer.normalizer
         self._fast.pre_tokenizer = self.basic_tokenizer.pre_tokenizer
+        self._table = self._new_table()
 
     @classmethod
     def from_pretrained(
@@ -189,16 +255,94 @@ class BertTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Word-piece ids of each text, without special tokens and without truncation."""
-        parts = [self.basic_tokenizer.parts(text) for text in texts]
-        plain = [part for row in parts for part in row if part not in SPECIAL_TOKENS]
-        encoded = iter(self._fast.encode_batch_fast(plain, add_special_tokens=False))
-        rows = []
-        for row in parts:
-            ids: list[int] = []
-            for part in row:
-                ids.extend([self.vocab[part]] if part in SPECIAL_TOKENS else next(encoded).ids)
-            rows.append(ids)
-        return rows
+        ids, lengths = self.encode_flat(texts)
+        ends = [0, *np.cumsum(lengths).tolist()]
+        flat = ids.tolist()
+        return [flat[start:end] for start, end in pairwise(ends)]
+
+    def encode_flat(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of `encode_batch` as one flat array [pieces], and each text's number.
+
+        Both are int32. What is remembered of earlier texts (see `encode_lines`) takes at most
+        some 64 MB.
+        """
+        parts = [self.encode_lines(block) for block in _line_blocks(texts)]
+        if not parts:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
+        ids, lengths = zip(*parts, strict=True)
+        return np.concatenate(ids), np.concatenate(lengths)
+
+    def encode_lines(self, block: bytes) -> tuple[np.ndarray, np.ndarray]:
+        r"""Tokenize UTF-8 text, one text a line: the ids of all [pieces], each line's number.
+
+        Basic tokens never reach over ASCII white space or punctuation, so the text falls into
+        chunks there whose word pieces depend on nothing else. Each distinct chunk is tokenized
+        once and then looked up; the table starts anew after 64 MB. Both results are int32; "\n"
+        separates lines, so there is one more of them than of it.
+
+        Raises:
+            UnicodeDecodeError: the text is not UTF-8.
+        """
+        if not self._table.usable:
+            self._table = self._new_table()
+        chunks = self._chunks(block)
+        numbers = np.fromiter(map(self._table.__getitem__, chunks), np.int64, len(chunks))
+        if self._table.new:
+            self._table.add(self._encode_chunks(self._table.new))
+        ids, counts = self._table.gather(numbers)
+        line_ends = np.flatnonzero(numbers == self._table[LINE_END])
+        ends = np.concatenate([[0], np.cumsum(counts)])[[*line_ends, len(counts)]]
+        return ids, np.diff(ends, prepend=0).astype(np.int32)
+
+    def _chunks(self, block: bytes) -> list[bytes]:
+        """Cut text at ASCII white space and punctuation; a line end becomes `LINE_END`."""
+        if LINE_END in block:
+            block.decode()  # raises the error of a text that is not UTF-8
+        if not any(token.encode() in block for token in SPECIAL_TOKENS):
+            if self.do_lower_case and FINAL_SIGMA_CANDIDATE.encode() in block:
+                block = self.basic_tokenizer._lower_sigma(block.decode()).encode()
+            return self._plain_chunks(block)
+        chunks: list[bytes] = []
+        for line in block.split(b"\n"):
+            for part in self.basic_tokenizer.parts(line.decode()):
+                text = part.encode()
+                chunks += [text] if part in SPECIAL_TOKENS else self._plain_chunks(text)
+            chunks.append(LINE_END)
+        return chunks[:-1]
+
+    def _plain_chunks(self, block: bytes) -> list[bytes]:
+        if self.do_lower_case:
+            block = block.lower()  # the ASCII letters; the tokenizer does the others
+        for control in ASCII_CONTROLS_OF_SPLIT:
+            block = block.replace(control, b"")
+        for mark in ASCII_PUNCTUATION:
+            block = block.replace(mark, b" " + mark + b" ")
+        return block.replace(b"\n", b" " + LINE_END + b" ").split()
+
+    def _encode_chunks(self, chunks: list[bytes]) -> Iterator[Sequence[int]]:
+        """Yield the word pieces of each chunk."""
+        others = [chunk.decode() for chunk in chunks if not chunk.isalnum()]
+        encoded = iter(self._fast.encode_batch_fast(others, add_special_tokens=False))
+        tokenize_word = self._fast.model.tokenize
+        for chunk in chunks:
+            if not chunk.isalnum():
+                yield next(encoded).ids
+                continue
+            # ASCII letters and digits are one basic token already.
+            word = chunk.decode()
+            index = self.vocab.get(word)
+            if index is None or len(word) > MAX_CHARACTERS_PER_WORD:
+                yield [token.id for token in tokenize_word(word)]
+            else:
+                yield (index,)
+
+    def _new_table(self) -> ChunkTable:
+        """Return a table with the line end, and the special tokens, which only `parts` finds."""
+        table = ChunkTable()
+        for chunk in (LINE_END, *map(str.encode, SPECIAL_TOKENS)):
+            table[chunk]
+        table.add([(), *((self.vocab[token],) for token in SPECIAL_TOKENS)])
+        return table
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Look pieces up; one that is not in the vocabulary is a `UserError` that names it."""
@@ -234,3 +378,17 @@ class BertTokenizer:
                 "mask_token": MASK,
             },
         )
+
+
+def _line_blocks(texts: Iterable[str]) -> Iterator[bytes]:
+    """Join texts to blocks of lines in UTF-8; a line end inside a text becomes a space."""
+    lines: list[bytes] = []
+    size = 0
+    for text in texts:
+        lines.append(text.encode().replace(b"\n", b" "))
+        size += len(lines[-1])
+        if size >= BLOCK_BYTES:
+            yield b"\n".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield b"\n".join(lines)

@@ -1,0 +1,538 @@
+"""The yardstick: a plain implementation of the work that the original code does.
+
+For measuring only. It computes what this project computes with --match_original, without any of
+the shortcuts: float32, every row padded to the full length, all scores and hidden states kept, a
+teacher in train mode, one word at a time in augmentation, word pieces in Python, instances as
+JSON. `tests/test_benchmarks.py` checks that both do the same work.
+"""
+
+import json
+import math
+import random
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transformer.augmentation import is_plain_word
+from transformer.modeling import BertConfig
+
+MAX_LENGTH = 128
+EVAL_BATCH = 32
+Batch = dict[str, Tensor]  # input_ids, token_type_ids, attention_mask [batch, length]; labels
+
+
+# ------------------------------------------------------------------ BERT
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+class PlainLayer(nn.Module):
+    """One Transformer layer that returns its raw attention scores too."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.up = nn.Linear(width, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, width)
+        self.down_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).permute(0, 2, 1, 3)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = (
+            self.split(part(hidden)) for part in (self.query, self.key, self.value)
+        )  # [batch, heads, length, head width]
+        scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1]) + mask
+        attention = self.attention_dropout(nn.Softmax(dim=-1)(scores))
+        context = torch.matmul(attention, value).permute(0, 2, 1, 3).contiguous()
+        context = self.output(context.view(hidden.shape))
+        hidden = self.output_norm(self.dropout(context) + hidden)
+        return self.down_norm(self.dropout(self.down(gelu(self.up(hidden)))) + hidden), scores
+
+
+class PlainBert(nn.Module):
+    """Encoder and pooler; returns (all scores, all hidden states, pooled output).
+
+    Args:
+        fit_size: the teacher's width, for a student whose hidden states are mapped to it.
+    """
+
+    def __init__(self, config: BertConfig, fit_size: int | None = None) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.words = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.positions = nn.Embedding(config.max_position_embeddings, width)
+        self.segments = nn.Embedding(config.type_vocab_size, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(width, width)
+        self.fit = nn.Linear(width, fit_size) if fit_size else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        embeddings = self.words(input_ids) + self.positions(places.expand_as(input_ids))
+        hidden = self.dropout(self.norm(embeddings + self.segments(token_type_ids)))
+        mask = (1.0 - attention_mask[:, None, None, :].float()) * -10000.0
+        all_scores, all_hidden = [], [hidden]
+        for layer in self.layers:
+            hidden, scores = layer(hidden, mask)
+            all_scores.append(scores)
+            all_hidden.append(hidden)
+        pooled = torch.tanh(self.pooler(hidden[:, 0]))
+        if self.fit is not None:
+            all_hidden = [self.fit(hidden) for hidden in all_hidden]
+        return all_scores, all_hidden, pooled
+
+
+class PlainClassifier(nn.Module):
+    """Teacher and student of task distillation; returns (logits, scores, hidden states)."""
+
+    def __init__(self, config: BertConfig, labels: int = 2, fit_size: int | None = None) -> None:
+        super().__init__()
+        self.bert = PlainBert(config, fit_size)
+        self.classifier = nn.Linear(config.hidden_size, labels)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        scores, hidden, pooled = self.bert(*inputs)
+        return self.classifier(torch.relu(pooled)), scores, hidden
+
+
+class PlainMaskedLM(nn.Module):
+    """BERT with the masked-LM head over every position: logits [batch, length, vocabulary]."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = PlainBert(config)
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        hidden = self.bert(*inputs)[1][-1]
+        hidden = self.norm(gelu(self.transform(hidden)))
+        return hidden @ self.bert.words.weight.T + self.bias
+
+
+def inputs_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
+
+
+# ------------------------------------------------------------------ training
+
+
+class PlainAdam:
+    """Adam without bias correction, one parameter after the other."""
+
+    def __init__(self, model: nn.Module, rate: float, decay: float = 0.01) -> None:
+        self.rate, self.decay = rate, decay
+        self.parameters = list(model.parameters())
+        self.moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                continue
+            if parameter not in self.moments:
+                self.moments[parameter] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            first, second = self.moments[parameter]
+            nn.utils.clip_grad_norm_(parameter, 1.0)
+            first.mul_(0.9).add_(parameter.grad, alpha=0.1)
+            second.mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
+            update = first / (second.sqrt() + 1e-6)
+            if parameter.dim() > 1:  # neither biases nor LayerNorms decay
+                update += self.decay * parameter
+            parameter.add_(-self.rate * update)
+            parameter.grad = None
+
+
+def intermediate_losses(
+    student_scores: Sequence[Tensor], student_hidden: Sequence[Tensor],
+    teacher_scores: Sequence[Tensor], teacher_hidden: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attention and hidden loss, each the sum over the student's layers, padding included."""
+    step = len(teacher_scores) // len(student_scores)
+    square = nn.MSELoss()
+    attention = hidden = 0.0
+    for ours, theirs in zip(student_scores, teacher_scores[step - 1 :: step], strict=True):
+        ours = torch.where(ours <= -1e2, torch.zeros_like(ours), ours)
+        theirs = torch.where(theirs <= -1e2, torch.zeros_like(theirs), theirs)
+        attention = attention + square(ours, theirs)
+    for ours, theirs in zip(student_hidden, teacher_hidden[::step], strict=True):
+        hidden = hidden + square(ours, theirs)
+    return attention, hidden
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    log_student = nn.functional.log_softmax(student_logits, dim=-1)
+    return (-nn.functional.softmax(teacher_logits, dim=-1) * log_student).mean()
+
+
+def finish_step(optimizer: PlainAdam, *losses: Tensor) -> list[float]:
+    """Backward pass and update; each loss is read at once, as the original logs it."""
+    values = [loss.item() for loss in losses]
+    sum(losses).backward()
+    optimizer.step()
+    return values
+
+
+def general_step(
+    student: PlainBert, teacher: PlainBert, optimizer: PlainAdam, batch: Batch
+) -> list[float]:
+    """One step of general distillation; the teacher's graph is built and thrown away."""
+    student.train()
+    teacher.train()
+    student_scores, student_hidden, _ = student(*inputs_of(batch))
+    teacher_scores, teacher_hidden, _ = teacher(*inputs_of(batch))
+    return finish_step(optimizer, *intermediate_losses(
+        student_scores, student_hidden,
+        [scores.detach() for scores in teacher_scores],
+        [hidden.detach() for hidden in teacher_hidden]))
+
+
+def task_step(
+    student: PlainClassifier, teacher: PlainClassifier, optimizer: PlainAdam, batch: Batch,
+    prediction: bool,
+) -> list[float]:
+    """One step of task distillation; the teacher runs in either stage, at every step."""
+    student.train()
+    teacher.train()
+    student_logits, student_scores, student_hidden = student(*inputs_of(batch))
+    with torch.no_grad():
+        teacher_logits, teacher_scores, teacher_hidden = teacher(*inputs_of(batch))
+    if prediction:
+        return finish_step(optimizer, soft_cross_entropy(student_logits, teacher_logits))
+    return finish_step(optimizer, *intermediate_losses(
+        student_scores, student_hidden, teacher_scores, teacher_hidden))
+
+
+def finetune_step(model: PlainClassifier, optimizer: PlainAdam, batch: Batch) -> list[float]:
+    """One step on the labels."""
+    model.train()
+    loss = nn.functional.cross_entropy(model(*inputs_of(batch))[0], batch["labels"])
+    return finish_step(optimizer, loss)
+
+
+def evaluate(model: PlainClassifier, rows: Batch) -> Tensor:
+    """Return the logits [rows, labels] on the CPU; batches of 32, in order."""
+    model.eval()
+    outputs = []
+    for start in range(0, len(rows["labels"]), EVAL_BATCH):
+        batch = {name: values[start : start + EVAL_BATCH] for name, values in rows.items()}
+        with torch.no_grad():
+            logits = model(*inputs_of(batch))[0]
+        nn.functional.cross_entropy(logits, batch["labels"]).item()
+        outputs.append(logits.cpu())
+    return torch.cat(outputs)
+
+
+# ------------------------------------------------------------------ word pieces
+
+
+def is_punctuation(letter: str) -> bool:
+    code = ord(letter)
+    if 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126:
+        return True
+    return unicodedata.category(letter).startswith("P")
+
+
+def is_chinese(letter: str) -> bool:
+    code = ord(letter)
+    return (
+        0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0x20000 <= code <= 0x2A6DF
+        or 0x2A700 <= code <= 0x2B73F or 0x2B740 <= code <= 0x2B81F or 0x2B820 <= code <= 0x2CEAF
+        or 0xF900 <= code <= 0xFAFF or 0x2F800 <= code <= 0x2FA1F
+    )
+
+
+class PlainTokenizer:
+    """BERT's two steps, letter by letter: basic tokens, then the longest matching pieces."""
+
+    SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+
+    def __init__(self, pieces: Sequence[str], lower_case: bool = True) -> None:
+        self.pieces = list(pieces)
+        self.vocab = {piece: number for number, piece in enumerate(pieces)}
+        self.lower_case = lower_case
+
+    def clean(self, text: str) -> str:
+        letters = []
+        for letter in text:
+            category = unicodedata.category(letter)
+            if letter in "\t\n\r" or category == "Zs":
+                letters.append(" ")
+            elif is_chinese(letter):
+                letters.append(f" {letter} ")
+            elif letter != "\ufffd" and not category.startswith("C"):
+                letters.append(letter)
+        return "".join(letters)
+
+    def split_word(self, word: str) -> Iterator[str]:
+        """Yield the parts of a word: each punctuation mark, and what stands between them."""
+        if self.lower_case:
+            word = unicodedata.normalize("NFD", word.lower())
+            word = "".join(letter for letter in word if unicodedata.category(letter) != "Mn")
+        part = ""
+        for letter in word:
+            if is_punctuation(letter):
+                if part:
+                    yield part
+                yield letter
+                part = ""
+            else:
+                part += letter
+        if part:
+            yield part
+
+    def basic_tokens(self, text: str) -> list[str]:
+        tokens: list[str] = []
+        for word in self.clean(text).split():
+            if word in self.SPECIAL:
+                tokens.append(word)
+            else:
+                tokens.extend(" ".join(self.split_word(word)).split())
+        return tokens
+
+    def word_pieces(self, word: str) -> list[str]:
+        """Take the longest piece that fits, again and again; [UNK] where none does."""
+        if len(word) > 100:
+            return ["[UNK]"]
+        pieces: list[str] = []
+        start = 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in self.vocab:
+                    break
+            else:
+                return ["[UNK]"]
+            pieces.append(piece)
+            start = end
+        return pieces
+
+    def tokenize(self, text: str) -> list[str]:
+        return [piece for word in self.basic_tokens(text) for piece in self.word_pieces(word)]
+
+    def ids(self, tokens: Iterable[str]) -> list[int]:
+        return [self.vocab[token] for token in tokens]
+
+
+# ------------------------------------------------------------------ augmentation
+
+
+class PlainAugmentor:
+    """Algorithm 1 of the paper, one word of one sentence at a time.
+
+    Args:
+        words, vectors: the word vectors, [words, dim], of unit length.
+        M, N, p: as in `transformer.augmentation.DataAugmentor`.
+    """
+
+    def __init__(
+        self, model: PlainMaskedLM, tokenizer: PlainTokenizer, words: Sequence[str],
+        vectors: np.ndarray, M: int = 15, N: int = 30, p: float = 0.4, seed: int = 42,
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.words, self.vectors = list(words), vectors
+        self.numbers = {word: number for number, word in enumerate(words)}
+        self.M, self.N, self.p = M, N, p
+        self.random = random.Random(seed)
+        self.device = next(model.parameters()).device
+
+    def neighbours(self, word: str) -> list[str]:
+        """Compare a word with all others and sort them all."""
+        if word not in self.numbers:
+            return []
+        scores = np.dot(self.vectors, self.vectors[self.numbers[word]])
+        scores[self.numbers[word]] = -np.inf
+        return [self.words[number] for number in np.argsort(-scores)[: self.M]]
+
+    def proposals(self, sentence: str, pieces: list[str], place: int) -> list[str]:
+        """Mask the piece at `place` and let the model fill it, the original beside it."""
+        masked = [*pieces[:place], "[MASK]", *pieces[place + 1 :]]
+        tokens = ["[CLS]", *masked, "[SEP]", *self.tokenizer.tokenize(sentence), "[SEP]"]
+        segments = [0] * (len(masked) + 2) + [1] * (len(tokens) - len(masked) - 2)
+        ids = torch.tensor([self.tokenizer.ids(tokens)], device=self.device)
+        logits = self.model(ids, torch.tensor([segments], device=self.device),
+                            torch.ones_like(ids))
+        best = torch.argsort(logits[0, place + 1], descending=True)[: self.M].tolist()
+        found = [self.tokenizer.pieces[number] for number in best]
+        return [piece for piece in found if not piece.startswith("##")]
+
+    def word_candidates(self, sentence: str, index: int, word: str) -> list[str]:
+        """Return the replacements of the basic token `index`; the word itself if there is none."""
+        pieces = self.tokenizer.tokenize(sentence)
+        starts = [place for place, piece in enumerate(pieces) if not piece.startswith("##")]
+        starts.append(len(pieces))
+        if starts[index + 1] - starts[index] == 1:
+            found = self.proposals(sentence, pieces, starts[index])
+        else:
+            found = self.neighbours(word)
+        return found or [word]
+
+    def candidates(self, sentence: str) -> dict[int, list[str]]:
+        """Return the replacements of each basic token that may be varied."""
+        tokens = self.tokenizer.basic_tokens(sentence)
+        return {
+            index: self.word_candidates(sentence, index, word)
+            for index, word in enumerate(tokens) if is_plain_word(word)
+        }
+
+    def augment(self, sentence: str) -> list[str]:
+        """Return the sentence and up to N different variations."""
+        tokens, candidates = self.tokenizer.basic_tokens(sentence), self.candidates(sentence)
+        sentences = [sentence]
+        for _ in range(self.N):
+            varied = list(tokens)
+            for index, words in candidates.items():
+                choice = self.random.choice(words)
+                if self.random.random() < self.p:
+                    varied[index] = choice
+            text = " ".join(varied)
+            if text not in sentences:
+                sentences.append(text)
+        return sentences
+
+
+# ------------------------------------------------------------------ next-sentence instances
+
+
+def read_documents(path: Path, tokenizer: PlainTokenizer) -> list[list[list[str]]]:
+    """Tokenize a corpus: documents of sentences of word pieces."""
+    documents: list[list[list[str]]] = [[]]
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.strip():
+                documents.append([])
+            elif pieces := tokenizer.tokenize(line):
+                documents[-1].append(pieces)
+    return [document for document in documents if document]
+
+
+class PlainInstances:
+    """Next-sentence instances, BERT's procedure on lists of strings."""
+
+    def __init__(
+        self, documents: list[list[list[str]]], pieces: Sequence[str], seed: int,
+        max_length: int = MAX_LENGTH, short_probability: float = 0.1,
+    ) -> None:
+        self.documents, self.pieces = documents, list(pieces)
+        self.ends = list(accumulate(len(document) for document in documents))
+        self.max_tokens = max_length - 3
+        self.short_probability = short_probability
+        self.random = random.Random(seed)
+
+    def other_document(self, number: int) -> list[list[str]]:
+        """Draw another document, by its number of sentences."""
+        own = len(self.documents[number])
+        sentence = self.random.randrange(self.ends[-1] - own)
+        if sentence >= self.ends[number] - own:
+            sentence += own
+        return self.documents[bisect_right(self.ends, sentence)]
+
+    def random_second(self, number: int, length: int) -> list[str]:
+        other = self.other_document(number)
+        second: list[str] = []
+        for sentence in other[self.random.randrange(len(other)) :]:
+            second.extend(sentence)
+            if len(second) >= length:
+                break
+        return second
+
+    def truncate(self, first: list[str], second: list[str]) -> None:
+        """Drop tokens one by one, each from a random end of the longer part."""
+        while len(first) + len(second) > self.max_tokens:
+            longer = first if len(first) > len(second) else second
+            if self.random.random() < 0.5:
+                del longer[0]
+            else:
+                longer.pop()
+
+    def masked(self, tokens: list[str]) -> tuple[list[str], list[int], list[str]]:
+        """Mask one token, as the original does even where nothing is to be masked."""
+        places = [place for place, token in enumerate(tokens) if token not in ("[CLS]", "[SEP]")]
+        self.random.shuffle(places)
+        place, draw = places[0], self.random.random()
+        label = tokens[place]
+        if draw < 0.8:
+            tokens[place] = "[MASK]"
+        elif draw < 0.9:
+            tokens[place] = self.random.choice(self.pieces)
+        return tokens, [place], [label]
+
+    def row(self, first: list[str], second: list[str], is_random: bool) -> dict:
+        self.truncate(first, second)
+        tokens = ["[CLS]", *first, "[SEP]", *second, "[SEP]"]
+        segments = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+        tokens, places, labels = self.masked(tokens)
+        return {
+            "tokens": tokens, "segment_ids": segments, "is_random_next": is_random,
+            "masked_lm_positions": places, "masked_lm_labels": labels,
+        }
+
+    def of_document(self, number: int) -> Iterator[dict]:
+        """Yield the rows of one document."""
+        document, target = self.documents[number], self.max_tokens
+        if self.random.random() < self.short_probability:
+            target = self.random.randint(2, self.max_tokens)
+        gathered: list[list[str]] = []
+        place = length = 0
+        while place < len(document):
+            gathered.append(document[place])
+            length += len(document[place])
+            if place == len(document) - 1 or length >= target:
+                split = self.random.randrange(1, len(gathered)) if len(gathered) > 1 else 1
+                first = [token for sentence in gathered[:split] for token in sentence]
+                is_random = len(gathered) == 1 or self.random.random() < 0.5
+                if is_random:
+                    second = self.random_second(number, target - len(first))
+                    place -= len(gathered) - split
+                else:
+                    second = [token for sentence in gathered[split:] for token in sentence]
+                yield self.row(first, second, is_random)
+                gathered, length = [], 0
+            place += 1
+
+
+def pregenerate(
+    corpus: Path, tokenizer: PlainTokenizer, output_dir: Path, epochs: int,
+    max_length: int = MAX_LENGTH, seed: int = 42,
+) -> int:
+    """Write `epochs` files of JSON rows and their metrics; returns the number of rows."""
+    instances = PlainInstances(read_documents(corpus, tokenizer), tokenizer.pieces, seed,
+                               max_length)
+    total = 0
+    for epoch in range(epochs):
+        rows = 0
+        with (output_dir / f"epoch_{epoch}.json").open("w", encoding="utf-8") as output:
+            for number in range(len(instances.documents)):
+                for row in instances.of_document(number):
+                    output.write(json.dumps(row) + "\n")
+                    rows += 1
+        metrics = {"num_training_examples": rows, "max_seq_len": max_length}
+        (output_dir / f"epoch_{epoch}_metrics.json").write_text(json.dumps(metrics))
+        total += rows
+    return total

@@ -1,0 +1,402 @@
+"""The benchmarks: the yardstick does the same work as this project, and the tables are whole."""
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    GOLDEN,
+    NEUTRAL,
+    error_line,
+    make_glue,
+    random_batch,
+    read_json,
+    run,
+    tiny_config,
+    write_vocab,
+)
+
+from benchmarks import plain, project_full_run
+from benchmarks import run as benchmark
+from benchmarks.flops import distillation_flops, forward_flops
+from benchmarks.stages import STAGES, Work, spread
+from transformer.augmentation import DataAugmentor, GloveIndex
+from transformer.distillation import intermediate_losses, soft_cross_entropy
+from transformer.file_utils import UserError
+from transformer.modeling import (
+    BertConfig,
+    BertForMaskedLM,
+    TinyBertForPreTraining,
+    TinyBertForSequenceClassification,
+)
+from transformer.optimization import BertAdam, param_groups
+from transformer.tokenization import BertTokenizer
+
+# ------------------------------------------------------------------ the same models
+
+PLAIN_NAMES = [
+    ("embeddings.word_embeddings", "words"),
+    ("embeddings.position_embeddings", "positions"),
+    ("embeddings.token_type_embeddings", "segments"),
+    ("embeddings.LayerNorm", "norm"),
+    ("encoder.layer", "layers"),
+    ("attention.self.", ""),
+    ("attention.output.dense", "output"),
+    ("attention.output.LayerNorm", "output_norm"),
+    ("intermediate.dense", "up"),
+    ("output.dense", "down"),
+    ("output.LayerNorm", "down_norm"),
+    ("pooler.dense", "pooler"),
+    ("fit_dense", "bert.fit"),
+    ("cls.predictions.transform.dense", "transform"),
+    ("cls.predictions.transform.LayerNorm", "norm"),
+    ("cls.predictions.bias", "bias"),
+]
+
+
+def copy_weights(ours: torch.nn.Module, yardstick: torch.nn.Module) -> None:
+    """Load our weights into a plain model; every one of its parameters must be among them."""
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        for old, new in PLAIN_NAMES:
+            name = name.replace(old, new)
+        if "decoder" not in name:  # the word embeddings once more
+            state[name] = tensor
+    if isinstance(yardstick, plain.PlainBert):
+        state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
+    yardstick.load_state_dict(state)
+
+
+def classifiers(layers: int, width: int, teacher_width: int):
+    """Return our classifier and the plain one, with the same weights."""
+    torch.manual_seed(width)
+    config = tiny_config(
+        num_hidden_layers=layers, hidden_size=width, num_labels=3, classifier_relu=True)
+    ours = TinyBertForSequenceClassification(config, fit_size=teacher_width)
+    yardstick = plain.PlainClassifier(config, 3, teacher_width)
+    copy_weights(ours, yardstick)
+    return ours, yardstick
+
+
+def assert_close(found, wanted) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        # Masked keys carry about -10000, where a float32 step is 1e-3.
+        kept = other > -1e2
+        assert torch.equal(one > -1e2, kept)
+        assert (one - other)[kept].abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    ids, segments, mask = random_batch(rows=5, length=12)
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    return {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask,
+            "labels": labels}
+
+
+def test_plain_logits_scores_and_hidden_states_are_ours(batch):
+    ours, yardstick = classifiers(4, 16, 24)
+    logits, scores, hidden = ours(*plain.inputs_of(batch), is_student=True)
+    plain_logits, plain_scores, plain_hidden = yardstick(*plain.inputs_of(batch))
+    assert (logits - plain_logits).abs().max() < 1e-5
+    assert_close(plain_scores, scores)
+    assert_close(plain_hidden, hidden)
+
+
+def test_plain_losses_are_ours_with_match_original(batch):
+    inputs = plain.inputs_of(batch)
+    student, plain_student = classifiers(2, 16, 24)
+    teacher, plain_teacher = classifiers(4, 24, 24)
+    logits, scores, hidden = student(*inputs, is_student=True)
+    teacher_logits, teacher_scores, teacher_hidden = teacher(*inputs)
+    ours = intermediate_losses(scores, hidden, teacher_scores, teacher_hidden,
+                               batch["attention_mask"], match_original=True)
+    prediction = soft_cross_entropy(logits, teacher_logits, match_original=True)
+    # The plain teacher's own map is never used: its hidden states are compared as they are.
+    plain_teacher.bert.fit = None
+    optimizer = plain.PlainAdam(plain_student, rate=0.0)
+    att_loss, rep_loss = plain.task_step(
+        plain_student, plain_teacher, optimizer, batch, prediction=False)
+    (cls_loss,) = plain.task_step(plain_student, plain_teacher, optimizer, batch, prediction=True)
+    assert att_loss == pytest.approx(ours["att_loss"].item(), abs=1e-5)
+    assert rep_loss == pytest.approx(ours["rep_loss"].item(), abs=1e-5)
+    assert cls_loss == pytest.approx(prediction.item(), abs=1e-5)
+    assert ours["rep_loss"] > 0.1 and ours["att_loss"] > 0.01
+
+
+def test_plain_general_steps_move_the_weights_as_ours_do(batch):
+    inputs = plain.inputs_of(batch)
+    teacher, plain_teacher = classifiers(4, 24, 24)
+    plain_teacher.bert.fit = None
+    torch.manual_seed(3)
+    ours = TinyBertForPreTraining(tiny_config(num_hidden_layers=2), fit_size=24)
+    yardstick = plain.PlainBert(ours.config, 24)
+    copy_weights(ours, yardstick)
+    optimizer = BertAdam(param_groups(ours, 0.01), lr=1e-2, schedule="none")
+    plain_optimizer = plain.PlainAdam(yardstick, rate=1e-2)
+    for _ in range(3):
+        scores, hidden = ours(*inputs)
+        with torch.no_grad():
+            _, teacher_scores, teacher_hidden = teacher(*inputs)
+        losses = intermediate_losses(scores, hidden, teacher_scores, teacher_hidden,
+                                     batch["attention_mask"], match_original=True)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plain_losses = plain.general_step(yardstick, plain_teacher.bert, plain_optimizer, batch)
+        assert plain_losses == pytest.approx([loss.item() for loss in losses.values()], abs=1e-4)
+    expected = plain.PlainBert(ours.config, 24)
+    copy_weights(ours, expected)
+    for one, other in zip(yardstick.parameters(), expected.parameters(), strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+def test_plain_evaluation_and_fine_tuning_use_every_row(batch):
+    ours, yardstick = classifiers(2, 16, 16)
+    rows = {name: values.repeat(9, *[1] * (values.dim() - 1)) for name, values in batch.items()}
+    logits = plain.evaluate(yardstick, rows)  # 45 rows: a full batch and a part of one
+    with torch.no_grad():
+        assert (logits - ours(*plain.inputs_of(rows))[0]).abs().max() < 1e-5
+    losses = torch.nn.functional.cross_entropy(logits, rows["labels"])
+    optimizer = plain.PlainAdam(yardstick, rate=1e-3)
+    assert plain.finetune_step(yardstick, optimizer, rows) == pytest.approx([losses.item()])
+    assert plain.finetune_step(yardstick, optimizer, rows)[0] < losses
+
+
+# ------------------------------------------------------------------ the same text
+
+VOCAB = GOLDEN / "bert_base_uncased_vocab.txt"
+
+
+@pytest.mark.parametrize("name, lower_case", [
+    ("tokenization.json", True), ("tokenization_cased.json", False)])
+def test_plain_word_pieces_are_the_originals(name, lower_case):
+    tokenizer = plain.PlainTokenizer(list(BertTokenizer(VOCAB).vocab), lower_case)
+    for row in json.loads((GOLDEN / name).read_text(encoding="utf-8")):
+        assert tokenizer.tokenize(row["text"]) == row["tokens"]
+        if "basic" in row:
+            assert tokenizer.basic_tokens(row["text"]) == row["basic"]
+
+
+def test_plain_candidates_are_ours(tmp_path):
+    tokenizer = write_vocab(tmp_path)
+    torch.manual_seed(5)
+    model = BertForMaskedLM(tiny_config()).eval()
+    yardstick = plain.PlainMaskedLM(model.config)
+    copy_weights(model, yardstick)
+    words = ["films", "bookly", *NEUTRAL, *(f"word{number}" for number in range(20))]
+    vectors = np.random.default_rng(0).standard_normal((len(words), 8)).astype(np.float32)
+    glove = GloveIndex(words, vectors)
+    sentences = ["The films was good , and very awful", "we saw it", "Bookly story of a film ."]
+    ours = DataAugmentor(model, tokenizer, glove, M=6, N=4, drop_non_words=False)
+    augmentor = plain.PlainAugmentor(
+        yardstick, plain.PlainTokenizer(list(tokenizer.vocab)), words, glove.vectors, M=6, N=4)
+    expected = ours.candidates(sentences)
+    assert [augmentor.candidates(sentence) for sentence in sentences] == expected
+    assert 6 in map(len, expected[0].values())  # the neighbours of "films"
+    varied = augmentor.augment(sentences[0])
+    assert varied[0] == sentences[0] and 1 < len(varied) <= 5
+
+
+def write_corpus(path: Path) -> list[list[str]]:
+    """Write 12 documents of 30 sentences; returns them."""
+    rng = random.Random(0)
+    documents = [[" ".join(rng.choices(NEUTRAL, k=rng.randint(2, 9))) for _ in range(30)]
+                 for _ in range(12)]
+    path.write_text("\n\n".join("\n".join(lines) for lines in documents), encoding="utf-8")
+    return documents
+
+
+def test_plain_instances_are_next_sentence_pairs_of_the_corpus(tmp_path):
+    tokenizer = plain.PlainTokenizer(list(write_vocab(tmp_path).vocab))
+    documents = write_corpus(tmp_path / "corpus.txt")
+    written = plain.pregenerate(
+        tmp_path / "corpus.txt", tokenizer, tmp_path, epochs=2, max_length=32)
+    rows = [json.loads(line) for epoch in range(2)
+            for line in (tmp_path / f"epoch_{epoch}.json").open(encoding="utf-8")]
+    assert len(rows) == written > 100
+    texts = [" ".join(" ".join(lines).split()) for lines in documents]
+    for row in rows:
+        tokens = row["tokens"]
+        for place, label in zip(row["masked_lm_positions"], row["masked_lm_labels"], strict=True):
+            tokens[place] = label
+        end = row["segment_ids"].index(1)
+        first, second = " ".join(tokens[1 : end - 1]), " ".join(tokens[end:-1])
+        homes = [text for text in texts if first in text]
+        assert len(tokens) <= 32 and homes and any(second in text for text in texts)
+        assert row["is_random_next"] or any(
+            text.find(second, text.find(first)) >= 0 for text in homes)
+    share = sum(row["is_random_next"] for row in rows) / len(rows)
+    assert 0.4 < share < 0.65
+
+
+# ------------------------------------------------------------------ operations and projection
+
+TEACHER = BertConfig()
+STUDENTS = [BertConfig.from_json_file(benchmark.ROOT / name / "config.json")
+            for name in ("tinybert_4l_config", "tinybert_6l_config")]
+
+
+def test_operations_of_128_word_pieces_are_those_of_the_cost_model():
+    assert forward_flops(TEACHER, [128]) == pytest.approx(22.35e9, rel=1e-3)
+    for student, training in zip(STUDENTS, (4.66e9, 36.69e9), strict=True):
+        both = distillation_flops(TEACHER, [student], [128])
+        assert both - forward_flops(TEACHER, [128]) == pytest.approx(training, rel=1e-3)
+    alone = sum(distillation_flops(TEACHER, [student], [40, 128]) for student in STUDENTS)
+    assert distillation_flops(TEACHER, STUDENTS, [40, 128], shared=False) == alone
+    saved = alone - distillation_flops(TEACHER, STUDENTS, [40, 128])
+    assert saved == pytest.approx(forward_flops(TEACHER, [40, 128]))
+
+
+def test_the_projection_for_a_4090_is_the_cost_models_table():
+    assumed = project_full_run.Assumptions(TEACHER, STUDENTS)
+    steps = project_full_run.cumulative(assumed, 165e12, 0.45)
+    wanted = [(14.8, 168), (14.8, 144), (14.8, 55), (10.9, 41), (8.5, 32), (8.5, 14.4)]
+    for (name, flops, hours), (exa, wanted_hours) in zip(steps, wanted, strict=True):
+        assert flops == pytest.approx(exa * 1e18, rel=0.02), name
+        assert hours == pytest.approx(wanted_hours, rel=0.02), name
+
+
+def projected(capsys, *arguments) -> str:
+    capsys.readouterr()
+    run(project_full_run, *arguments)
+    return capsys.readouterr().out
+
+
+def test_the_projection_prints_every_assumption_and_what_no_peak_can_tell(capsys):
+    text = projected(capsys, "--peak_tflops", 165)
+    for part in ("50,000,000, 3", "4 x 312, 6 x 768", "1,077,584", "165.0 TFLOP/s, 45%"):
+        assert part in text
+    lines = [line for line in text.splitlines() if "augmentation" in line or "pregen" in line]
+    assert sum(line.endswith("not measured") for line in lines) == 5
+
+
+def test_measured_rates_are_projected_and_what_was_not_measured_says_so(tmp_path, capsys):
+    stages = {"general-both": {"ours": {"flops_per_second": 1e15, "rate": 1.0}},
+              "augmentation-rte": {"ours": {"flops_per_second": 1.0, "rate": 100.0}}}
+    path = tmp_path / "benchmarks.json"
+    path.write_text(json.dumps({"machine": {"device": "a GPU"}, "stages": stages}))
+    text = projected(capsys, "--measured", path)
+    cells = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in text.splitlines()}
+    general = project_full_run.distillation_work(
+        project_full_run.Assumptions(TEACHER, STUDENTS))[0]
+    assert float(cells["general distillation"]) == pytest.approx(
+        general.flops / 1e15 / 3600, abs=0.01)
+    assert float(cells["RTE: augmentation"]) == pytest.approx(24.9 / 3600, abs=0.01)
+    assert cells["SST-2: intermediate"] == cells["pregenerate"] == "not measured"
+    assert "a GPU" in text and "the seed" not in text
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "either --measured FILE or --peak_tflops"),
+    (["--peak_tflops", 165, "--measured", "x.json"], "either --measured FILE or --peak_tflops"),
+    (["--peak_tflops", 0], "--peak_tflops 0.0; expected more than 0"),
+    (["--peak_tflops", 165, "--efficiency", 2], "--efficiency 2.0; expected a share"),
+])
+def test_a_projection_without_one_source_of_rates_is_refused(capsys, arguments, message):
+    assert message in error_line(capsys, project_full_run, *arguments)
+
+
+# ------------------------------------------------------------------ the tables
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> Path:
+    """The folder that a quick run over every stage wrote; its output is in `printed.txt`."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    for task in ("SST-2", "RTE"):
+        make_glue(root / "glue" / task, task, rows=40, dev_rows=20)
+    write_corpus(root / "corpus.txt")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run(benchmark, "--quick", "--repeats", 1, "--glue_dir", root / "glue",
+            "--corpus", root / "corpus.txt", "--output_dir", root / "out")
+    (root / "out" / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+    return root / "out"
+
+
+def test_a_quick_run_measures_both_sides_of_every_stage(quick_run):
+    content = read_json(quick_run / "benchmarks.json")
+    assert content["stages"].keys() == STAGES.keys()
+    for name, result in content["stages"].items():
+        for side in benchmark.SIDES:
+            assert result[side]["rate"] > 0 and result[side]["peak_memory"] > 5e7, name
+            share = result[side]["share_of_peak"]
+            assert (share is None) == name.startswith("pregenerate"), name
+            assert share is None or 0 < share < 1, name
+        assert result["ratio"] == result["ours"]["rate"] / result["plain"]["rate"]
+    assert content["stages"]["pregenerate-1"]["plain"]["bytes_per_byte"] > 1
+    assert content["stages"]["general-both"]["ours"]["gain_of_one_pass"] > 0
+    assert content["memory"]["rows"] == 2000
+    assert content["memory"]["peak_memory"] > content["memory"]["weights"] > 0
+    assert {"device", "CPU", "torch", "commit", "date", "command", "rows", "corpus",
+            "fp32 matrix peak", "bf16 matrix peak", "our precision"} <= content["machine"].keys()
+
+
+def test_cost_is_measured_for_growing_work_and_lengths(quick_run):
+    for name, result in read_json(quick_run / "benchmarks.json")["stages"].items():
+        amounts = [amount for amount, _ in result["growth"]["amount"].values()]
+        assert list(result["growth"]["amount"]) == ["0.25", "0.5", "1.0"]
+        assert amounts == sorted(amounts) and amounts[0] < amounts[-1], name
+        assert all(seconds > 0 for _, seconds in result["growth"]["amount"].values())
+        assert list(result["growth"]["length"]) == (["8", "16", "32"] if name == "general" else [])
+
+
+def test_the_tables_are_whole_and_the_printed_one_fits_80_columns(quick_run):
+    printed = (quick_run / "printed.txt").read_text(encoding="utf-8")
+    page = (quick_run / "benchmarks.md").read_text(encoding="utf-8")
+    table = printed[printed.index("stage (rows/s)") :].split("\n\n")[0].splitlines()
+    assert len(table) == 1 + len(STAGES) and max(map(len, table)) <= 80
+    for stage in STAGES.values():
+        assert f"| {stage.title}" in page
+    for title in ("Growth with rows", "Growth with length", "Growth with workers", "Both students",
+                  "Peak memory of task distillation"):
+        assert title in printed and f"### {title}" in page
+    assert benchmark.NOT_MEASURED not in printed + page
+
+
+def test_stages_that_were_not_measured_say_so():
+    rows = benchmark.stage_rows({})
+    assert len(rows) == len(STAGES)
+    assert all(benchmark.NOT_MEASURED in row and not any(map(str.isdigit, "".join(row[1:])))
+               for row in rows)
+
+
+def test_the_sample_is_even_over_the_lengths():
+    sizes = [5, 1, 4, 2, 3, 8, 7, 6]
+    assert sorted(np.array(sizes)[spread(sizes, 8, 1.0)]) == list(range(1, 9))
+    assert sorted(np.array(sizes)[spread(sizes, 8, 0.5)]) == [2, 4, 6, 8]
+    assert sorted(np.array(sizes)[spread(sizes, 16, 1.0)]) == sorted(sizes * 2)
+
+
+def test_a_side_that_fails_is_named_in_one_line(tmp_path):
+    work = Work("cpu", tmp_path, 1.0, 8, 32, tiny_config().to_dict(), (), (10, 4))
+    set_up = STAGES["evaluation"].side("plain", work)
+    worker = benchmark.Worker("evaluation, plain", set_up, work)
+    with pytest.raises(UserError, match="evaluation, plain: .*vocab.txt") as error:
+        worker.answer()
+    worker.close()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--repeats", 0], "--repeats 0; expected at least 1"),
+    (["--rows", 0], "--rows 0; expected at least 1"),
+    (["--corpus", "nowhere.txt"], "--corpus nowhere.txt: no such file"),
+])
+def test_arguments_that_make_no_sense_are_refused(tmp_path, capsys, arguments, message):
+    glue = make_glue(tmp_path / "glue" / "SST-2").parent
+    line = error_line(capsys, benchmark, "--quick", "--glue_dir", glue,
+                      "--output_dir", tmp_path / "out", *arguments)
+    assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
+    line = error_line(capsys, benchmark, "--device", "cuda", "--output_dir", tmp_path / "out")
+    assert "--device cuda: torch sees no GPU here" in line

@@ -1,0 +1,262 @@
+"""Optimizer steps: micro-batches, batches made in advance, several students on one teacher."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_batch, tiny_config
+from torch import nn
+
+from transformer.distillation import (
+    IntermediateLoss,
+    IntermediateTeacher,
+    PredictionLoss,
+    freeze,
+    show_nothing,
+)
+from transformer.glue import padded_collate
+from transformer.modeling import TinyBertForSequenceClassification
+from transformer.optimization import BertAdam
+from transformer.training import (
+    Learner,
+    RandomState,
+    autocast,
+    micro_batches,
+    prefetch,
+    train,
+)
+
+CPU = torch.device("cpu")
+
+
+def make_teacher(seed: int = 0) -> TinyBertForSequenceClassification:
+    torch.manual_seed(seed)
+    return TinyBertForSequenceClassification(
+        tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, num_labels=3))
+
+
+def make_learner(prediction: bool, match_original: bool = False, seed: int = 0,
+                 **changes) -> Learner:
+    torch.manual_seed(seed)
+    changes = {"num_hidden_layers": 2, "hidden_size": 12, "num_labels": 3, **changes}
+    student = TinyBertForSequenceClassification(tiny_config(**changes), fit_size=16)
+    loss = (PredictionLoss(student, 1.0, match_original) if prediction
+            else IntermediateLoss(student, match_original, is_student=True))
+    return Learner(student, loss, BertAdam(student.parameters(), lr=1e-2, schedule="none"), CPU)
+
+
+def distil(accumulation: int, prediction: bool, match_original: bool = False,
+           rows: int = 7, pad_to: int = 0, steps: int = 1, learners: list[Learner] | None = None):
+    """Train tiny students; returns the first one's weights and losses, and the teacher."""
+    teacher = make_teacher()
+    learners = learners or [make_learner(prediction, match_original)]
+    ids, segments, mask = random_batch(rows, 11)
+    lengths = mask.sum(1)
+    with torch.no_grad():
+        teacher_logits = freeze(teacher)(ids, segments, mask)[0]
+
+    def collate(part):
+        width = max(pad_to, 11 if match_original else int(lengths[list(part)].max()))
+        cut = [F.pad(t[list(part)], (0, max(0, width - 11)))[:, :width]
+               for t in (ids, segments, mask)]
+        batch = dict(zip(("input_ids", "token_type_ids", "attention_mask"), cut, strict=True))
+        return batch | {"teacher_logits": teacher_logits[list(part)]}
+
+    depths = [learner.student.config.num_hidden_layers for learner in learners]
+    teach = show_nothing if prediction else IntermediateTeacher(teacher.bert, depths)
+    epochs = [(collate, [list(range(rows))])] * steps
+    history = [{k: float(v) for k, v in step.losses[0].items()}
+               for step in train(learners, teach, epochs, accumulation, CPU)]
+    return learners[0].student.state_dict(), history, teacher
+
+
+@pytest.mark.parametrize("match_original", [False, True])
+@pytest.mark.parametrize("prediction", [False, True])
+@pytest.mark.parametrize("accumulation", [2, 3, 4, 20])
+def test_a_step_does_not_depend_on_the_number_of_micro_batches(
+        accumulation, prediction, match_original):
+    whole, losses, _ = distil(1, prediction, match_original)
+    split, split_losses, _ = distil(accumulation, prediction, match_original)
+    for name, value in losses[0].items():
+        assert split_losses[0][name] == pytest.approx(value, abs=1e-5)
+    for name, tensor in whole.items():
+        # A gradient of rounding noise only (a key's bias) may move by up to lr either way.
+        if "key.bias" not in name:
+            torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("prediction", [False, True])
+def test_a_step_does_not_depend_on_the_width_that_the_batch_is_padded_to(prediction):
+    narrow, losses, _ = distil(1, prediction)
+    wide, wide_losses, _ = distil(1, prediction, pad_to=40)
+    for name, value in losses[0].items():
+        assert wide_losses[0][name] == pytest.approx(value, abs=1e-5)
+    for name, tensor in narrow.items():
+        if "key.bias" not in name:
+            torch.testing.assert_close(wide[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
+def test_the_teacher_stays_as_it_was_without_dropout_and_without_gradients():
+    _, history, teacher = distil(2, False, steps=3)
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(teacher(ids)[0], teacher(ids)[0])
+    assert len(history) == 3
+
+
+def sum_of_squares(model: nn.Linear, seen: list | None = None):
+    def loss(batch, shown):
+        if seen is not None:
+            seen.append(model.weight.grad is None)
+        return {"loss": model(batch["x"]).square().mean()}
+
+    return loss
+
+
+def ones(rows):
+    return {"x": torch.ones(len(rows), 1)}
+
+
+def test_no_gradient_is_carried_into_the_next_step():
+    model, seen = nn.Linear(1, 1, bias=False), []
+    learner = Learner(model, sum_of_squares(model, seen),
+                      torch.optim.SGD(model.parameters(), lr=0.1), CPU)
+    steps = list(train([learner], show_nothing, [(ones, [[0, 1], [2]])] * 2, 1, CPU))
+    assert seen == [True] * 4
+    assert [step.epoch_ends for step in steps] == [False, True, False, True]
+    assert [step.rows for step in steps] == [2, 1, 2, 1]
+
+
+def test_micro_batches_hold_every_row_once():
+    for rows in range(1, 9):
+        for parts in range(1, 10):
+            split = micro_batches(list(range(rows)), parts)
+            assert sum(split, []) == list(range(rows))
+            assert len(split) <= parts and all(split)
+
+
+# ------------------------------------------------------------------ several students
+
+
+@pytest.mark.parametrize("prediction", [False, True])
+def test_a_student_learns_the_same_alone_and_beside_others(prediction):
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    other = {"num_hidden_layers": 4, "hidden_size": 8, **dropout}
+    alone = [distil(2, prediction, steps=3, learners=[make_learner(prediction, **shape)])[0]
+             for shape in (dropout, other)]
+    together = [make_learner(prediction, **dropout), make_learner(prediction, **other)]
+    distil(2, prediction, steps=3, learners=together)
+    for expected, learner in zip(alone, together, strict=True):
+        for name, tensor in learner.student.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_teacher_shows_the_scores_that_any_student_aims_at_and_no_others():
+    teacher = make_teacher()
+    shown = IntermediateTeacher(freeze(teacher).bert, [1, 2])(
+        dict(zip(("input_ids", "token_type_ids", "attention_mask"), random_batch(), strict=True)))
+    assert [scores is not None for scores in shown.attention_scores] == [False, True, False, True]
+    assert len(shown.hidden_states) == 5
+
+
+def test_random_numbers_inside_a_state_do_not_depend_on_those_outside():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    state = RandomState(CPU)
+    drawn = []
+    for _ in range(2):
+        torch.rand(7)
+        with state.drawn_from():
+            drawn.append(torch.rand(2))
+    assert torch.equal(torch.cat(drawn), expected)
+
+
+# ------------------------------------------------------------------ batches in advance
+
+
+def test_items_are_made_in_advance_and_come_in_order():
+    made = []
+
+    def items():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    reader = prefetch(items(), ahead=3)
+    assert next(reader) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert 4 <= len(made) <= 5  # one was read, three are ready, one waits for its place
+    assert list(reader) == list(range(1, 20))
+
+
+def test_an_error_in_the_thread_is_raised_where_the_items_are_read():
+    def items():
+        yield 1
+        raise ValueError("row 7 is damaged")
+
+    reader = prefetch(items())
+    assert next(reader) == 1
+    with pytest.raises(ValueError, match="row 7"):
+        next(reader)
+
+
+def test_leaving_early_ends_the_thread():
+    def endless():
+        while True:
+            yield 0
+
+    before = threading.active_count()
+    reader = prefetch(endless(), ahead=2)
+    next(reader)
+    assert threading.active_count() == before + 1
+    reader.close()
+    assert threading.active_count() == before
+
+
+def test_waiting_for_batches_is_reported():
+    def slowly(rows):
+        time.sleep(0.05)
+        return ones(rows)
+
+    model = nn.Linear(1, 1)
+    learner = Learner(model, sum_of_squares(model), torch.optim.SGD(model.parameters(), 0.1), CPU)
+    steps = list(train([learner], show_nothing, [(slowly, [[0]] * 4)], 1, CPU))
+    assert sum(step.waited for step in steps) > 0.1
+
+
+class Rows:
+    """Rows of given lengths, each piece the row's number."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths)
+
+    def collate(self, rows, pad_to=None):
+        return {"input_ids": torch.zeros(len(rows), pad_to or int(self.lengths[rows].max()))}
+
+
+def test_batches_come_in_at_most_8_lengths_that_hold_their_rows():
+    lengths = np.random.default_rng(0).integers(5, 120, 500)
+    for multiple in (1, 8):
+        collate = padded_collate(Rows(lengths), multiple)
+        widths = [(collate([row, (row * 7) % 500])["input_ids"].shape[1],
+                   max(lengths[row], lengths[(row * 7) % 500])) for row in range(500)]
+        assert all(width >= longest for width, longest in widths)
+        assert len({width for width, _ in widths}) <= 8
+        assert all(width % multiple == 0 for width, _ in widths)
+    assert padded_collate(Rows(lengths), 8, pad_to=128)([3])["input_ids"].shape == (1, 128)
+
+
+def test_autocast_computes_in_the_named_type():
+    matrix = torch.ones(2, 2)
+    with autocast(CPU, torch.bfloat16):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    with autocast(CPU, None):
+        assert (matrix @ matrix).dtype == torch.float32

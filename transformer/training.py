@@ -1,0 +1,228 @@
+"""Optimizer steps: batches made in advance, and several students on one teacher's answers."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transformer.distillation import Batch
+
+Collate = Callable[[Sequence[int]], Batch]
+
+
+# ------------------------------------------------------------------ batches, ahead of their use
+
+
+class StepBatches(NamedTuple):
+    """The batches of one optimizer step, with the share of the step's rows that each holds."""
+
+    parts: list[tuple[float, Batch]]
+    rows: int
+    epoch_ends: bool
+
+
+def micro_batches(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Split the rows of one step into at most `parts` pieces of nearly equal size."""
+    size = -(-len(rows) // parts)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def step_batches(
+    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], accumulation: int, pin: bool
+) -> Iterator[StepBatches]:
+    """Make the batches of each step; `pin` puts them where a GPU copies them from at once."""
+    for collate, epoch_rows in epochs:
+        for place, rows in enumerate(epoch_rows, start=1):
+            parts = []
+            for part in micro_batches(rows, accumulation):
+                batch = collate(part)
+                if pin:
+                    batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+                parts.append((len(part) / len(rows), batch))
+            yield StepBatches(parts, len(rows), place == len(epoch_rows))
+
+
+def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
+    """Yield the items of an iterator that a thread runs up to `ahead` items in advance.
+
+    An error in the iterator is raised here; leaving early ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # handed to the reader, which raises it
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with every tensor on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Return a context that computes in `dtype` where that is safe; None computes in float32."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+# ------------------------------------------------------------------ training steps
+
+
+class RandomState:
+    """torch's random numbers as one student draws them, whatever else draws in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.state = self._read()
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    @contextmanager
+    def drawn_from(self) -> Iterator[None]:
+        """Draw from this state inside the block, and from the one before it afterwards."""
+        outside = self._read()
+        self._write(self.state)
+        try:
+            yield
+        finally:
+            self.state = self._read()
+            self._write(outside)
+
+
+class Learner:
+    """A student in training with what is its own: loss, optimizer, random numbers.
+
+    Its random numbers start from torch's state at this moment, so that a student learns the same
+    alone and beside others.
+
+    Args:
+        student: trained in place.
+        loss: from a batch and what the teacher showed to named losses, each a mean over rows;
+            their sum is minimised.
+        optimizer: of the student.
+        device: where the student is.
+        dtype: autocast precision; None computes in float32. float16 scales the loss.
+    """
+
+    def __init__(
+        self, student: nn.Module, loss: Callable[[Batch, Any], dict[str, Tensor]],
+        optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype | None = None,
+    ) -> None:
+        self.student, self.loss, self.optimizer = student, loss, optimizer
+        self.device, self.dtype = device, dtype
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.random_state = RandomState(device)
+        self.step_losses: dict[str, Tensor] = {}
+
+    def accumulate(self, batch: Batch, shown: Any, share: float) -> None:
+        """Add the gradient of a batch that holds `share` of the step's rows."""
+        with self.random_state.drawn_from():
+            with autocast(self.device, self.dtype):
+                losses = self.loss(batch, shown)
+            self.scaler.scale(sum(losses.values()) * share).backward()
+        for name, value in losses.items():
+            value = value.detach() * share
+            self.step_losses[name] = self.step_losses.get(name, 0.0) + value
+
+    def step(self) -> dict[str, Tensor]:
+        """Take the optimizer's step; returns its losses, still on the device."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        losses, self.step_losses = self.step_losses, {}
+        return losses
+
+
+class Step(NamedTuple):
+    """What one optimizer step gave.
+
+    losses: of each learner, by name, detached and still on the device.
+    rows: how many rows it trained on.
+    epoch_ends: whether it ended a pass over the rows.
+    waited: seconds that it waited for its batches.
+    """
+
+    losses: list[dict[str, Tensor]]
+    rows: int
+    epoch_ends: bool
+    waited: float
+
+
+def train(
+    learners: Sequence[Learner],
+    teach: Callable[[Batch], Any],
+    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]],
+    accumulation: int,
+    device: torch.device,
+) -> Iterator[Step]:
+    """Train students side by side on what one teacher shows, one optimizer step at a time.
+
+    Args:
+        learners: the students; each ends as if it had been trained alone.
+        teach: from a batch to what every student's loss is told: one pass for all of them.
+        epochs: for each pass, what turns row numbers into a batch, and the rows of each step.
+            A thread reads them in advance.
+        accumulation: micro-batches a step. A row counts the same in whichever micro-batch it
+            stands, so the step's result does not depend on this number.
+        device: where the models are.
+    """
+    for learner in learners:
+        learner.student.train()
+    batches = prefetch(step_batches(epochs, accumulation, device.type == "cuda"))
+    with closing(batches):
+        while True:
+            began = time.perf_counter()
+            step = next(batches, None)
+            if step is None:
+                return
+            waited = time.perf_counter() - began
+            for share, batch in step.parts:
+                batch = to_device(batch, device)
+                shown = teach(batch)
+                for learner in learners:
+                    learner.accumulate(batch, shown, share)
+                del shown  # before the teacher makes the next
+            losses = [learner.step() for learner in learners]
+            yield Step(losses, step.rows, step.epoch_ends, waited)
