@@ -35,8 +35,8 @@ from transformer.distillation import (
     map_layers,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, s3_address
-from transformer.glue import PADDING_MULTIPLE, batches, padded_collate
+from transformer.file_utils import WEIGHTS_NAME, UserError, s3_address
+from transformer.glue import BATCH_UNIT, PADDING_MULTIPLE, batches, padded_collate
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
@@ -88,7 +88,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="only measure the losses of student_model on the first epoch's data")
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the teacher's own setting holds")
-    add("--train_batch_size", default=32, type=int, help="instances a step, all micro-batches")
+    add("--train_batch_size", default=32, type=int, nargs="+",
+        help="instances a step, all micro-batches; one for each student or one for all, each a"
+             " multiple of the smallest")
     add("--eval_batch_size", default=8, type=int, help="instances a batch with --do_eval")
     add("--learning_rate", default=5e-5, type=float, nargs="+",
         help="peak learning rate; one for each student or one for all")
@@ -101,7 +103,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_rank", type=int, default=-1, help="number of the GPU to use; -1: the first")
     add("--seed", type=int, default=42, help="seed of every random choice")
     add("--gradient_accumulation_steps", type=int, default=1,
-        help="micro-batches a step; the step's result does not depend on it")
+        help="micro-batches a step (of the smallest batch size); the step's result does not depend"
+             " on it")
     add("--fp16", action="store_true", help="float16 with loss scaling, for GPUs without bf16")
     add("--continue_train", action="store_true",
         help="start from the weights in student_model instead of random ones")
@@ -169,22 +172,34 @@ def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> n
     return student
 
 
+def check_batch_sizes(sizes: list[int]) -> None:
+    """Raise a `UserError` unless larger batches are made of whole smaller ones."""
+    least = min(sizes)
+    if any(size % least for size in sizes) or (len(set(sizes)) > 1 and least % BATCH_UNIT):
+        raise UserError(
+            f"--train_batch_size {' '.join(map(str, sizes))}: expected one size for all students,"
+            f" or multiples of the smallest, which is a multiple of {BATCH_UNIT}"
+        )
+
+
 def make_learner(
-    args: argparse.Namespace, number: int, teacher: BertModel, vocabulary: int, total_steps: int,
+    args: argparse.Namespace, number: int, teacher: BertModel, corpus: Corpus,
     device: torch.device, dtype: torch.dtype | None,
 ) -> Learner:
     """Make student `number` exactly as if it were the only one."""
     set_seed(args.seed)
     folder = args.student_model[number]
     student = load_student(args, folder, teacher)
-    student.config.check_vocabulary(vocabulary, args.teacher_model)
+    student.config.check_vocabulary(len(corpus.tokenizer), args.teacher_model)
     student.config.check_length(args.max_seq_length, folder)
     student.to(device)
+    size = args.train_batch_size[number]
     optimizer = BertAdam(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
-        warmup=args.warmup_proportion, t_total=total_steps)
+        warmup=args.warmup_proportion,
+        t_total=max(1, corpus.steps(args.num_train_epochs, size)))
     return Learner(student, IntermediateLoss(student, args.match_original), optimizer, device,
-                   dtype)
+                   dtype, span=size // min(args.train_batch_size))
 
 
 @dataclass
@@ -226,6 +241,9 @@ def main(args: argparse.Namespace) -> None:
     check_numbers(args)
     students = len(args.student_model)
     args.learning_rate = one_each("learning_rate", args.learning_rate, students)
+    args.train_batch_size = one_each("train_batch_size", args.train_batch_size, students)
+    check_batch_sizes(args.train_batch_size)
+    batch_size = min(args.train_batch_size)
     check_output_dirs(args.output_dir, students, args.overwrite_output_dir)
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
@@ -241,8 +259,8 @@ def main(args: argparse.Namespace) -> None:
     corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
     corpus.load(0)  # before anything is written: it may be damaged
     training_steps(args.num_train_epochs, 1)
-    total_steps = max(1, corpus.steps(args.num_train_epochs, args.train_batch_size))
-    learners = [make_learner(args, number, encoder, len(tokenizer), total_steps, device, dtype)
+    total_steps = max(1, corpus.steps(args.num_train_epochs, batch_size))
+    learners = [make_learner(args, number, encoder, corpus, device, dtype)
                 for number in range(students)]
     teacher = IntermediateTeacher(
         encoder, [learner.student.config.num_hidden_layers for learner in learners])
@@ -252,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
     folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
     start = log_start(
         args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
-        batch=args.train_batch_size, teacher=parameter_count(encoder),
+        batch=" ".join(map(str, args.train_batch_size)), teacher=parameter_count(encoder),
         students=" ".join(parameter_count(learner.student) for learner in learners))
     for folder in folders:
         save_arguments(folder, start)
@@ -269,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
     for output in outputs:
         save_config(output.learner.student, output.folder, tokenizer)
     passes = corpus.passes(
-        args.train_batch_size, torch.Generator().manual_seed(args.seed),
+        batch_size, torch.Generator().manual_seed(args.seed),
         PADDING_MULTIPLE.get(device.type, 1), args.max_seq_length if args.match_original else None)
     steps = islice(train(learners, teacher, passes, args.gradient_accumulation_steps, device),
                    total_steps)
@@ -278,9 +296,10 @@ def main(args: argparse.Namespace) -> None:
     for number, step in enumerate(progress, start=1):
         pace.add(step.rows, step.waited)
         for output, losses in zip(outputs, step.losses, strict=True):
-            output.means.add(losses)
+            if losses is not None:
+                output.means.add(losses)
         if number % args.eval_step == 0 or number == total_steps:
-            epoch = round(corpus.passed(number, args.train_batch_size), 3)
+            epoch = round(corpus.passed(number, batch_size), 3)
             facts = {"epoch": epoch, **pace.read()}
             records = [output.record(number, facts) for output in outputs]
 

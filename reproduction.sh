@@ -590,8 +590,6 @@ stage_pregenerate() {
 
 # general_settings STUDENT: the flags of general distillation that students of one run share.
 general_settings() {
-  option --train_batch_size GENERAL_BATCH_SIZE "$1"
-  option --gradient_accumulation_steps GENERAL_ACCUMULATION "$1"
   option --eval_step GENERAL_EVAL_STEP "$1"
   option --num_train_epochs GENERAL_EPOCHS "$1"
   option --warmup_proportion GENERAL_WARMUP "$1"
@@ -599,12 +597,21 @@ general_settings() {
   option --max_seq_length GENERAL_MAX_SEQ_LENGTH "$1"
 }
 
+# batch_size STUDENT: puts that of general distillation into REPLY; the script's own if none is set.
+batch_size() {
+  setting GENERAL_BATCH_SIZE "$1"
+  REPLY=${REPLY:-32}
+}
+
 # general_distillation STUDENT...: from the teacher's layers to distilled_STUDENT. starts[i] is what
-# student i starts from; the array more holds further flags. All of them see the same batches.
+# student i starts from; the array more holds further flags. All of them see the same batches, of
+# the first one's size; the steps of others may span several.
 general_distillation() {
-  local student outputs=() rates=()
+  local student outputs=() rates=() sizes=()
   for student in "$@"; do
     outputs+=("$STUDENTS_DIR/distilled_$student")
+    batch_size "$student"
+    sizes+=("$REPLY")
     setting GENERAL_LEARNING_RATE "$student"
     # Students with the script's own rate beside others: then it has to be said.
     [[ -n $REPLY || $# == 1 ]] || REPLY=5e-5
@@ -613,7 +620,8 @@ general_distillation() {
   script general_distill.py --pregenerated_data "$WORK_DIR/json_wiki" \
     --teacher_model "$BASE_MODEL" --student_model "${starts[@]}" --reduce_memory
   [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
-  cmd+=(--output_dir "${outputs[@]}" "${more[@]}")
+  cmd+=(--output_dir "${outputs[@]}" "${more[@]}" --train_batch_size "${sizes[@]}")
+  option --gradient_accumulation_steps GENERAL_ACCUMULATION "$1"
   general_settings "$1"
   ((${#rates[@]} == 0)) || cmd+=(--learning_rate "${rates[@]}")
   training_options
@@ -630,14 +638,19 @@ training_options() {
 }
 
 stage_general() {
-  local student other own done=" " more=() starts group
+  local student other own size done=" " more=() starts group
   for student in $STUDENTS; do
     [[ $done != *" $student "* ]] || continue
     script && general_settings "$student" && own=${cmd[*]}
-    group=() starts=()
+    batch_size "$student"
+    size=$REPLY group=() starts=()
     for other in $STUDENTS; do
+      [[ $done != *" $other "* ]] || continue
       script && general_settings "$other"
+      batch_size "$other"
       [[ ${cmd[*]} == "$own" ]] || continue
+      # One teacher pass serves batches that are whole multiples of others (glue.BATCH_UNIT is 64).
+      ((REPLY == size || (REPLY % size == 0 && size % 64 == 0))) || continue
       setting STUDENT_CONFIG "$other"
       group+=("$other") starts+=("$REPLY") done+="$other "
     done

@@ -144,7 +144,25 @@ def test_several_students_end_as_if_each_had_been_trained_alone(setup):
         assert logs[0] == logs[1]
 
 
+def test_students_with_other_batch_sizes_end_as_if_each_had_been_trained_alone(tmp_path):
+    setup = Setup(tmp_path, rows=300)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config_folder(setup.student, num_hidden_layers=2, hidden_size=12, **dropout)
+    more = ("--num_train_epochs", 2, "--learning_rate", 1e-3)
+    small = setup.run("small", *more, "--train_batch_size", 64)
+    large = setup.run("large", *more, "--train_batch_size", 128,
+                      "--gradient_accumulation_steps", 2)
+    setup.run("both_small", *more, "--student_model", setup.student, setup.student,
+              "--output_dir", tmp_path / "both_small", tmp_path / "both_large",
+              "--train_batch_size", 64, 128)
+    assert same_weights(weights(small), weights(tmp_path / "both_small"))
+    assert same_weights(weights(large), weights(tmp_path / "both_large"))
+    assert not same_weights(weights(small), weights(large))
+
+
 @pytest.mark.parametrize("more, contains", [
+    (("--student_model", "a", "b", "--output_dir", "out", "x", "--train_batch_size", 64, 96),
+     ["--train_batch_size 64 96", "multiples"]),
     (("--student_model", "a", "b"), ["--output_dir: 1 folders for 2 students"]),
     (("--student_model", "a", "b", "--output_dir", "out", "./out"), ["a folder of its own"]),
     (("--learning_rate", 1e-3, 1e-4), ["--learning_rate: 2 values for 1 students"]),

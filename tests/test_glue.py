@@ -459,17 +459,28 @@ def as_lists(groups):
     seed=st.none() | st.integers(0, 9),
 )
 def test_every_row_is_in_exactly_one_batch_and_equal_seeds_agree(lengths, batch_size, seed):
-    def make(**options):
+    def make():
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return as_lists(batches(lengths, batch_size, generator, **options))
+        return as_lists(batches(lengths, batch_size, generator))
 
     groups = make()
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     assert len(groups) == -(-len(lengths) // batch_size)
     assert groups == make()
-    full = make(drop_last=True)
-    assert len(full) == len(lengths) // batch_size
-    assert all(len(group) == batch_size for group in full)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 500, 640])
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_large_batches_are_consecutive_batches_of_64(rows, times):
+    lengths = torch.randint(5, 60, (rows,), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def make(batch_size):
+        return as_lists(batches(lengths, batch_size, torch.Generator().manual_seed(1)))
+
+    small, large = make(64), make(64 * times)
+    assert [sum(small[begin : begin + times], []) for begin in range(0, len(small), times)] == large
+    assert all(len(batch) == 64 for batch in small[:-1])
+    assert len(large) == -(-rows // (64 * times))
 
 
 def test_fewer_rows_than_a_batch_make_one_batch():

@@ -133,10 +133,10 @@ def test_no_gradient_is_carried_into_the_next_step():
 
 def test_micro_batches_hold_every_row_once():
     for rows in range(1, 9):
-        for parts in range(1, 10):
-            split = micro_batches(list(range(rows)), parts)
+        for size in range(1, 10):
+            split = micro_batches(list(range(rows)), size)
             assert sum(split, []) == list(range(rows))
-            assert len(split) <= parts and all(split)
+            assert all(len(part) == size for part in split[:-1]) and split[-1]
 
 
 # ------------------------------------------------------------------ several students
@@ -153,6 +153,25 @@ def test_a_student_learns_the_same_alone_and_beside_others(prediction):
     for expected, learner in zip(alone, together, strict=True):
         for name, tensor in learner.student.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_step_may_span_several_of_the_shared_batches():
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+    start = model.weight.detach().clone()
+
+    def loss(batch, shown):
+        return {"loss": (model.weight * batch["x"]).mean()}
+
+    def collate(rows):
+        return {"x": torch.tensor([float(row) for row in rows])}
+
+    learner = Learner(model, loss, torch.optim.SGD(model.parameters(), lr=1.0), CPU, span=2)
+    steps = list(train([learner], show_nothing, [(collate, [[1, 2], [3, 4], [8]])], 1, CPU))
+    assert [step.losses[0] is None for step in steps] == [True, False, False]
+    # Means over all rows of a step, the second step cut short by the end of the epoch.
+    assert float(start - model.weight) == pytest.approx((1 + 2 + 3 + 4) / 4 + 8)
+    assert float(steps[1].losses[0]["loss"]) == pytest.approx(float(start) * 2.5)
 
 
 def test_the_teacher_shows_the_scores_that_any_student_aims_at_and_no_others():

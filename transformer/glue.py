@@ -25,6 +25,7 @@ BYTE_ORDER_MARK = "\ufeff"
 ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
 MOST_BUCKETS = 8  # padded lengths of one set of rows
 UNKNOWN_SHARE_LIMIT = 0.10
+BATCH_UNIT = 64  # rows that are shuffled together where batches are larger
 PADDING_MULTIPLE = {"cuda": 8}  # lengths that a GPU's matrix units take; a CPU takes any
 CACHE_FORMAT = 1  # to be raised when the same rows would be encoded or stored differently
 CACHE_SUFFIX = ".features.npz"
@@ -763,7 +764,6 @@ def batches(
     lengths: Sequence[int] | np.ndarray,
     batch_size: int,
     generator: torch.Generator | None = None,
-    drop_last: bool = False,
     multiple: int = 1,
 ) -> list[np.ndarray]:
     """Split rows into batches of similar length, so that little is padded; each row once.
@@ -772,7 +772,9 @@ def batches(
     memory fails at once). With it rows are shuffled within each of the `bucket_lengths` (in
     multiples of `multiple`) to which batches are padded, and the batches shuffled as well: the
     same generator state gives the same batches, at most 7 of them with rows of several buckets.
-    `drop_last` leaves out the batch that is not full.
+    Batches of BATCH_UNIT rows, or several times as many, are made of the same consecutive units,
+    so that students with different batch sizes can learn from the same ones; the unit that is not
+    full comes last.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}; expected at least 1 row")
@@ -785,9 +787,14 @@ def batches(
         # Numbers from the longest bucket down; in one byte they are sorted in linear time.
         numbers = (len(buckets) - np.searchsorted(buckets, lengths)).astype(np.uint8)
         order = order[np.argsort(numbers[order], kind="stable")]
-    groups = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    if drop_last and groups and len(groups[-1]) < batch_size:
-        groups.pop()
+    in_units = generator is not None and batch_size % BATCH_UNIT == 0
+    size = BATCH_UNIT if in_units else batch_size
+    groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
     if generator is None:
         return groups
-    return [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
+    rest = [groups.pop()] if in_units and groups and len(groups[-1]) < size else []
+    groups = [groups[place] for place in
+              torch.randperm(len(groups), generator=generator).tolist()] + rest
+    units = batch_size // size
+    return groups if units == 1 else [
+        np.concatenate(groups[begin : begin + units]) for begin in range(0, len(groups), units)]

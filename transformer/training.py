@@ -19,32 +19,46 @@ Collate = Callable[[Sequence[int]], Batch]
 
 
 class StepBatches(NamedTuple):
-    """The batches of one optimizer step, with the share of the step's rows that each holds."""
+    """The micro-batches of one step of the student with the smallest batches.
 
-    parts: list[tuple[float, Batch]]
+    parts: the number of rows of each, and the batch.
+    rows: of all parts together.
+    spans: for each number of such steps that a student's own step spans, how many rows that step
+        has in all, and whether this is the end of it.
+    """
+
+    parts: list[tuple[int, Batch]]
     rows: int
+    spans: dict[int, tuple[int, bool]]
     epoch_ends: bool
 
 
-def micro_batches(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split the rows of one step into at most `parts` pieces of nearly equal size."""
-    size = -(-len(rows) // parts)
+def micro_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Split the rows of one step into pieces of `size` rows; the last may be smaller."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def step_batches(
-    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], accumulation: int, pin: bool
+    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], accumulation: int,
+    spans: Iterable[int], pin: bool,
 ) -> Iterator[StepBatches]:
     """Make the batches of each step; `pin` puts them where a GPU copies them from at once."""
     for collate, epoch_rows in epochs:
-        for place, rows in enumerate(epoch_rows, start=1):
+        size = -(-max(map(len, epoch_rows)) // accumulation)
+        for place, rows in enumerate(epoch_rows):
             parts = []
-            for part in micro_batches(rows, accumulation):
+            for part in micro_batches(rows, size):
                 batch = collate(part)
                 if pin:
                     batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-                parts.append((len(part) / len(rows), batch))
-            yield StepBatches(parts, len(rows), place == len(epoch_rows))
+                parts.append((len(part), batch))
+            epoch_ends = place + 1 == len(epoch_rows)
+            whole = {}
+            for span in spans:
+                begin = place // span * span
+                count = sum(len(rows) for rows in epoch_rows[begin : begin + span])
+                whole[span] = (count, epoch_ends or (place + 1) % span == 0)
+            yield StepBatches(parts, len(rows), whole, epoch_ends)
 
 
 def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
@@ -144,14 +158,16 @@ class Learner:
         optimizer: of the student.
         device: where the student is.
         dtype: autocast precision; None computes in float32. float16 scales the loss.
+        span: how many of the shared batches make one step of this student.
     """
 
     def __init__(
         self, student: nn.Module, loss: Callable[[Batch, Any], dict[str, Tensor]],
         optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype | None = None,
+        span: int = 1,
     ) -> None:
         self.student, self.loss, self.optimizer = student, loss, optimizer
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.span = device, dtype, span
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.random_state = RandomState(device)
         self.step_losses: dict[str, Tensor] = {}
@@ -178,13 +194,14 @@ class Learner:
 class Step(NamedTuple):
     """What one optimizer step gave.
 
-    losses: of each learner, by name, detached and still on the device.
+    losses: of each learner, by name, detached and still on the device; None for one whose step
+        spans further batches.
     rows: how many rows it trained on.
     epoch_ends: whether it ended a pass over the rows.
     waited: seconds that it waited for its batches.
     """
 
-    losses: list[dict[str, Tensor]]
+    losses: list[dict[str, Tensor] | None]
     rows: int
     epoch_ends: bool
     waited: float
@@ -202,15 +219,16 @@ def train(
     Args:
         learners: the students; each ends as if it had been trained alone.
         teach: from a batch to what every student's loss is told: one pass for all of them.
-        epochs: for each pass, what turns row numbers into a batch, and the rows of each step.
-            A thread reads them in advance.
+        epochs: for each pass, what turns row numbers into a batch, and the rows of each step of
+            the smallest batch size. A thread reads them in advance.
         accumulation: micro-batches a step. A row counts the same in whichever micro-batch it
             stands, so the step's result does not depend on this number.
         device: where the models are.
     """
     for learner in learners:
         learner.student.train()
-    batches = prefetch(step_batches(epochs, accumulation, device.type == "cuda"))
+    spans = {learner.span for learner in learners}
+    batches = prefetch(step_batches(epochs, accumulation, spans, device.type == "cuda"))
     with closing(batches):
         while True:
             began = time.perf_counter()
@@ -218,11 +236,12 @@ def train(
             if step is None:
                 return
             waited = time.perf_counter() - began
-            for share, batch in step.parts:
+            for rows, batch in step.parts:
                 batch = to_device(batch, device)
                 shown = teach(batch)
                 for learner in learners:
-                    learner.accumulate(batch, shown, share)
+                    learner.accumulate(batch, shown, rows / step.spans[learner.span][0])
                 del shown  # before the teacher makes the next
-            losses = [learner.step() for learner in learners]
+            losses = [learner.step() if step.spans[learner.span][1] else None
+                      for learner in learners]
             yield Step(losses, step.rows, step.epoch_ends, waited)
