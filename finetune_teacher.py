@@ -11,7 +11,7 @@ Example:
 
 import argparse
 import logging
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from transformer.evaluation import Selection, evaluate_splits, write_results
 from transformer.file_utils import UserError, cache_root
 from transformer.glue import (
     GLUE_TASKS,
-    PADDING_MULTIPLE,
     Features,
     GlueTask,
     batches,
@@ -33,6 +32,7 @@ from transformer.glue import (
     label_order,
     load_features,
     padded_collate,
+    padding_multiple,
 )
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
@@ -184,13 +184,13 @@ def main(args: argparse.Namespace) -> None:
     before = measure(0, {})
     selection.update(before)
     save_pretrained(model, output_dir, tokenizer)
-    multiple = PADDING_MULTIPLE.get(device.type, 1)
-    make_batch = padded_collate(train_rows, multiple)
+    multiple = padding_multiple(device)
+    make_batch = padded_collate(train_rows, multiple, limit=args.max_seq_length)
     generator = torch.Generator().manual_seed(args.seed)
     epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
-                                   multiple=multiple)) for _ in count())
-    steps = islice(train([Learner(model, loss, optimizer, device, dtype)], show_nothing, epochs,
-                         accumulation=1, device=device), total_steps)
+                                   multiple)) for _ in count())
+    steps = train([Learner(model, loss, optimizer, device, dtype)], show_nothing, epochs,
+                  total_steps, accumulation=1, device=device)
     pace, epoch = Pace(), 0
     progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
     for number, step in enumerate(progress, start=1):

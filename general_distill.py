@@ -17,13 +17,13 @@ Examples:
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer.checkpoint import save_config, save_weights
@@ -36,7 +36,7 @@ from transformer.distillation import (
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError, s3_address
-from transformer.glue import BATCH_UNIT, PADDING_MULTIPLE, batches, padded_collate
+from transformer.glue import BATCH_UNIT, batches, padded_collate, padding_multiple
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max_seq_length", default=128, type=int,
         help="longest instance in word pieces; the data may hold shorter ones, not longer")
     add("--reduce_memory", action="store_true",
-        help="keep an epoch's data in files in TMPDIR, not in memory; 13 GB for Wikipedia")
+        help="map an epoch's files, load nothing; a JSON epoch takes 13 GB of TMPDIR for Wikipedia")
     add("--do_eval", action="store_true",
         help="only measure the losses of student_model on the first epoch's data")
     add("--do_lower_case", action="store_true",
@@ -153,13 +153,17 @@ class Corpus:
         return passes + step / size
 
     def passes(
-        self, batch_size: int, generator: torch.Generator, multiple: int, pad_to: int | None
+        self, epochs: float, batch_size: int, generator: torch.Generator, multiple: int,
+        pad_to: int | None,
     ) -> Iterator[tuple[Collate, Sequence[Sequence[int]]]]:
         """Yield for each pass what makes batches, and the rows of each step."""
-        for epoch in count():
+        for epoch in range(max(1, math.ceil(epochs))):
             data = self.load(epoch)
-            yield (padded_collate(data, multiple, pad_to),
-                   batches(data.lengths, batch_size, generator, multiple=multiple))
+            collate = padded_collate(data, multiple, pad_to, self.max_seq_length)
+            rows = batches(data.lengths, batch_size, generator, multiple, in_units=True)
+            del data  # so that only one epoch is held while the next is read
+            yield collate, rows
+            del collate, rows
 
 
 def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> nn.Module:
@@ -211,29 +215,28 @@ class Output:
     log: JsonLog
     means: RunningMean = field(default_factory=RunningMean)
 
-    def record(self, step: int, facts: dict[str, float]) -> dict[str, float]:
-        """Log the losses since the last time and save the student; returns what was logged."""
-        record = {"step": step, **facts, "lr": self.learner.optimizer.get_lr()[0],
-                  **self.means.read()}
+    def record(self, step: int, facts: dict[str, float]) -> None:
+        """Log what is known at a step and save the student."""
+        record = {"step": step, "lr": self.learner.optimizer.get_lr()[0], **facts}
         self.log.write(record)
         logger.info("%s: %s", self.folder.name, record)
         save_weights(self.learner.student, self.folder / f"step_{step}_{WEIGHTS_NAME}")
-        return record
 
 
 @torch.no_grad()
-def measure(learner: Learner, teacher: IntermediateTeacher, data: PregeneratedDataset,
-            batch_size: int) -> dict[str, float]:
-    """Return a student's losses over all instances, each instance counting the same."""
+def measure(learner: Learner, teacher: IntermediateTeacher, collate: Collate,
+            rows: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return a student's losses over batches of instances, each instance counting the same."""
     learner.student.eval()
-    totals: dict[str, float] = {}
-    for rows in tqdm(batches(data.lengths, batch_size), unit="batch", disable=None):
-        batch = to_device(data.collate(rows), learner.device)
+    totals: dict[str, Tensor] = {}
+    for part in tqdm(rows, unit="batch", disable=None):
+        batch = to_device(collate(part), learner.device)
+        shown = teacher(batch)
         with autocast(learner.device, learner.dtype):
-            values = learner.loss(batch, teacher(batch))
+            values = learner.loss(batch, shown)
         for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * len(rows) / len(data)
-    return totals
+            totals[name] = totals.get(name, 0.0) + value * len(part)
+    return {name: float(total) / sum(map(len, rows)) for name, total in totals.items()}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -251,8 +254,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Teacher, data and students
     set_seed(args.seed)
-    encoder = freeze(BertModel.from_pretrained(args.teacher_model, add_pooler=False), dtype,
-                     device, pack=not args.compile)
+    encoder = BertModel.from_pretrained(args.teacher_model, add_pooler=False)
+    teacher_size = parameter_count(encoder)
+    freeze(encoder, dtype, device, pack=not args.compile)
     tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
     encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
     encoder.config.check_length(args.max_seq_length, args.teacher_model)
@@ -270,13 +274,18 @@ def main(args: argparse.Namespace) -> None:
     folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
     start = log_start(
         args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
-        batch=" ".join(map(str, args.train_batch_size)), teacher=parameter_count(encoder),
+        batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
         students=" ".join(parameter_count(learner.student) for learner in learners))
-    for folder in folders:
-        save_arguments(folder, start)
+    for folder, source in zip(folders, args.student_model, strict=True):
+        save_arguments(folder, {**start, "student": source})
+    multiple = padding_multiple(device)
+    pad_to = args.max_seq_length if args.match_original else None
     if args.do_eval:
+        data = corpus.load(0)
+        collate = padded_collate(data, multiple, pad_to, args.max_seq_length)
         for learner, folder in zip(learners, folders, strict=True):
-            values = measure(learner, teacher, corpus.load(0), args.eval_batch_size)
+            values = measure(
+                learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
             write_results(folder, {"losses": values, "rows": corpus.rows(0)})
             logger.info("%s: %s", folder, values)
         return
@@ -286,11 +295,11 @@ def main(args: argparse.Namespace) -> None:
                for learner, folder in zip(learners, folders, strict=True)]
     for output in outputs:
         save_config(output.learner.student, output.folder, tokenizer)
-    passes = corpus.passes(
-        batch_size, torch.Generator().manual_seed(args.seed),
-        PADDING_MULTIPLE.get(device.type, 1), args.max_seq_length if args.match_original else None)
-    steps = islice(train(learners, teacher, passes, args.gradient_accumulation_steps, device),
-                   total_steps)
+    passes = corpus.passes(args.num_train_epochs, batch_size,
+                           torch.Generator().manual_seed(args.seed), multiple, pad_to)
+    # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
+    accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
+    steps = train(learners, teacher, passes, total_steps, accumulation, device)
     pace = Pace()
     progress = tqdm(steps, desc="general", total=total_steps, unit="step", disable=None)
     for number, step in enumerate(progress, start=1):
@@ -299,15 +308,17 @@ def main(args: argparse.Namespace) -> None:
             if losses is not None:
                 output.means.add(losses)
         if number % args.eval_step == 0 or number == total_steps:
-            epoch = round(corpus.passed(number, batch_size), 3)
-            facts = {"epoch": epoch, **pace.read()}
-            records = [output.record(number, facts) for output in outputs]
+            means = [output.means.read() for output in outputs]
+            facts = {"epoch": round(corpus.passed(number, batch_size), 3), **pace.read()}
+            for output, losses in zip(outputs, means, strict=True):
+                output.record(number, {**facts, **losses})
+            pace.restart()
 
     # Results: the next stage reads these folders as they are
-    for output, record in zip(outputs, records, strict=True):
+    for output, losses in zip(outputs, means, strict=True):
         save_weights(output.learner.student, output.folder / WEIGHTS_NAME)
-        write_results(output.folder, {"losses": {k: v for k, v in record.items() if "loss" in k},
-                                      "steps": total_steps, "rows": corpus.rows(0)})
+        write_results(output.folder, {"losses": losses, "steps": total_steps,
+                                      "rows": corpus.rows(0)})
     upload_outputs(address, folders)
 
 

@@ -16,6 +16,7 @@ Example:
 """
 
 import argparse
+import logging
 import os
 import shutil
 import tempfile
@@ -32,23 +33,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from transformer.file_utils import UserError, s3_address, upload_folder
-from transformer.pretraining_data import (
+from transformer.corpus import (
     CORPUS_IDS_NAME,
     Corpus,
     EpochSettings,
-    EpochWriter,
     Masking,
     TokenizedBlock,
     build_corpus,
-    check_corpus,
-    epoch_path,
-    generated_files,
     line_blocks,
     tokenize_block,
 )
+from transformer.file_utils import UserError, s3_address, upload_folder
+from transformer.pretraining_data import EpochWriter, epoch_path, generated_files
 from transformer.runtime import prepare_output_dir, run_script
 from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED_PREFIX = ".unfinished-"
 LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
@@ -81,6 +81,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--max_seq_len {args.max_seq_len}: expected at least {shortest} tokens, two of text "
             f"and the special ones, and at most {LONGEST_INSTANCE}"
+        )
+
+
+def check_corpus(corpus: Corpus, source: Path, one_seq: bool) -> None:
+    """Raise a `UserError` for a corpus that no instances can be made from; warn of many [UNK]."""
+    if not corpus.documents:
+        raise UserError(
+            f"{source}: 0 documents; expected one sentence a line and a blank line between "
+            "documents (prepare_data.py writes it so)"
+        )
+    if corpus.documents == 1 and not one_seq:
+        raise UserError(
+            f"{source}: 1 document, so there is no other to take random next sentences from; "
+            "expected a blank line between documents, or --one_seq"
+        )
+    share = corpus.unknown / len(corpus.token_ids)
+    if share > 0.1:
+        logger.warning(
+            "%s: %.0f %% of the word pieces are [UNK]; does the vocabulary fit the language "
+            "and the case (--do_lower_case)?", source, 100 * share,
         )
 
 
@@ -281,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    masking = Masking.of(
+    masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
     )
     settings = EpochSettings(args.seed, args.max_seq_len, args.short_seq_prob, args.one_seq)

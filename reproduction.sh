@@ -219,10 +219,15 @@ state_file() {
 # make_room OUTPUT STATE: moves away what an earlier call made of a step.
 make_room() {
   [[ -e $1 ]] || return 0
-  [[ -e $2.started ]] ||
+  local maker
+  state_file "${1##*/}.made" "$1"
+  maker=$REPLY # says that some step finished this output, perhaps beside other students
+  [[ -e $2.started || -e $maker ]] ||
     complain "stage $stage: $1 exists, but this script did not make it; move it away"
   # Finished, but with other settings: it may have taken days, so one generation is kept.
-  if [[ -e $2 ]]; then
+  if [[ -e $2 || -e $maker ]]; then
+    # What made it, in another group of students, is no longer finished.
+    [[ ! -e $maker ]] || rm -f "${maker%/*}/$(<"$maker")" "$maker"
     rm -rf -- "$1.old"
     mv -- "$1" "$1.old"
   fi
@@ -277,6 +282,10 @@ run() {
   ((code == 0)) || stop "$step" "$code" "$log"
   exist "$output" "${also[@]}" || stop "$step" "0, but there is no $output ${also[*]}" "$log"
   echo "$key" >"$state"
+  for path in "$output" "${also[@]}"; do
+    state_file "${path##*/}.made" "$path"
+    echo "$step" >"$REPLY"
+  done
   printf '%s\t%s\t%d\n' "$stage" "$step" $((SECONDS - start)) >>"$RESULTS_DIR/times.tsv"
   # A step beside others prints its line whole, when it ends.
   [[ $beside == no ]] || printf '  %-58s ' "$step"

@@ -21,7 +21,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ from transformer.evaluation import (
 from transformer.file_utils import UserError, cache_root, s3_address
 from transformer.glue import (
     GLUE_TASKS,
-    PADDING_MULTIPLE,
     Features,
     GlueTask,
     batches,
@@ -57,6 +56,7 @@ from transformer.glue import (
     label_order,
     load_features,
     padded_collate,
+    padding_multiple,
 )
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
@@ -234,8 +234,7 @@ class Output:
 
     def record(self, step: int, facts: dict[str, float],
                metrics: dict[str, dict[str, float]] | None) -> None:
-        """Log the losses since the last time, and the dev metrics; save the best student."""
-        self.losses = self.means.read()
+        """Log the last losses and the dev metrics, if any; save the student that is the best."""
         record = {"step": step, **facts, "lr": self.learner.optimizer.get_lr()[0], **self.losses}
         if metrics is not None:
             record |= {"metrics": metrics["dev"], "all_metrics": metrics}
@@ -294,6 +293,8 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     address = s3_address(args.data_url)
+    if args.do_eval and args.compile:
+        raise UserError("--compile is for training; leave it out with --do_eval")
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
         return
@@ -306,6 +307,7 @@ def main(args: argparse.Namespace) -> None:
     dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
+    teacher_size = parameter_count(teacher)
     freeze(teacher, dtype, device, pack=not args.compile)
     learners = [make_learner(args, task, number, teacher, tokenizer, total_steps, device, dtype)
                 for number in range(students)]
@@ -318,26 +320,26 @@ def main(args: argparse.Namespace) -> None:
     folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
     start = log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
-        batch=args.train_batch_size, teacher=parameter_count(teacher),
+        batch=args.train_batch_size, teacher=teacher_size,
         students=" ".join(parameter_count(learner.student) for learner in learners))
-    for folder in folders:
-        save_arguments(folder, start)
+    for folder, source in zip(folders, args.student_model, strict=True):
+        save_arguments(folder, {**start, "student": source})
     outputs = [Output(learner, folder, JsonLog(folder / "log.jsonl"), tokenizer, Selection(task))
                for learner, folder in zip(learners, folders, strict=True)]
 
     # Distillation
-    multiple = PADDING_MULTIPLE.get(device.type, 1)
+    multiple = padding_multiple(device)
     make_batch = padded_collate(
-        train_rows, multiple, args.max_seq_length if args.match_original else None)
+        train_rows, multiple, args.max_seq_length if args.match_original else None,
+        args.max_seq_length)
     if args.pred_distill:
         # The teacher is frozen: its answer to a row is computed once, not every epoch.
         make_batch = with_teacher_logits(make_batch, predict_logits(
             teacher, train_rows, device, args.eval_batch_size, dtype))
     generator = torch.Generator().manual_seed(args.seed)
     epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
-                                   multiple=multiple)) for _ in count())
-    steps = islice(train(learners, teach, epochs, args.gradient_accumulation_steps, device),
-                   total_steps)
+                                   multiple)) for _ in count())
+    steps = train(learners, teach, epochs, total_steps, args.gradient_accumulation_steps, device)
     pace = Pace()
     progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
     for number, step in enumerate(progress, start=1):
@@ -345,6 +347,8 @@ def main(args: argparse.Namespace) -> None:
         for output, losses in zip(outputs, step.losses, strict=True):
             output.means.add(losses)
         if number % args.eval_step == 0 or number == total_steps:
+            for output in outputs:
+                output.losses = output.means.read()
             facts = {"epoch": round(number / steps_per_epoch, 3), **pace.read()}
             for output in outputs:
                 metrics = evaluate_splits(

@@ -1,5 +1,7 @@
-"""Project the hours of the full run (profiles/full.env) on one device.
+"""Project the hours of the full run's distillation (profiles/full.env) on one device.
 
+The students go through general distillation on one teacher pass, then through every task. Smart
+initialisation (its general epoch and its tasks) and the time of torch.compile are not counted.
 Either from what `benchmarks/run.py` measured there, or from a given peak and efficiency; then
 the steps from the seed's run to this project's are shown as well. Every assumption is printed.
 
@@ -97,6 +99,7 @@ class Assumptions:
             rows.append([f"{task}: rows, augmented, mean length",
                          f"{facts.train:,}, {self.augmented_rows(task):,}, {facts.length}"])
         rows.append(["augmentation: CoLA as fast as SST-2, MRPC as", "RTE"])
+        rows.append(["not counted", "smart initialisation, compiling"])
         return rows
 
 

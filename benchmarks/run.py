@@ -77,15 +77,15 @@ START_METHOD = (
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
 NOTES = f"""\
 Both sides run the same shapes, random weights and rows on the same machine, in turns, each in a
-process of its own. `plain` is benchmarks/plain.py: float32, every row padded, word by word. It
-gets fewer rows, chosen evenly over their lengths, as its time for a row does not depend on their
-number. Rates are medians. Peak memory is the process's, models and libraries included; on a GPU,
-what torch held there. The share of the peak counts the operations that the work needs at the
-rows' true lengths, against the measured peak of a large matrix product in the precision of that
-side. Prediction counts the teacher's one pass over the rows as spread over {PREDICTION_EPOCHS}
-epochs. Pregenerate counts text times its {PREGENERATE_EPOCHS} epochs and always compares with one
-plain process. The word vectors of augmentation are random, for the rows' and the vocabulary's
-words."""
+process of its own, after one run of each that does not count. `plain` is benchmarks/plain.py:
+float32, every row padded, word by word. It gets fewer rows, chosen evenly over their lengths.
+Rates are medians; the time that torch.compile takes at first is not in them. Peak memory is the
+process's, models and libraries included; on a GPU, what torch held there. The share of the peak
+counts the operations that the work needs at the rows' true lengths, against the measured peak of
+a large matrix product in the precision of that side. Prediction counts the teacher's one pass
+over the rows as spread over {PREDICTION_EPOCHS} epochs. Pregenerate counts text times its
+{PREGENERATE_EPOCHS} epochs and always compares with one plain process. The word vectors of
+augmentation are random, for the rows' and the vocabulary's words."""
 
 
 # ------------------------------------------------------------------ inputs
@@ -151,7 +151,7 @@ def prepare(args: argparse.Namespace, folder: Path, work: Work) -> dict[str, str
     glue_dir, corpus = find_inputs(args, folder / "demo")
     vocabulary = folder / "vocabulary"
     vocabulary.mkdir()
-    BertTokenizer(args.vocab, True).save_vocabulary(vocabulary)
+    BertTokenizer(args.vocab or VOCABULARY, True).save_vocabulary(vocabulary)
     rows = {
         "SST-2 train": sample_rows(
             "sst-2", "train", glue_dir, folder / "glue", max(1, round(ROWS * work.factor))),
@@ -277,8 +277,8 @@ def measure_stage(
             stack.callback(workers[side].close)
         for worker in workers.values():
             worker.answer()
-        workers["plain"].ask(full._replace(part=GROWTH[0]))  # to warm up, as the next line
-        workers["ours"].ask(full)
+        for worker in workers.values():  # to warm up: an allocator settles over some steps
+            worker.ask(full)
         for _ in range(repeats):
             for side, worker in workers.items():
                 timings[side].append(worker.ask(full))
@@ -464,7 +464,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of the GLUE tasks; not given: data/glue_data where present, else the demo's")
     add("--corpus", type=Path, default=None,
         help="text, one sentence a line, blank lines between documents; not given: the demo's")
-    add("--vocab", type=Path, default=VOCABULARY, help="the models' vocabulary")
+    add("--vocab", type=Path, default=None,
+        help="the models' vocabulary file; not given: that of BERT-base, uncased")
     add("--quick", action="store_true", help="tiny models and few rows: only to see it run")
     add("--output_dir", type=Path, default=Path("results/benchmarks"),
         help="folder for benchmarks.json and benchmarks.md")

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +43,6 @@ from transformer.distillation import (
 )
 from transformer.evaluation import evaluate, predict_logits
 from transformer.glue import (
-    PADDING_MULTIPLE,
     Features,
     TaskRows,
     TsvWriter,
@@ -52,6 +50,7 @@ from transformer.glue import (
     get_task,
     load_features,
     padded_collate,
+    padding_multiple,
     task_rows,
 )
 from transformer.modeling import (
@@ -375,7 +374,7 @@ class Setting(NamedTuple):
         return Learner(model, loss, optimizer, self.device, self.dtype)
 
     def collate(self, data: Any) -> Collate:
-        return padded_collate(data, PADDING_MULTIPLE.get(self.device.type, 1))
+        return padded_collate(data, padding_multiple(self.device))
 
 
 def train_once(
@@ -383,11 +382,12 @@ def train_once(
     collate: Collate, chosen: np.ndarray, generator: torch.Generator,
 ) -> float:
     """Train on the chosen rows once; returns the seconds."""
-    order = batches(data.lengths[chosen], work.batch_size, generator)
+    order = batches(data.lengths[chosen], work.batch_size, generator,
+                    padding_multiple(setting.device))
     epoch = (collate, [chosen[np.asarray(batch)] for batch in order])
     watch = Stopwatch(setting.device)
     with watch:
-        for _ in train(learners, teach, [epoch], 1, setting.device):
+        for _ in train(learners, teach, [epoch], len(order), 1, setting.device):
             pass
     return watch.seconds
 
@@ -586,8 +586,8 @@ def our_memory(work: Work, rows: int) -> Run:
         with watch:
             features = work.features("aug", cache_dir=work.folder / "cache")
         order = batches(features.lengths, work.batch_size, torch.Generator().manual_seed(SEED))
-        steps = train([learner], teach, [(setting.collate(features), order)], 1, setting.device)
-        for _ in islice(steps, MEMORY_STEPS):
+        epoch = (setting.collate(features), order)
+        for _ in train([learner], teach, [epoch], MEMORY_STEPS, 1, setting.device):
             pass
         return Timing(len(features), watch.seconds, 0.0, {"weights": weights})
 
@@ -623,7 +623,7 @@ class Stage:
 STAGES = {
     "general": Stage(
         "general, 4L", "rows/s", partial(plain_general, students=1),
-        partial(our_general, students=1), 32, 256, training=True, by_length=True),
+        partial(our_general, students=1), 128, 256, training=True, by_length=True),
     "general-both": Stage(
         "general, 4L + 6L", "rows/s", partial(plain_general, students=2),
         partial(our_general, students=2), 32, 64, training=True),

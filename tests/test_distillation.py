@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN
+from helpers import GOLDEN, random_batch, tiny_config
 
 from transformer.checkpoint import load_weights
 from transformer.distillation import (
+    IntermediateLoss,
+    IntermediateTeacher,
+    PredictionLoss,
     attention_loss,
     freeze,
     hidden_loss,
@@ -287,3 +290,28 @@ def test_the_losses_are_computed_in_float32_under_autocast(dtype):
         hidden = hidden_loss(student[:, 0], teacher[:, 0], mask)
     assert loss.dtype == hidden.dtype == torch.float32
     assert torch.equal(loss, expected)
+
+
+# ------------------------------------------------------------------ compiling
+
+
+@pytest.mark.parametrize("prediction", [False, True])
+def test_teacher_and_losses_compile_as_whole_graphs(prediction):
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    teacher = freeze(TinyBertForSequenceClassification(tiny_config(num_labels=3)))
+    student = TinyBertForSequenceClassification(
+        tiny_config(num_hidden_layers=2, hidden_size=12, num_labels=3, **dropout), fit_size=16)
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    batch = dict(zip(names, random_batch(), strict=True))
+    batch["teacher_logits"] = torch.randn(3, 3)
+    teach = IntermediateTeacher(teacher.bert, [2])
+    loss = PredictionLoss(student) if prediction else IntermediateLoss(student, is_student=True)
+    expected = loss.eval()(batch, teach(batch))
+    loss.compile(backend="eager", fullgraph=True, dynamic=False)
+    teach.compile(backend="eager", fullgraph=True, dynamic=False)
+    found = loss(batch, teach(batch))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    loss.train()(batch, teach(batch))  # with dropout
+    torch._dynamo.reset()

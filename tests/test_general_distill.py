@@ -2,6 +2,7 @@
 
 import json
 import random
+import weakref
 
 import pytest
 import torch
@@ -124,11 +125,13 @@ def test_reduce_memory_changes_nothing(setup):
     assert same_weights(weights(plain), weights(reduced))
 
 
-def test_several_students_end_as_if_each_had_been_trained_alone(setup):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_several_students_end_as_if_each_had_been_trained_alone(setup, precision):
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     config_folder(setup.root / "a", num_hidden_layers=2, hidden_size=12, **dropout)
     config_folder(setup.root / "b", num_hidden_layers=4, **dropout)
-    more = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 2, "--eval_step", 2)
+    more = ("--num_train_epochs", 2, "--gradient_accumulation_steps", 2, "--eval_step", 2,
+            "--precision", precision)
     a, b = (setup.run(f"alone_{name}", *more, "--student_model", setup.root / name,
                       "--learning_rate", rate) for name, rate in (("a", 1e-3), ("b", 2e-3)))
     setup.run("together_a", *more, "--student_model", setup.root / "a", setup.root / "b",
@@ -158,6 +161,34 @@ def test_students_with_other_batch_sizes_end_as_if_each_had_been_trained_alone(t
     assert same_weights(weights(small), weights(tmp_path / "both_small"))
     assert same_weights(weights(large), weights(tmp_path / "both_large"))
     assert not same_weights(weights(small), weights(large))
+
+
+def test_the_last_step_of_large_batches_is_taken_where_the_run_ends(tmp_path):
+    setup = Setup(tmp_path, rows=300)
+    more = ("--learning_rate", 1e-3, "--weight_decay", 1.0, "--warmup_proportion", 0)
+    for epochs in (0.2, 0.9):  # 1 and 4 of 5 small steps
+        outputs = [tmp_path / f"{size}_{epochs}" for size in (64, 256)]
+        setup.run("unused", *more, "--student_model", setup.student, setup.student, "--output_dir",
+                  *outputs, "--train_batch_size", 64, 256, "--num_train_epochs", epochs)
+        torch.manual_seed(42)
+        start = TinyBertForPreTraining.from_scratch(setup.student, fit_size=16).state_dict()
+        assert not same_weights(weights(outputs[1]), start)
+
+
+def test_each_epoch_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, epochs=3)
+    alive, read = weakref.WeakSet(), []
+
+    class Watched(general_distill.PregeneratedDataset):
+        def __init__(self, folder, epoch, *more):
+            assert not alive, "the epoch before is still held"
+            super().__init__(folder, epoch, *more)
+            alive.add(self)
+            read.append(epoch)
+
+    monkeypatch.setattr(general_distill, "PregeneratedDataset", Watched)
+    setup.run("out", "--num_train_epochs", 3)
+    assert read == [0, 1, 2]
 
 
 @pytest.mark.parametrize("more, contains", [

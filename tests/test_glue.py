@@ -475,7 +475,8 @@ def test_large_batches_are_consecutive_batches_of_64(rows, times):
     lengths = torch.randint(5, 60, (rows,), generator=torch.Generator().manual_seed(0)).numpy()
 
     def make(batch_size):
-        return as_lists(batches(lengths, batch_size, torch.Generator().manual_seed(1)))
+        generator = torch.Generator().manual_seed(1)
+        return as_lists(batches(lengths, batch_size, generator, in_units=True))
 
     small, large = make(64), make(64 * times)
     assert [sum(small[begin : begin + times], []) for begin in range(0, len(small), times)] == large

@@ -41,7 +41,7 @@ def test_a_packed_model_gives_the_bits_of_the_plain_one(tmp_path):
     freeze(plain, torch.bfloat16)
     freeze(packed, torch.bfloat16, CPU)
     assert isinstance(packed.bert.encoder.layer[0].output.dense, PackedLinear)
-    assert isinstance(packed.classifier, PackedLinear)
+    assert type(packed.classifier) is nn.Linear
     for ours, theirs in zip(packed(*random_batch()), plain(*random_batch()), strict=True):
         if isinstance(ours, torch.Tensor):
             ours, theirs = [ours], [theirs]
@@ -65,3 +65,23 @@ def test_a_model_in_training_is_copied_and_a_frozen_one_is_not():
     assert all(p.dtype == torch.float32 for p in model.parameters())
     frozen = freeze(model)
     assert inference_copy(frozen, torch.bfloat16, CPU) is frozen
+
+
+@packs
+def test_a_packed_model_refuses_to_be_saved_or_moved(tmp_path):
+    model = freeze(BertModel(tiny_config()), torch.bfloat16, CPU)
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        model.state_dict()
+    with pytest.raises(RuntimeError, match="cannot be moved"):
+        model.float()
+
+
+@pytest.mark.parametrize("device", [None, CPU])
+def test_scores_of_a_bf16_model_are_not_rounded_to_bf16(device):
+    torch.manual_seed(0)
+    model = TinyBertForSequenceClassification(tiny_config(num_labels=1))
+    with torch.no_grad():
+        model.classifier.bias.fill_(3.0)
+    scores = freeze(model, torch.bfloat16, device)(*random_batch(8))[0]
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores.bfloat16().float(), scores)

@@ -11,8 +11,8 @@ from helpers import GOLDEN, REPO, read_json
 
 # A module imports only from those before it.
 ORDER = ["file_utils", "tokenization", "optimization", "checkpoint", "modeling", "inference",
-         "glue", "evaluation", "distillation", "training", "pretraining_data",
-         "augmentation", "runtime"]
+         "glue", "evaluation", "distillation", "training", "corpus",
+         "pretraining_data", "augmentation", "runtime"]
 SCRIPTS = ["download_glue.py", "prepare_data.py", "get_bert_models.py",
            "pregenerate_training_data.py", "general_distill.py", "data_augmentation.py",
            "fix_teacher_layers.py", "finetune_teacher.py", "task_distill.py",

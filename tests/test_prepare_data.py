@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_data
-from transformer.pretraining_data import (
+from transformer.corpus import (
     EpochSettings,
     build_corpus,
     line_blocks,

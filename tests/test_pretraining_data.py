@@ -15,25 +15,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pregenerate_training_data
-from transformer import pretraining_data
-from transformer.file_utils import UserError
-from transformer.pretraining_data import (
-    IGNORED_LABEL,
+from transformer.corpus import (
     Corpus,
     EpochSettings,
     Instances,
     Masking,
-    PregeneratedDataset,
     RandomNumbers,
     build_corpus,
-    count_epochs,
     line_blocks,
     make_instances,
     mask_tokens,
     random_spans,
-    read_metrics,
     tokenize_block,
     truncation,
+)
+from transformer.file_utils import UserError
+from transformer.pretraining_data import (
+    IGNORED_LABEL,
+    PregeneratedDataset,
+    count_epochs,
+    read_metrics,
 )
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
@@ -159,10 +160,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def tokenizer(tmp_path) -> BertTokenizer:
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> BertTokenizer:
     """The tokenizer of the random text."""
-    return BertTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    return BertTokenizer.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
 
 
 # ------------------------------------------------------------------ documents
@@ -282,7 +283,7 @@ def test_how_the_sentences_are_divided_into_blocks_and_parts_changes_nothing(
     whole = list(make_instances(corpus, settings, 3))
     borders = itertools.pairwise(corpus.document_starts.tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining_data, "SENTENCES_PER_BLOCK", size)
+        patch.setattr("transformer.corpus.SENTENCES_PER_BLOCK", size)
         parts = [block for border in borders for block in make_instances(
             corpus, settings, 3, *border)]
     for left, right in zip(zip(*whole, strict=True), zip(*parts, strict=True), strict=True):
@@ -412,22 +413,12 @@ masked_inputs = {
 }
 
 
-def masking_of(probability: float, max_predictions: int, whole_words: bool) -> Masking:
-    """Masking by the vocabulary of this file."""
-    continuations = frozenset(
-        index for index, piece in enumerate(PIECES) if whole_words and piece.startswith("##")
-    )
-    return Masking(
-        probability, max_predictions, 4, frozenset((2, 3)), len(PIECES), continuations
-    )
-
-
 @settings(max_examples=200, deadline=None)
 @given(**masked_inputs)
 def test_labels_at_their_positions_restore_the_original(
-    ids, probability, max_predictions, whole_words, seed
+    tokenizer, ids, probability, max_predictions, whole_words, seed
 ):
-    masking = masking_of(probability, max_predictions, whole_words)
+    masking = Masking(tokenizer, probability, max_predictions, whole_words)
     masked, positions, labels = mask_tokens(ids, masking, Random(seed))
     budget = min(max_predictions, max(1, round(len(ids) * probability)))
     assert positions == sorted(set(positions)) and len(positions) <= budget
@@ -442,18 +433,18 @@ def test_labels_at_their_positions_restore_the_original(
 @settings(max_examples=200, deadline=None)
 @given(**masked_inputs)
 def test_whole_word_masking_takes_all_pieces_of_a_word_or_none(
-    ids, probability, max_predictions, whole_words, seed
+    tokenizer, ids, probability, max_predictions, whole_words, seed
 ):
-    masking = masking_of(probability, max_predictions, True)
+    masking = Masking(tokenizer, probability, max_predictions, True)
     _, positions, _ = mask_tokens(ids, masking, Random(seed))
     for position in range(2, len(ids) - 1):
-        if ids[position] in masking.continuation_ids:
+        if PIECES[ids[position]].startswith("##"):
             assert (position in positions) == (position - 1 in positions)
 
 
-def test_masked_tokens_are_80_percent_mask_and_10_percent_kept():
+def test_masked_tokens_are_80_percent_mask_and_10_percent_kept(tokenizer):
     ids = [2, *([10] * 20_000), 3]
-    masked, positions, _ = mask_tokens(ids, masking_of(0.5, 10**6, False), Random(0))
+    masked, positions, _ = mask_tokens(ids, Masking(tokenizer, 0.5, 10**6, False), Random(0))
     values = [masked[position] for position in positions]
     assert values.count(4) / len(values) == pytest.approx(0.8, abs=0.02)
     assert values.count(10) / len(values) == pytest.approx(0.1, abs=0.02)
@@ -524,6 +515,7 @@ def test_both_formats_give_the_same_batches(tmp_path, tokenizer, flags, reduce_m
         left, right = (PregeneratedDataset(folder, epoch, tokenizer, 40, reduce_memory)
                        for folder in (binary, json_lines))
         assert len(left) == len(right) and (left.lengths == right.lengths).all()
+        assert left.lengths is left.lengths  # computed once
         rows = np.random.default_rng(0).permutation(len(left))
         for pad_to in (None, 40):
             batch, other = left.collate(rows, pad_to), right.collate(rows, pad_to)
@@ -826,6 +818,8 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         ({"masked_lm_positions": [0, 1]}, "2 masked positions, but 0 labels"),
         ({"masked_lm_positions": [40], "masked_lm_labels": ["w1"]}, "masked positions from 0"),
         ({"masked_lm_positions": [0], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
+        ({"tokens": ["[CLS]", "w1", "[SEP]", "w2", "[SEP]"], "segment_ids": [0, 0, 0, 1, 1],
+          "masked_lm_positions": [2], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
         ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),
         ({"tokens": ["[CLS]", "w1", "[SEP]", "[SEP]"], "segment_ids": [0, 0, 0, 1]}, "of a pair"),
         ({"tokens": [["w1"]], "segment_ids": [0]}, "line 2"),
@@ -870,7 +864,10 @@ def test_files_of_both_formats_are_an_error(tmp_path, tokenizer):
         PregeneratedDataset(folder, 0, tokenizer)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"num_training_examples": "9", "max_seq_len": 9}'])
+@pytest.mark.parametrize("text", [
+    "{}", "[]", '{"num_training_examples": "9", "max_seq_len": 9}',
+    '{"num_training_examples": 0, "max_seq_len": 9}',
+])
 def test_wrong_metrics_are_an_error(tmp_path, tokenizer, text):
     folder = generate(tmp_path)
     metrics_file(folder).write_text(text)

@@ -436,3 +436,13 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert drive("--demo", "--only", "distill", **settings).returncode == 0
     assert not leftover.exists()
     assert dry_run("--demo", "--only", "distill", **settings) == []
+
+    # With one student more, the students of a run are trained again, side by side.
+    settings["STUDENTS"] = "tinybert_4l tinybert_6l"
+    result = drive("--demo", "--only", "general", **settings)
+    assert result.returncode == 0, result.stderr
+    for name in ("tinybert_4l", "tinybert_4l.old", "tinybert_6l"):
+        assert (tmp_path / "models" / f"distilled_{name}" / "pytorch_model.bin").is_file()
+    assert dry_run("--demo", "--only", "general", **settings) == []
+    settings["STUDENTS"] = "tinybert_4l"
+    assert len(dry_run("--demo", "--only", "general", **settings)) == 1

@@ -92,14 +92,15 @@ def test_every_task_goes_through_both_stages_and_evaluation(tmp_path, name):
     assert any(line.startswith(f"{setup.task.metrics[0]} = ") for line in lines)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [(), ("--pred_distill", "--eval_step", 2)])
-def test_several_students_end_as_if_each_had_been_trained_alone(sst2, stage):
+def test_several_students_end_as_if_each_had_been_trained_alone(sst2, stage, precision):
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     for name, shape in (("a", {"num_hidden_layers": 2, "hidden_size": 12}),
                         ("b", {"num_hidden_layers": 4})):
         make_model(sst2.root / name, TinyBertForPreTraining, seed=2, **shape, **dropout,
                    model_arguments={"fit_size": 16})
-    more = ("--num_train_epochs", 2, *stage)
+    more = ("--num_train_epochs", 2, "--precision", precision, *stage)
     alone = [sst2.run(f"alone_{name}", *more, "--student_model", sst2.root / name)
              for name in "ab"]
     together = [sst2.root / "together_a", sst2.root / "together_b"]

@@ -401,7 +401,7 @@ class DataAugmentor:
     def _fill_masked(self, queries: Sequence[Query], found: list[dict[int, list[str]]]) -> None:
         """Fill in what the model proposes for the words that are one word piece."""
         batches = list(self._batches(queries))
-        # All batches are queued before the first result is read, so that a GPU never waits.
+        # All batches are queued before the first result is copied back from a GPU.
         proposals = [self._propose(batch) for batch in batches]
         for batch, best in zip(batches, proposals, strict=True):
             for query, ids in zip(batch, best.tolist(), strict=True):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from transformer.file_utils import UserError, write_json, write_text
 from transformer.glue import (
-    PADDING_MULTIPLE,
     Features,
     GlueTask,
     batches,
@@ -24,6 +24,7 @@ from transformer.inference import inference_copy
 
 logger = logging.getLogger(__name__)
 
+GPU_TOKENS = 16384  # in one batch of evaluation
 POSITIVE = "1"  # the class whose F1 is reported: a paraphrase, a duplicate
 
 
@@ -116,12 +117,14 @@ def predict_logits(
     It computes in `dtype`, on a copy of the model: the model itself is not touched.
     """
     device = torch.device(device)
+    if device.type == "cuda":  # a few short rows would not keep it busy
+        batch_size = max(batch_size, GPU_TOKENS // int(features.lengths.max()))
     order = batches(features.lengths, batch_size)
-    collate = padded_collate(features, PADDING_MULTIPLE.get(device.type, 1))
+    collate = padded_collate(features)
     model = inference_copy(model, dtype, device)
     outputs = []
     with torch.inference_mode():
-        for indices in order:
+        for indices in tqdm(order, desc="predict", unit="batch", leave=False, disable=None):
             batch = collate(indices)
             inputs = [
                 batch[key].to(device) for key in ("input_ids", "token_type_ids", "attention_mask")

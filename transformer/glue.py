@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import tokenizers
 import torch
 
 from transformer.file_utils import UserError, atomic_path, file_sha256
@@ -26,7 +27,6 @@ ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
 MOST_BUCKETS = 8  # padded lengths of one set of rows
 UNKNOWN_SHARE_LIMIT = 0.10
 BATCH_UNIT = 64  # rows that are shuffled together where batches are larger
-PADDING_MULTIPLE = {"cuda": 8}  # lengths that a GPU's matrix units take; a CPU takes any
 CACHE_FORMAT = 1  # to be raised when the same rows would be encoded or stored differently
 CACHE_SUFFIX = ".features.npz"
 CACHE_BYTES = 4 * 2**30  # a million rows of SST-2's kind take 47 MB
@@ -685,7 +685,7 @@ def _cache_key(
 ) -> str:  # fmt: skip
     """Hash everything that the features of the file at `path` depend on: 64 digits."""
     content = (
-        CACHE_FORMAT, task.name, file_sha256(path), list(tokenizer.vocab),
+        CACHE_FORMAT, tokenizers.__version__, repr(task), file_sha256(path), list(tokenizer.vocab),
         tokenizer.do_lower_case, max_seq_length, list(labels), max_rows,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
@@ -740,18 +740,26 @@ class Rows(Protocol):
         """Return the rows as tensors [rows, length]."""
 
 
+def padding_multiple(device: torch.device) -> int:
+    """Return of what the padded lengths should be multiples: a GPU's matrix units take 8."""
+    return 8 if device.type == "cuda" else 1
+
+
 def padded_collate(
-    data: Rows, multiple: int = 1, pad_to: int | None = None
+    data: Rows, multiple: int = 1, pad_to: int | None = None, limit: int | None = None
 ) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
     """Return what makes batches of `data`, padded to one of few lengths, or all to `pad_to`.
 
     The lengths are those of `bucket_lengths`, so a batch is little longer than its longest row
-    and there are at most 8 shapes to compile.
+    and there are at most 8 shapes to compile. `limit` is the longest that the model takes, where
+    rounding up to `multiple` could pass it.
     """
     if pad_to is not None:
         return partial(data.collate, pad_to=pad_to)
     lengths = data.lengths
     buckets = bucket_lengths(lengths, multiple)
+    if limit is not None:
+        buckets = np.minimum(buckets, limit)
 
     def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         longest = lengths[rows].max()
@@ -765,6 +773,7 @@ def batches(
     batch_size: int,
     generator: torch.Generator | None = None,
     multiple: int = 1,
+    in_units: bool = False,
 ) -> list[np.ndarray]:
     """Split rows into batches of similar length, so that little is padded; each row once.
 
@@ -772,9 +781,9 @@ def batches(
     memory fails at once). With it rows are shuffled within each of the `bucket_lengths` (in
     multiples of `multiple`) to which batches are padded, and the batches shuffled as well: the
     same generator state gives the same batches, at most 7 of them with rows of several buckets.
-    Batches of BATCH_UNIT rows, or several times as many, are made of the same consecutive units,
-    so that students with different batch sizes can learn from the same ones; the unit that is not
-    full comes last.
+    With `in_units`, a batch of a multiple of BATCH_UNIT rows is made of consecutive units of so
+    many, each of similar lengths, and the unit that is not full comes last: students with
+    different batch sizes can learn from the same units.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}; expected at least 1 row")
@@ -787,7 +796,7 @@ def batches(
         # Numbers from the longest bucket down; in one byte they are sorted in linear time.
         numbers = (len(buckets) - np.searchsorted(buckets, lengths)).astype(np.uint8)
         order = order[np.argsort(numbers[order], kind="stable")]
-    in_units = generator is not None and batch_size % BATCH_UNIT == 0
+    in_units = in_units and batch_size % BATCH_UNIT == 0
     size = BATCH_UNIT if in_units else batch_size
     groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
     if generator is None:

@@ -1,6 +1,7 @@
 """Models that only compute: frozen, in low precision, with weights laid out for the processor."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        raise RuntimeError("a packed model cannot be saved; save it before freeze packs it")
+
+    def _apply(self, *arguments: Any) -> None:
+        raise RuntimeError("a packed model cannot be moved or cast; do it before freeze packs it")
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -29,9 +36,9 @@ def can_pack() -> bool:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace every linear layer below `module` by a packed one."""
+    """Replace every bfloat16 linear layer below `module` by a packed one."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16:
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)
@@ -45,12 +52,15 @@ def freeze(
 
     Args:
         model: a teacher, or a model that is evaluated; changed in place.
-        dtype: precision to keep its weights and to compute in; None leaves it.
+        dtype: precision to keep its weights and to compute in, a classifier's own weights apart,
+            so that scores are not rounded; None leaves it.
         device: where to move it. In bfloat16 on a CPU its linear layers are packed as well, after
             which it can no longer be saved.
         pack: false leaves them, for torch.compile, which does not know packed ones.
     """
     model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    if hasattr(model, "classifier"):
+        model.classifier.float()
     on_cpu = device is not None and device.type == "cpu"
     if pack and on_cpu and dtype == torch.bfloat16 and can_pack():
         pack_linears(model)

@@ -185,7 +185,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
-        if x.device.type != "cpu" or self.probability == 1:
+        if x.device.type != "cpu" or self.probability == 1 or torch.compiler.is_compiling():
             return F.dropout(x, self.probability)
         return x * self.scaled_mask(x.shape, x.dtype)
 
@@ -714,4 +714,7 @@ class TinyBertForSequenceClassification(_FittedModel):
             # Kept from the original: only where the config asks for it.
             pooled = torch.relu(pooled)
         hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
-        return self.classifier(pooled), output.attention_scores, hidden
+        # In float32 whatever the rest computes in: bfloat16 scores would come in steps of 1/64.
+        with torch.autocast(pooled.device.type, enabled=False):
+            logits = self.classifier(pooled.float())
+        return logits, output.attention_scores, hidden

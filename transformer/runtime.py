@@ -78,8 +78,8 @@ def setup_logging() -> None:
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """Add --precision, which every script that runs a model has."""
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto",
-                        help="precision to compute in; auto: bf16 where the device has it; fp16:"
-                             " with loss scaling, on a GPU")
+                        help="precision to compute in; auto: bf16 where the device has it; fp16"
+                             " (training scales the loss): on a GPU")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +145,7 @@ def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
     index = max(local_rank, 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"--local_rank {local_rank}: there are {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
@@ -199,16 +200,16 @@ def resolve_precision(
 
 
 def missing_for_compile(device: torch.device) -> str | None:
-    """Say what torch.compile lacks on this machine, or None."""
-    if device.type == "cuda":
-        if not importlib.util.find_spec("triton"):
-            return "the package triton is not installed"
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            return "this GPU is older than compute capability 7.0"
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        return None if compiler else "there is no C compiler (gcc or clang)"
-    compiler = os.environ.get("CXX") or "g++"
-    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+    """Say what torch.compile lacks on this machine, or None; compiles a line to find out."""
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    if device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
+        return f"there is no C++ compiler ({compiler})"
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return None
 
 
 def compile_models(
@@ -291,12 +292,12 @@ def check_output_dirs(paths: list[str], students: int, overwrite: bool = False) 
 
 
 def upload_outputs(address: tuple[str, str] | None, folders: list[Path]) -> None:
-    """Copy output folders to an S3 address if there is one, several below their own names."""
+    """Copy output folders to an S3 address if there is one, several below their own paths."""
     if address is None:
         return
     bucket, prefix = address
     for folder in folders:
-        below = prefix if len(folders) == 1 else f"{prefix}/{folder.name}"
+        below = prefix if len(folders) == 1 else f"{prefix}/{folder.as_posix().lstrip('/')}"
         upload_folder(folder, bucket, below)
 
 

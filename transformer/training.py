@@ -39,17 +39,21 @@ def micro_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def step_batches(
-    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], accumulation: int,
-    spans: Iterable[int], pin: bool,
+    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], steps: int, accumulation: int,
+    spans: Iterable[int], device: torch.device,
 ) -> Iterator[StepBatches]:
-    """Make the batches of each step; `pin` puts them where a GPU copies them from at once."""
+    """Make the batches of `steps` steps; for a GPU where it copies them from at once."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # this thread's, for the pinned memory
     for collate, epoch_rows in epochs:
         size = -(-max(map(len, epoch_rows)) // accumulation)
+        epoch_rows = epoch_rows[:steps]
         for place, rows in enumerate(epoch_rows):
             parts = []
             for part in micro_batches(rows, size):
                 batch = collate(part)
-                if pin:
+                if on_gpu:
                     batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
                 parts.append((len(part), batch))
             epoch_ends = place + 1 == len(epoch_rows)
@@ -59,6 +63,10 @@ def step_batches(
                 count = sum(len(rows) for rows in epoch_rows[begin : begin + span])
                 whole[span] = (count, epoch_ends or (place + 1) % span == 0)
             yield StepBatches(parts, len(rows), whole, epoch_ends)
+        steps -= len(epoch_rows)
+        del collate, epoch_rows  # they hold the epoch's data, and the next one is read now
+        if not steps:
+            return
 
 
 def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
@@ -99,7 +107,7 @@ def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
             yield value
     finally:
         stopped.set()
-        thread.join()
+        thread.join(timeout=1)  # longer only where it is reading an epoch; it ends by itself then
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -211,16 +219,19 @@ def train(
     learners: Sequence[Learner],
     teach: Callable[[Batch], Any],
     epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]],
+    steps: int,
     accumulation: int,
     device: torch.device,
 ) -> Iterator[Step]:
     """Train students side by side on what one teacher shows, one optimizer step at a time.
 
     Args:
-        learners: the students; each ends as if it had been trained alone.
+        learners: the students; each ends as if it had been trained alone (on a GPU up to rounding,
+            as a teacher layer whose scores another student needs runs another kernel).
         teach: from a batch to what every student's loss is told: one pass for all of them.
         epochs: for each pass, what turns row numbers into a batch, and the rows of each step of
             the smallest batch size. A thread reads them in advance.
+        steps: how many of those steps to take; the last one ends every student's step.
         accumulation: micro-batches a step. A row counts the same in whichever micro-batch it
             stands, so the step's result does not depend on this number.
         device: where the models are.
@@ -228,7 +239,7 @@ def train(
     for learner in learners:
         learner.student.train()
     spans = {learner.span for learner in learners}
-    batches = prefetch(step_batches(epochs, accumulation, spans, device.type == "cuda"))
+    batches = prefetch(step_batches(epochs, steps, accumulation, spans, device))
     with closing(batches):
         while True:
             began = time.perf_counter()

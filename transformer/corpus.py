@@ -1,0 +1,439 @@
+"""Text of pre-training: a corpus as word-piece ids, next-sentence instances of it, and masking.
+
+A corpus is one flat array of ids with the starts of its sentences and documents; an instance is
+two spans of that array, as cutting it to length only trims ends (BERT, arXiv 1810.04805, section
+3.1 and appendix A).
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from random import Random
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from transformer.file_utils import UserError
+from transformer.tokenization import BLOCK_BYTES, BertTokenizer
+
+SENTENCES_PER_BLOCK = 1 << 14  # planned at once
+CORPUS_IDS_NAME = "corpus.bin"
+SENTENCES_NAME, DOCUMENTS_NAME = "sentence_starts", "document_starts"
+
+
+# ------------------------------------------------------------------ flat arrays
+
+
+class ArrayWriter:
+    """Collects arrays of one dtype end to end, in memory or, where a path is given, in a file."""
+
+    def __init__(self, dtype: np.dtype | str, path: Path | None = None) -> None:
+        self.dtype = np.dtype(dtype)
+        self.path = path
+        self._output: BinaryIO = path.open("wb") if path else BytesIO()
+
+    def write(self, values: np.ndarray | Sequence) -> None:
+        """Append values, which must fit the dtype."""
+        self._output.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+
+    def close(self) -> np.ndarray:
+        """Return all values: an array in memory, or a read-only map of the file."""
+        if self.path is None:
+            return np.frombuffer(self._output.getbuffer(), dtype=self.dtype)  # shares the memory
+        self._output.close()
+        return map_array(self.path, self.dtype)
+
+
+def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
+    """Map a file of values into memory, read-only; an empty file is an empty array."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def id_dtype(vocab_size: int) -> str:
+    """Return the smallest dtype that holds every word-piece id."""
+    return "<u2" if vocab_size <= 1 << 16 else "<i4"
+
+
+# ------------------------------------------------------------------ documents
+
+
+class Corpus(NamedTuple):
+    """Tokenized documents. Sentence s has the ids `token_ids[starts[s]:starts[s + 1]]`."""
+
+    token_ids: np.ndarray  # [tokens]
+    sentence_starts: np.ndarray  # [sentences + 1], counted in tokens
+    document_starts: np.ndarray  # [documents + 1], counted in sentences
+    unknown: int  # how many ids are [UNK]
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    @property
+    def sentences(self) -> int:
+        return len(self.sentence_starts) - 1
+
+    @classmethod
+    def open(cls, folder: Path, vocab_size: int) -> "Corpus":
+        """Map a corpus that `build_corpus` wrote to a folder; processes share its memory."""
+        starts = (map_array(folder / name, "<i8") for name in (SENTENCES_NAME, DOCUMENTS_NAME))
+        return cls(map_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)), *starts, unknown=0)
+
+
+class TokenizedBlock(NamedTuple):
+    """A part of a corpus, from a line's start to a line's end."""
+
+    text_bytes: int
+    token_ids: np.ndarray  # [tokens]
+    lengths: np.ndarray  # [sentences], in tokens
+    blank_lines: np.ndarray  # [blank lines], how many of the block's sentences are before each
+    unknown: int
+
+
+def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more."""
+    total = path.stat().st_size
+    end = 0
+    with path.open("rb") as lines:
+        while end < total:
+            start = end
+            lines.seek(min(start + size, total) - 1)
+            lines.readline()
+            end = lines.tell()
+            yield start, end
+
+
+def tokenize_block(path: Path, block: tuple[int, int], tokenizer: BertTokenizer) -> TokenizedBlock:
+    """Tokenize bytes [start, end) of a UTF-8 file: a sentence a line, blank between documents.
+
+    Lines without word pieces are dropped. Bytes that are not UTF-8 are a `UserError` with line.
+    """
+    start, end = block
+    with path.open("rb") as file:
+        file.seek(start)
+        text = file.read(end - start)
+    text_lines = text.removesuffix(b"\n")
+    try:
+        ids, lengths = tokenizer.encode_lines(text_lines)
+        lines = text_lines.split(b"\n")
+        blank = [line for line in np.flatnonzero(lengths == 0) if not lines[line].decode().strip()]
+    except UnicodeDecodeError:
+        check_utf8(path)  # raises the error that names the line
+        raise
+    sentences = np.cumsum(lengths > 0)
+    return TokenizedBlock(
+        len(text),
+        ids.astype(id_dtype(len(tokenizer))),
+        lengths[lengths > 0],
+        sentences[blank],
+        int((ids == tokenizer.unk_id).sum()),
+    )
+
+
+def check_utf8(path: Path) -> None:
+    """Raise a `UserError` that names the first line of a file which is not UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}; expected UTF-8 text, one sentence a line"
+                ) from error
+
+
+def build_corpus(
+    blocks: Iterable[TokenizedBlock], vocab_size: int,
+    folder: Path | None = None, ids_file: Path | None = None,
+) -> Corpus:
+    """Join blocks, in the order of the text; documents without sentences are dropped.
+
+    With a `folder` the arrays are files in it, which `Corpus.open` maps, and memory stays at a
+    block whatever the corpus. With an `ids_file` at least the ids are in that file.
+    """
+    token_ids = ArrayWriter(id_dtype(vocab_size), folder / CORPUS_IDS_NAME if folder else ids_file)
+    sentence_starts = ArrayWriter("<i8", folder and folder / SENTENCES_NAME)
+    document_starts = ArrayWriter("<i8", folder and folder / DOCUMENTS_NAME)
+    tokens = sentences = last_start = unknown = 0
+    sentence_starts.write([0])
+    document_starts.write([0])
+    for block in blocks:
+        token_ids.write(block.token_ids)
+        sentence_starts.write(tokens + np.cumsum(block.lengths, dtype=np.int64))
+        starts = np.unique(sentences + block.blank_lines)
+        starts = starts[starts > last_start]
+        document_starts.write(starts)
+        last_start = int(starts[-1]) if len(starts) else last_start
+        tokens += len(block.token_ids)
+        sentences += len(block.lengths)
+        unknown += block.unknown
+    if sentences > last_start:
+        document_starts.write([sentences])
+    return Corpus(token_ids.close(), sentence_starts.close(), document_starts.close(), unknown)
+
+
+# ------------------------------------------------------------------ random numbers
+
+
+class RandomNumbers(NamedTuple):
+    """The random numbers of an epoch, each by its purpose and a sentence's or document's number.
+
+    As no number depends on those drawn before, neither the division of the work nor its order
+    changes the result. They are those of SplitMix64 (Steele, Lea and Flood, 2014), which also
+    defines the n-th number by n alone, with a start for each seed, epoch and purpose.
+    """
+
+    seed: int
+    epoch: int
+
+    def bits(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
+        """Return 64 random bits for each of `numbers`, as uint64."""
+        name = f"{self.seed}/{self.epoch}/{purpose}"
+        state = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state += np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u8")[0]
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+    def uniform(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
+        """Return a random number from 0 to below 1 for each of `numbers`."""
+        return (self.bits(purpose, numbers) >> np.uint64(11)) * 2.0**-53
+
+    def below(self, purpose: str, numbers: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
+        """Return a random integer from 0 to below the limit for each of `numbers`."""
+        return (self.uniform(purpose, numbers) * limits).astype(np.int64)
+
+    def heads(self, purpose: str, numbers: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """Return for each of `numbers` how many of so many coin flips are heads."""
+        heads = np.zeros(len(numbers), dtype=np.int64)
+        for word in range(-(-int(flips.max(initial=0)) // 64)):
+            rows = np.flatnonzero(flips > 64 * word)
+            unused = np.maximum(64 * (word + 1) - flips[rows], 0).astype(np.uint64)
+            bits = self.bits(f"{purpose} {word}", numbers[rows]) >> unused
+            flipped = np.unpackbits(bits.view(np.uint8).reshape(-1, 8), axis=1)
+            heads[rows] += flipped.sum(axis=1, dtype=np.int64)
+        return heads
+
+
+# ------------------------------------------------------------------ next-sentence instances
+
+
+class EpochSettings(NamedTuple):
+    """What the instances of a run have in common; lengths count the special tokens."""
+
+    seed: int = 42
+    max_seq_len: int = 128
+    short_seq_prob: float = 0.1
+    one_seq: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of text an instance holds."""
+        return self.max_seq_len - (2 if self.one_seq else 3)
+
+
+class Instances(NamedTuple):
+    """Instances one after the other [instances]: two spans of the corpus, counted in tokens."""
+
+    sentences: np.ndarray  # the sentence that begins it, each time another
+    first_starts: np.ndarray
+    first_lengths: np.ndarray
+    second_starts: np.ndarray
+    second_lengths: np.ndarray  # 0 where there is one segment
+    is_random_next: np.ndarray  # bool
+
+
+class _Plan(NamedTuple):
+    """For each sentence [sentences] of a block, the instance that would begin with it."""
+
+    sentences: np.ndarray
+    documents: np.ndarray  # the sentence's document
+    targets: np.ndarray  # tokens to gather
+    splits: np.ndarray  # the sentence that begins the second part
+    stops: np.ndarray  # the sentence after the second part
+    is_random: np.ndarray  # whether a random span replaces the second part
+    following: np.ndarray  # the sentence that begins the next instance
+
+
+def make_instances(
+    corpus: Corpus, settings: EpochSettings, epoch: int, begin: int = 0, end: int | None = None
+) -> Iterator[Instances]:
+    """Yield the instances of the sentences [begin, end) for one epoch, block by block.
+
+    `begin` and `end` are borders of documents, of the whole corpus if not given. Sentences are
+    gathered until they hold the target length, split at a random one, and half of the time the
+    second part is exchanged for a random span and given back to the document. The target is the
+    full length or, with probability `short_seq_prob`, a random shorter one. `one_seq` keeps
+    what was gathered as one segment.
+    """
+    random = RandomNumbers(settings.seed, epoch)
+    end = corpus.sentences if end is None else end
+    while begin < end:
+        # The next instance depends on where the last one ended; everything else is computed for
+        # all sentences of the block at once, and then kept for those that begin an instance.
+        block_end = min(begin + SENTENCES_PER_BLOCK, end)
+        plan = _plan_instances(corpus, settings, random, begin, block_end)
+        following = (plan.following - begin).tolist()
+        chosen, place = [], 0
+        while place < len(following):
+            chosen.append(place)
+            place = following[place]
+        chosen = np.array(chosen)
+        plan = _Plan(*(values[chosen] for values in plan))
+        yield _cut_instances(corpus, settings, random, plan)
+        begin += place
+
+
+def _plan_instances(
+    corpus: Corpus, settings: EpochSettings, random: RandomNumbers, begin: int, end: int
+) -> _Plan:
+    """Plan an instance from every sentence in [begin, end)."""
+    sentences = np.arange(begin, end)
+    documents = np.searchsorted(corpus.document_starts, sentences, side="right") - 1
+    numbers = np.arange(documents[0], documents[-1] + 1)
+    # Kept from the original: one target length a document, where BERT draws one an instance.
+    is_short = random.uniform("short", numbers) < settings.short_seq_prob
+    short_targets = 2 + random.below("target", numbers, settings.max_tokens - 1)
+    targets = np.where(is_short, short_targets, settings.max_tokens)[documents - documents[0]]
+    # A sentence has a token at least, so no instance reaches further than its target.
+    starts = corpus.sentence_starts[begin : end + settings.max_tokens]
+    stops = begin + np.searchsorted(starts, starts[: len(sentences)] + targets)
+    stops = np.minimum(stops, corpus.document_starts[documents + 1])
+    if settings.one_seq:
+        never = np.zeros(len(sentences), dtype=bool)
+        return _Plan(sentences, documents, targets, stops, stops, never, stops)
+    splits = sentences + 1 + random.below("split", sentences, stops - sentences - 1)
+    is_random = (splits == stops) | (random.uniform("next", sentences) < 0.5)
+    following = np.where(is_random, splits, stops)
+    return _Plan(sentences, documents, targets, splits, stops, is_random, following)
+
+
+def _cut_instances(
+    corpus: Corpus, settings: EpochSettings, random: RandomNumbers, plan: _Plan
+) -> Instances:
+    """Take the planned instances, cut to length."""
+    first_starts, second_starts, ends = (
+        corpus.sentence_starts[place] for place in (plan.sentences, plan.splits, plan.stops)
+    )
+    first_lengths, second_lengths = second_starts - first_starts, ends - second_starts
+    chosen = np.flatnonzero(plan.is_random)
+    second_starts[chosen], second_lengths[chosen] = random_spans(
+        corpus, random, plan.sentences[chosen], plan.documents[chosen],
+        plan.targets[chosen] - first_lengths[chosen],
+    )
+    first_cut, second_cut = truncation(first_lengths, second_lengths, settings.max_tokens)
+    return Instances(
+        plan.sentences,
+        first_starts + random.heads("first", plan.sentences, first_cut),
+        first_lengths - first_cut,
+        second_starts + random.heads("second", plan.sentences, second_cut),
+        second_lengths - second_cut,
+        plan.is_random,
+    )
+
+
+def random_spans(
+    corpus: Corpus, random: RandomNumbers,
+    sentences: np.ndarray, documents: np.ndarray, lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take sentences of other documents, from random ones on, until they hold `lengths` tokens.
+
+    For each of `sentences` [spans], which are of `documents`, every sentence outside its document
+    is equally likely to be the first, which is to draw a document by its number of sentences and
+    then one of them. A span stops at its document's end. Returns starts and lengths in tokens.
+    """
+    begins, ends = corpus.document_starts[documents], corpus.document_starts[documents + 1]
+    own = ends - begins
+    drawn = random.below("random sentence", sentences, corpus.sentences - own)
+    drawn += np.where(drawn >= begins, own, 0)
+    others = np.searchsorted(corpus.document_starts, drawn, side="right")
+    starts = corpus.sentence_starts[drawn]
+    stops = np.searchsorted(corpus.sentence_starts, starts + np.maximum(lengths, 1))
+    stops = np.minimum(stops, corpus.document_starts[others])
+    return starts, corpus.sentence_starts[stops] - starts
+
+
+def truncation(
+    first_lengths: np.ndarray, second_lengths: np.ndarray, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many tokens to cut off each first and second span, so that both fit together.
+
+    The longer one loses tokens until both are equally long; then they take turns, the second
+    first. So each may keep half, and what the other leaves of its half.
+    """
+    half = max_tokens // 2
+    first_kept = np.maximum(max_tokens - second_lengths, max_tokens - half)
+    second_kept = np.maximum(max_tokens - first_lengths, half)
+    return np.maximum(first_lengths - first_kept, 0), np.maximum(second_lengths - second_kept, 0)
+
+
+# ------------------------------------------------------------------ masking
+
+
+@dataclass
+class Masking:
+    """How tokens are masked (BERT, section 3.1); probability 0 masks nothing."""
+
+    tokenizer: BertTokenizer
+    probability: float
+    max_predictions: int
+    whole_words: bool  # all pieces of a word or none
+
+    @cached_property
+    def continuation_ids(self) -> frozenset[int]:
+        """The pieces to mask with the word before them."""
+        pieces = self.tokenizer.vocab.items() if self.whole_words else ()
+        return frozenset(index for piece, index in pieces if piece.startswith("##"))
+
+    def predictions(self, length: int) -> int:
+        """Return how many of `length` tokens are masked, at most."""
+        if self.probability <= 0:
+            return 0
+        # Kept from the original: at least one prediction, though here not at probability 0.
+        return min(self.max_predictions, max(1, round(length * self.probability)))
+
+
+def mask_tokens(
+    ids: Sequence[int], masking: Masking, random: Random
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the masked ids, the sorted positions of the predictions, and their original ids.
+
+    Of the chosen tokens 80 % become [MASK], 10 % a random piece, and 10 % stay.
+    """
+    masked = list(ids)
+    budget = masking.predictions(len(masked))
+    if not budget:
+        return masked, [], []
+    tokenizer, continuation_ids = masking.tokenizer, masking.continuation_ids
+    special_ids = (tokenizer.cls_id, tokenizer.sep_id)
+    words: list[list[int]] = []
+    for position, index in enumerate(masked):
+        if index in special_ids:
+            continue
+        if index in continuation_ids and words and words[-1][-1] == position - 1:
+            words[-1].append(position)
+        else:
+            words.append([position])
+    random.shuffle(words)
+    positions: list[int] = []
+    for word in words:
+        if len(positions) + len(word) <= budget:
+            positions.extend(word)
+        if len(positions) == budget:
+            break
+    positions.sort()
+    labels = [masked[position] for position in positions]
+    for position in positions:
+        choice = random.random()
+        if choice < 0.8:
+            masked[position] = tokenizer.mask_id
+        elif choice < 0.9:
+            masked[position] = random.randrange(len(tokenizer))
+    return masked, positions, labels
