@@ -819,26 +819,32 @@ task_distillation() {
   done
 }
 
-# evaluation KIND MODEL TASK FOLDER: the dev score of a trained model.
+# evaluation STEP TASK: the dev scores of the trained models in folders.
 evaluation() {
-  local name output
-  name=$(slug "$3")
-  output=$RESULTS_DIR/eval/${4##*/}
-  script task_distill.py --do_eval --student_model "$4" --data_dir "$GLUE_DIR/$3" \
-    --task_name "$3" --output_dir "$output"
+  local name folder i outputs=()
+  name=$(slug "$2")
+  for folder in "${folders[@]}"; do outputs+=("$RESULTS_DIR/eval/${folder##*/}"); done
+  script task_distill.py --do_eval --student_model "${folders[@]}" --data_dir "$GLUE_DIR/$2" \
+    --task_name "$2" --output_dir "${outputs[@]}"
   [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
   option --eval_batch_size EVAL_BATCH_SIZE "$name"
   option --max_seq_length MAX_SEQ_LENGTH "$name"
   option --precision PRECISION
-  run "eval_${4##*/}" "$output"
-  record "$1" "$2" "$3" "$output" "$4"
+  also=("${outputs[@]:1}")
+  run "$1" "${outputs[0]}"
+  for i in "${!folders[@]}"; do
+    record "${kinds[i]}" "${models[i]}" "$2" "${outputs[i]}" "${folders[i]}"
+  done
 }
 
-# evaluate_student STUDENT TASK FINAL
-evaluate_student() {
+# evaluated KIND MODEL FOLDER: adds a model to those of the next evaluation.
+evaluated() { kinds+=("$1") models+=("$2") folders+=("$3"); }
+
+# evaluated_student STUDENT TASK FINAL: adds each setting of the prediction stage.
+evaluated_student() {
   local folder _
   while read -r _ _ folder <&3; do
-    evaluation student "$1" "$2" "$folder"
+    evaluated student "$1" "$folder"
   done 3< <(variants "$2" "$3")
 }
 
@@ -859,12 +865,13 @@ stage_distill() {
 }
 
 stage_evaluate() {
-  local student task
-  for student in $STUDENTS; do
-    for task in $TASKS; do
-      side_by_side evaluate_student "$student" "$task" \
-        "$STUDENTS_DIR/distilled_${student}_$(slug "$task")"
+  local student task name kinds models folders
+  for task in $TASKS; do
+    name=$(slug "$task") kinds=() models=() folders=()
+    for student in $STUDENTS; do
+      evaluated_student "$student" "$task" "$STUDENTS_DIR/distilled_${student}_$name"
     done
+    side_by_side evaluation "eval_$name" "$task"
   done
   wait_for_all
 }
@@ -914,13 +921,15 @@ stage_smart_distill() {
 }
 
 stage_smart_evaluate() {
-  local task direct
+  local task name direct kinds models folders
   for task in $TASKS; do
-    direct=$STUDENTS_DIR/${SMART_STUDENT}_direct_$(slug "$task")
-    side_by_side evaluation untrained "${SMART_STUDENT}_direct" "$task" "$direct"
-    side_by_side evaluate_student "${SMART_STUDENT}_direct" "$task" "${direct}_tsd"
-    [[ $SMART_GENERAL != yes ]] || side_by_side evaluate_student "$SMART_STUDENT" "$task" \
-      "$STUDENTS_DIR/${SMART_STUDENT}_$(slug "$task")"
+    name=$(slug "$task") kinds=() models=() folders=()
+    direct=$STUDENTS_DIR/${SMART_STUDENT}_direct_$name
+    evaluated untrained "${SMART_STUDENT}_direct" "$direct"
+    evaluated_student "${SMART_STUDENT}_direct" "$task" "${direct}_tsd"
+    [[ $SMART_GENERAL != yes ]] ||
+      evaluated_student "$SMART_STUDENT" "$task" "$STUDENTS_DIR/${SMART_STUDENT}_$name"
+    side_by_side evaluation "eval_${SMART_STUDENT}_$name" "$task"
   done
   wait_for_all
 }
