@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer.checkpoint import save_pretrained
-from transformer.distillation import Batch, model_inputs, show_nothing
+from transformer.distillation import Batch, show_nothing
 from transformer.evaluation import Selection, evaluate_splits, write_results
 from transformer.file_utils import UserError, cache_root
 from transformer.glue import (
@@ -34,7 +34,7 @@ from transformer.glue import (
     padded_collate,
     padding_multiple,
 )
-from transformer.modeling import TinyBertForSequenceClassification
+from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
     JsonLog,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer.file_utils import UserError
 from transformer.inference import freeze as freeze  # a teacher's first step
-from transformer.modeling import BertModel, BertModelOutput
+from transformer.modeling import BertModel, BertModelOutput, model_inputs
 
 
 def map_layers(teacher_layers: int, student_layers: int) -> tuple[list[int], list[int]]:
@@ -181,11 +181,6 @@ def intermediate_losses(
 # ------------------------------------------------------------------ what a teacher shows
 
 Batch = dict[str, Tensor]
-
-
-def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what every model is called with: ids, segments and mask, each [batch, length]."""
-    return batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
 
 
 class IntermediateTeacher(nn.Module):

@@ -21,6 +21,7 @@ from transformer.glue import (
     padded_collate,
 )
 from transformer.inference import inference_copy
+from transformer.modeling import model_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +126,7 @@ def predict_logits(
     outputs = []
     with torch.inference_mode():
         for indices in tqdm(order, desc="predict", unit="batch", leave=False, disable=None):
-            batch = collate(indices)
-            inputs = [
-                batch[key].to(device) for key in ("input_ids", "token_type_ids", "attention_mask")
-            ]
+            inputs = [tensor.to(device) for tensor in model_inputs(collate(indices))]
             outputs.append(model(*inputs, score_layers=())[0].float())  # [batch, labels]
         sorted_logits = torch.cat(outputs).cpu()
     logits = torch.empty_like(sorted_logits)

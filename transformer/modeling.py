@@ -399,6 +399,11 @@ class BertLMPredictionHead(nn.Module):
 # ------------------------------------------------------------------ wholes
 
 
+def model_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what every model is called with: ids, segments and mask, each [batch, length]."""
+    return batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
+
+
 class BertModelOutput(NamedTuple):
     """What `BertModel` returns.
 
