@@ -11,49 +11,46 @@ Example:
 
 import argparse
 import logging
-from itertools import count
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from transformer.checkpoint import save_pretrained
 from transformer.distillation import Batch, show_nothing
-from transformer.evaluation import Selection, evaluate_splits, write_results
-from transformer.file_utils import UserError, cache_root
+from transformer.evaluation import Selection, evaluate_splits
+from transformer.file_utils import UserError
 from transformer.glue import (
     GLUE_TASKS,
-    Features,
     GlueTask,
-    batches,
+    cached_features,
     get_task,
     label_order,
-    load_features,
     padded_collate,
     padding_multiple,
 )
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
-    JsonLog,
-    Pace,
-    RunningMean,
     add_common_arguments,
     check_numbers,
+    check_output_dir,
     compile_models,
     get_device,
     log_start,
     parameter_count,
-    prepare_output_dir,
     resolve_precision,
     run_script,
-    save_arguments,
     set_seed,
 )
 from transformer.tokenization import BertTokenizer
-from transformer.training import Learner, train
+from transformer.training import Learner, shuffled_passes
+from transformer.training_run import (
+    Output,
+    Run,
+    check_training_room,
+    finished_before,
+    open_output_dirs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +136,11 @@ def main(args: argparse.Namespace) -> None:
     # Settings
     check_numbers(args)
     task = find_task(args.task_name, args.data_dir)
+    check_output_dir(args.output_dir, args.overwrite_output_dir or args.resume)
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
+    if finished_before(args, [args.output_dir]):
+        return
     set_seed(args.seed)
 
     # Model and data
@@ -151,64 +151,50 @@ def main(args: argparse.Namespace) -> None:
     model.config.check_length(args.max_seq_length, args.bert_model)
     model.to(device)
     labels = label_order(task, model.config.id2label)
-
-    def load(split: str, max_rows: int | None = None) -> Features:
-        return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
-                             max_rows, cache_root() / "features")
-
-    train_rows = load("aug" if args.aug_train else "train", args.max_train_rows or None)
-    dev = {split: load(split) for split in task.dev_files}
+    data = (tokenizer, args.max_seq_length, labels)
+    train_rows = cached_features(task, args.data_dir, "aug" if args.aug_train else "train", *data,
+                                 args.max_train_rows)
+    dev = {split: cached_features(task, args.data_dir, split, *data) for split in task.dev_files}
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)
     loss = LabelLoss(model)
     optimizer = BertAdam(
         param_groups(model, args.weight_decay), lr=args.learning_rate,
-        warmup=args.warmup_proportion, t_total=total_steps)
+        warmup=args.warmup_proportion, t_total=max(1, total_steps))
     compiled = compile_models(args.compile, device, loss)
+    learner = Learner(model, loss, optimizer, device, dtype)
 
     # Output
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    save_arguments(output_dir, log_start(
+    [folder] = open_output_dirs(args, [args.bert_model], log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
-    log = JsonLog(output_dir / "log.jsonl")
-
-    def measure(epoch: int, facts: dict[str, float]) -> dict[str, dict[str, float]]:
-        metrics = evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
-        log.write({"epoch": epoch, **facts, "metrics": metrics["dev"], "all_metrics": metrics})
-        logger.info("epoch %d  %s  %s", epoch, facts, metrics)
-        return metrics
+    output = Output(learner, folder, tokenizer, Selection(task))
+    check_training_room(
+        [output], args.train_batch_size, int(train_rows.lengths.max()), models_written=3)
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
-    selection, means = Selection(task), RunningMean()
-    before = measure(0, {})
-    selection.update(before)
-    save_pretrained(model, output_dir, tokenizer)
     multiple = padding_multiple(device)
     make_batch = padded_collate(train_rows, multiple, limit=args.max_seq_length)
-    generator = torch.Generator().manual_seed(args.seed)
-    epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
-                                   multiple)) for _ in count())
-    steps = train([Learner(model, loss, optimizer, device, dtype)], show_nothing, epochs,
-                  total_steps, accumulation=1, device=device)
-    pace, epoch = Pace(), 0
-    progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
-    for number, step in enumerate(progress, start=1):
-        pace.add(step.rows, step.waited)
-        means.add(step.losses[0])
-        if step.epoch_ends or number == total_steps:
-            epoch += 1
-            if selection.update(measure(epoch, {**means.read(), **pace.read()})):
-                save_pretrained(model, output_dir, tokenizer)
-            pace.restart()
+    run = Run(
+        [output], lambda first: shuffled_passes(
+            make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
+        lambda epoch: steps_per_epoch, total_steps, report_every=steps_per_epoch,
+        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=args.resume)
+
+    def measure() -> None:
+        output.record(run.facts(), evaluate_splits(
+            model, dev, task, device, args.eval_batch_size, dtype))
+
+    if run.step == 0:
+        measure()
+    for _ in run.steps(show_nothing, 1, task.name):
+        if run.reports():
+            measure()
 
     # Results
-    write_results(output_dir, {
-        "task": task.name, **selection.results(), "before": before["dev"],
-        "rows": len(dev["dev"]), "train_rows": len(train_rows),
-    })
-    logger.info("%s on dev: before %s, best %s, last %s", task.name,
-                before["dev"], selection.best["dev"], selection.last["dev"])
+    output.finish({"task": task.name, "before": output.selection.first["dev"],
+                   "rows": len(dev["dev"]), "train_rows": len(train_rows)})
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ Examples:
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from transformer.checkpoint import save_config, save_weights
+from transformer import distributed
+from transformer.checkpoint import save_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -41,9 +42,6 @@ from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
 from transformer.runtime import (
-    JsonLog,
-    Pace,
-    RunningMean,
     add_training_arguments,
     check_numbers,
     check_output_dirs,
@@ -52,16 +50,21 @@ from transformer.runtime import (
     log_start,
     one_each,
     parameter_count,
-    prepare_output_dir,
     resolve_precision,
     run_script,
-    save_arguments,
     set_seed,
     training_steps,
     upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, autocast, to_device, train
+from transformer.training import Collate, Learner, autocast, pass_generator, to_device
+from transformer.training_run import (
+    Output,
+    Run,
+    check_training_room,
+    finished_before,
+    open_output_dirs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,28 +142,25 @@ class Corpus:
                                               self.max_seq_length, self.reduce_memory)
         return self.loaded
 
-    def steps(self, epochs: float, batch_size: int) -> int:
-        """Return the number of optimizer steps of `epochs` passes."""
-        whole = sum(-(-self.rows(epoch) // batch_size) for epoch in range(int(epochs)))
-        rest = -(-self.rows(int(epochs)) // batch_size)
-        return whole + round((epochs - int(epochs)) * rest)
+    def steps_in_pass(self, epoch: int, batch_size: int) -> int:
+        """Return the number of optimizer steps of pass `epoch` (from 0)."""
+        return -(-self.rows(epoch) // batch_size)
 
-    def passed(self, step: int, batch_size: int) -> float:
-        """Return how many passes `step` optimizer steps are."""
-        passes = 0
-        while step >= (size := -(-self.rows(passes) // batch_size)):
-            step, passes = step - size, passes + 1
-        return passes + step / size
+    def steps(self, epochs: float, batch_size: int) -> int:
+        """Return the number of optimizer steps of `epochs` passes, at least 1."""
+        whole = sum(self.steps_in_pass(epoch, batch_size) for epoch in range(int(epochs)))
+        rest = self.steps_in_pass(int(epochs), batch_size)
+        return max(1, whole + round((epochs - int(epochs)) * rest))
 
     def passes(
-        self, epochs: float, batch_size: int, generator: torch.Generator, multiple: int,
-        pad_to: int | None,
+        self, first: int, batch_size: int, seed: int, multiple: int, pad_to: int | None
     ) -> Iterator[tuple[Collate, Sequence[Sequence[int]]]]:
-        """Yield for each pass what makes batches, and the rows of each step."""
-        for epoch in range(max(1, math.ceil(epochs))):
+        """Yield from pass `first` on what makes its batches, and the rows of each step."""
+        for epoch in count(first):
             data = self.load(epoch)
             collate = padded_collate(data, multiple, pad_to, self.max_seq_length)
-            rows = batches(data.lengths, batch_size, generator, multiple, in_units=True)
+            rows = batches(data.lengths, batch_size, pass_generator(seed, epoch), multiple,
+                           in_units=True)
             del data  # so that only one epoch is held while the next is read
             yield collate, rows
             del collate, rows
@@ -201,124 +201,125 @@ def make_learner(
     optimizer = BertAdam(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
         warmup=args.warmup_proportion,
-        t_total=max(1, corpus.steps(args.num_train_epochs, size)))
+        t_total=corpus.steps(args.num_train_epochs, size))
     return Learner(student, IntermediateLoss(student, args.match_original), optimizer, device,
                    dtype, span=size // min(args.train_batch_size))
-
-
-@dataclass
-class Output:
-    """Where one student's checkpoints and log go."""
-
-    learner: Learner
-    folder: Path
-    log: JsonLog
-    means: RunningMean = field(default_factory=RunningMean)
-
-    def record(self, step: int, facts: dict[str, float]) -> None:
-        """Log what is known at a step and save the student."""
-        record = {"step": step, "lr": self.learner.optimizer.get_lr()[0], **facts}
-        self.log.write(record)
-        logger.info("%s: %s", self.folder.name, record)
-        save_weights(self.learner.student, self.folder / f"step_{step}_{WEIGHTS_NAME}")
 
 
 @torch.no_grad()
 def measure(learner: Learner, teacher: IntermediateTeacher, collate: Collate,
             rows: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Return a student's losses over batches of instances, each instance counting the same."""
+    """Return a student's losses over batches of instances, each instance counting the same.
+
+    Under torchrun each process computes some of the batches.
+    """
     learner.student.eval()
-    totals: dict[str, Tensor] = {}
-    for part in tqdm(rows, unit="batch", disable=None):
+    totals = dict.fromkeys(("att_loss", "rep_loss"), torch.zeros((), device=learner.device))
+    own = rows[distributed.rank() :: distributed.world_size()]
+    for part in tqdm(own, unit="batch", disable=None):
         batch = to_device(collate(part), learner.device)
         shown = teacher(batch)
         with autocast(learner.device, learner.dtype):
             values = learner.loss(batch, shown)
         for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value * len(part)
-    return {name: float(total) / sum(map(len, rows)) for name, total in totals.items()}
+            totals[name] = totals[name] + value * len(part)
+    return {name: float(distributed.sum_over_ranks(total)) / sum(map(len, rows))
+            for name, total in totals.items()}
+
+
+def load_teacher(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None
+) -> tuple[BertModel, BertTokenizer, str]:
+    """Load the teacher's encoder, frozen, with its vocabulary and its size in words."""
+    encoder = BertModel.from_pretrained(args.teacher_model, add_pooler=False)
+    size = parameter_count(encoder)
+    freeze(encoder, dtype, device, pack=not args.compile)
+    tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
+    encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
+    encoder.config.check_length(args.max_seq_length, args.teacher_model)
+    return encoder, tokenizer, size
+
+
+def measure_only(args: argparse.Namespace, learners: list[Learner], teacher: IntermediateTeacher,
+                 corpus: Corpus, folders: list[Path]) -> None:
+    """Write each student's losses on the first epoch's data."""
+    data = corpus.load(0)
+    collate = padded_collate(data, padding_multiple(learners[0].device),
+                             args.max_seq_length if args.match_original else None,
+                             args.max_seq_length)
+    for learner, folder in zip(learners, folders, strict=True):
+        values = measure(learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
+        write_results(folder, {"losses": values, "rows": corpus.rows(0)})
+        logger.info("%s: %s", folder, values)
 
 
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_numbers(args)
+    if args.do_eval and args.resume:
+        raise UserError("--resume is for training; leave it out with --do_eval")
     students = len(args.student_model)
     args.learning_rate = one_each("learning_rate", args.learning_rate, students)
     args.train_batch_size = one_each("train_batch_size", args.train_batch_size, students)
     check_batch_sizes(args.train_batch_size)
+    training_steps(args.num_train_epochs, 1)
     batch_size = min(args.train_batch_size)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
     address = s3_address(args.data_url)
+    if finished_before(args, args.output_dir):
+        return
 
     # Teacher, data and students
     set_seed(args.seed)
-    encoder = BertModel.from_pretrained(args.teacher_model, add_pooler=False)
-    teacher_size = parameter_count(encoder)
-    freeze(encoder, dtype, device, pack=not args.compile)
-    tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
-    encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
-    encoder.config.check_length(args.max_seq_length, args.teacher_model)
+    encoder, tokenizer, teacher_size = load_teacher(args, device, dtype)
     corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
     corpus.load(0)  # before anything is written: it may be damaged
-    training_steps(args.num_train_epochs, 1)
-    total_steps = max(1, corpus.steps(args.num_train_epochs, batch_size))
+    total_steps = corpus.steps(args.num_train_epochs, batch_size)
     learners = [make_learner(args, number, encoder, corpus, device, dtype)
                 for number in range(students)]
     teacher = IntermediateTeacher(
         encoder, [learner.student.config.num_hidden_layers for learner in learners])
     compiled = compile_models(args.compile, device, teacher, *(x.loss for x in learners))
 
-    # Output
-    folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
-    start = log_start(
+    # Output; every step_N_pytorch_model.bin is a model beside this config and vocabulary
+    folders = open_output_dirs(args, args.student_model, log_start(
         args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
-        students=" ".join(parameter_count(learner.student) for learner in learners))
-    for folder, source in zip(folders, args.student_model, strict=True):
-        save_arguments(folder, {**start, "student": source})
-    multiple = padding_multiple(device)
-    pad_to = args.max_seq_length if args.match_original else None
+        students=" ".join(parameter_count(learner.student) for learner in learners)))
     if args.do_eval:
-        data = corpus.load(0)
-        collate = padded_collate(data, multiple, pad_to, args.max_seq_length)
-        for learner, folder in zip(learners, folders, strict=True):
-            values = measure(
-                learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
-            write_results(folder, {"losses": values, "rows": corpus.rows(0)})
-            logger.info("%s: %s", folder, values)
+        measure_only(args, learners, teacher, corpus, folders)
         return
-
-    # Distillation; every step_N_pytorch_model.bin is a model beside this config and vocabulary
-    outputs = [Output(learner, folder, JsonLog(folder / "log.jsonl"))
+    outputs = [Output(learner, folder, tokenizer)
                for learner, folder in zip(learners, folders, strict=True)]
     for output in outputs:
         save_config(output.learner.student, output.folder, tokenizer)
-    passes = corpus.passes(args.num_train_epochs, batch_size,
-                           torch.Generator().manual_seed(args.seed), multiple, pad_to)
     # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
     accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
-    steps = train(learners, teacher, passes, total_steps, accumulation, device)
-    pace = Pace()
-    progress = tqdm(steps, desc="general", total=total_steps, unit="step", disable=None)
-    for number, step in enumerate(progress, start=1):
-        pace.add(step.rows, step.waited)
-        for output, losses in zip(outputs, step.losses, strict=True):
-            if losses is not None:
-                output.means.add(losses)
-        if number % args.eval_step == 0 or number == total_steps:
-            means = [output.means.read() for output in outputs]
-            facts = {"epoch": round(corpus.passed(number, batch_size), 3), **pace.read()}
-            for output, losses in zip(outputs, means, strict=True):
-                output.record(number, {**facts, **losses})
-            pace.restart()
+    check_training_room(outputs, -(-batch_size // accumulation), args.max_seq_length,
+                        models_written=2 + total_steps // args.eval_step)
+
+    # Distillation
+    multiple = padding_multiple(device)
+    pad_to = args.max_seq_length if args.match_original else None
+    run = Run(
+        outputs, lambda first: corpus.passes(first, batch_size, args.seed, multiple, pad_to),
+        lambda epoch: corpus.steps_in_pass(epoch, batch_size), total_steps,
+        report_every=args.eval_step, save_steps=args.save_steps, save_minutes=args.save_minutes,
+        resume=args.resume)
+    for _ in run.steps(teacher, accumulation, "general"):
+        if run.reports():
+            facts = run.facts()
+            for output in outputs:
+                output.record(facts)
+                output.save_weights(f"step_{run.step}_{WEIGHTS_NAME}")
 
     # Results: the next stage reads these folders as they are
-    for output, losses in zip(outputs, means, strict=True):
-        save_weights(output.learner.student, output.folder / WEIGHTS_NAME)
-        write_results(output.folder, {"losses": losses, "steps": total_steps,
-                                      "rows": corpus.rows(0)})
+    for output in outputs:
+        output.save_weights(WEIGHTS_NAME)
+        output.finish({"steps": total_steps, "rows": corpus.rows(0)})
+    run.finish()
     upload_outputs(address, folders)
 
 

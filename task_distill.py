@@ -20,16 +20,12 @@ Examples:
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from transformer.checkpoint import fetch_model, save_pretrained
+from transformer.checkpoint import fetch_model
 from transformer.distillation import (
     Batch,
     IntermediateLoss,
@@ -46,24 +42,20 @@ from transformer.evaluation import (
     predict_logits,
     write_results,
 )
-from transformer.file_utils import UserError, cache_root, s3_address
+from transformer.file_utils import UserError, s3_address
 from transformer.glue import (
     GLUE_TASKS,
     Features,
     GlueTask,
-    batches,
+    cached_features,
     get_task,
     label_order,
-    load_features,
     padded_collate,
     padding_multiple,
 )
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
-    JsonLog,
-    Pace,
-    RunningMean,
     add_training_arguments,
     check_numbers,
     check_output_dirs,
@@ -81,7 +73,14 @@ from transformer.runtime import (
     upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, train
+from transformer.training import Collate, Learner, shuffled_passes
+from transformer.training_run import (
+    Output,
+    Run,
+    check_training_room,
+    finished_before,
+    open_output_dirs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +149,8 @@ def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
 
 def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
               labels: tuple[str, ...], max_rows: int = 0) -> Features:
-    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
-                         max_rows or None, cache_root() / "features")
+    return cached_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                           max_rows)
 
 
 def check_fit(args: argparse.Namespace, model: nn.Module, tokenizer: BertTokenizer,
@@ -220,44 +219,6 @@ def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
     return with_logits
 
 
-@dataclass
-class Output:
-    """Where one student's checkpoints, log and results go."""
-
-    learner: Learner
-    folder: Path
-    log: JsonLog
-    tokenizer: BertTokenizer
-    selection: Selection
-    means: RunningMean = field(default_factory=RunningMean)
-    losses: dict[str, float] = field(default_factory=dict)  # the last that were logged
-
-    def record(self, step: int, facts: dict[str, float],
-               metrics: dict[str, dict[str, float]] | None) -> None:
-        """Log the last losses and the dev metrics, if any; save the student that is the best."""
-        record = {"step": step, **facts, "lr": self.learner.optimizer.get_lr()[0], **self.losses}
-        if metrics is not None:
-            record |= {"metrics": metrics["dev"], "all_metrics": metrics}
-            if self.selection.update(metrics):
-                self.save()
-        self.log.write(record)
-        shown = "  ".join(f"{k} {v}" for k, v in record.items() if k != "all_metrics")
-        logger.info("%s: %s", self.folder.name, shown)
-
-    def save(self, subfolder: str = "") -> None:
-        save_pretrained(self.learner.student, self.folder / subfolder, self.tokenizer)
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Write the results; the prediction stage's last student is kept beside the best."""
-        result = {**facts, "losses": self.losses}
-        if self.selection.count:
-            self.save("last")
-            result |= self.selection.results()
-            logger.info("%s on dev: best %s, last %s", self.folder.name, result["best"],
-                        result["last"])
-        write_results(self.folder, result)
-
-
 def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
                   dtype: torch.dtype | None) -> None:
     """Measure each student on the dev sets of the task and write the results."""
@@ -289,14 +250,17 @@ def main(args: argparse.Namespace) -> None:
     apply_task_defaults(args, task)
     students = len(args.student_model)
     args.learning_rate = one_each("learning_rate", args.learning_rate, students)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
+    for flag in ("compile", "resume"):
+        if args.do_eval and getattr(args, flag):
+            raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     address = s3_address(args.data_url)
-    if args.do_eval and args.compile:
-        raise UserError("--compile is for training; leave it out with --do_eval")
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
+        return
+    if finished_before(args, args.output_dir):
         return
 
     # Teacher, data and students
@@ -317,17 +281,17 @@ def main(args: argparse.Namespace) -> None:
                               *([] if args.pred_distill else [teach]))
 
     # Output
-    folders = [prepare_output_dir(path, args.overwrite_output_dir) for path in args.output_dir]
-    start = log_start(
+    folders = open_output_dirs(args, args.student_model, log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         batch=args.train_batch_size, teacher=teacher_size,
-        students=" ".join(parameter_count(learner.student) for learner in learners))
-    for folder, source in zip(folders, args.student_model, strict=True):
-        save_arguments(folder, {**start, "student": source})
-    outputs = [Output(learner, folder, JsonLog(folder / "log.jsonl"), tokenizer, Selection(task))
+        students=" ".join(parameter_count(learner.student) for learner in learners)))
+    outputs = [Output(learner, folder, tokenizer, Selection(task) if args.pred_distill else None)
                for learner, folder in zip(learners, folders, strict=True)]
+    check_training_room(
+        outputs, -(-args.train_batch_size // args.gradient_accumulation_steps),
+        int(train_rows.lengths.max()), models_written=3)
 
-    # Distillation
+    # Distillation: in the intermediate stage the newest student is kept, in the other the best
     multiple = padding_multiple(device)
     make_batch = padded_collate(
         train_rows, multiple, args.max_seq_length if args.match_original else None,
@@ -336,34 +300,29 @@ def main(args: argparse.Namespace) -> None:
         # The teacher is frozen: its answer to a row is computed once, not every epoch.
         make_batch = with_teacher_logits(make_batch, predict_logits(
             teacher, train_rows, device, args.eval_batch_size, dtype))
-    generator = torch.Generator().manual_seed(args.seed)
-    epochs = ((make_batch, batches(train_rows.lengths, args.train_batch_size, generator,
-                                   multiple)) for _ in count())
-    steps = train(learners, teach, epochs, total_steps, args.gradient_accumulation_steps, device)
-    pace = Pace()
-    progress = tqdm(steps, desc=task.name, total=total_steps, unit="step", disable=None)
-    for number, step in enumerate(progress, start=1):
-        pace.add(step.rows, step.waited)
-        for output, losses in zip(outputs, step.losses, strict=True):
-            output.means.add(losses)
-        if number % args.eval_step == 0 or number == total_steps:
+    run = Run(
+        outputs, lambda first: shuffled_passes(
+            make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
+        lambda epoch: steps_per_epoch, total_steps, report_every=args.eval_step,
+        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=args.resume)
+    for step in run.steps(teach, args.gradient_accumulation_steps, task.name):
+        if run.reports():
+            facts = run.facts()
             for output in outputs:
-                output.losses = output.means.read()
-            facts = {"epoch": round(number / steps_per_epoch, 3), **pace.read()}
-            for output in outputs:
-                metrics = evaluate_splits(
+                output.record(facts, evaluate_splits(
                     output.learner.student, dev, task, device, args.eval_batch_size, dtype,
-                ) if args.pred_distill else None
-                output.record(number, facts, metrics)
-            pace.restart()
-        if not args.pred_distill and (step.epoch_ends or number == total_steps):
+                ) if args.pred_distill else None)
+        if step.epoch_ends and not args.pred_distill:
             for output in outputs:
                 output.save()
 
     # Results
     for output in outputs:
+        if args.pred_distill:
+            output.save("last")
         output.finish({"task": task.name, "rows": len(dev["dev"]),
                        "train_rows": len(train_rows), "steps": total_steps})
+    run.finish()
     upload_outputs(address, folders)
 
 

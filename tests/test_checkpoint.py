@@ -10,7 +10,15 @@ from helpers import make_model, same_weights, tiny_config, weights
 from safetensors.torch import save_file
 
 from transformer import checkpoint
-from transformer.checkpoint import canonical_key, fetch_model, load_state, save_pretrained
+from transformer.checkpoint import (
+    canonical_key,
+    fetch_model,
+    load_state,
+    load_training_state,
+    remove_training_states,
+    save_pretrained,
+    save_training_state,
+)
 from transformer.file_utils import UserError
 from transformer.modeling import (
     BertForMaskedLM,
@@ -371,3 +379,47 @@ def test_fields_of_others_survive_loading_and_saving(tmp_path):
     save_pretrained(BertModel.from_pretrained(tmp_path / "a"), tmp_path / "b")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["classifier_dropout"] == 0.3
+
+
+# ------------------------------------------------------------------ states of a run
+
+
+def test_the_newest_two_states_are_kept_and_the_newest_is_read(tmp_path):
+    assert load_training_state(tmp_path) is None
+    for step in (3, 20, 100):
+        save_training_state(tmp_path, step, {"step": step, "weight": torch.full((2,), step)})
+    names = sorted(path.name for path in (tmp_path / "training_state").iterdir())
+    assert names == ["step_0000000020.pt", "step_0000000100.pt"]
+    state = load_training_state(tmp_path)
+    assert state["step"] == 100 and state["weight"].tolist() == [100, 100]
+    remove_training_states(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, caplog):
+    for step in (1, 2):
+        save_training_state(tmp_path, step, {"step": step, "weight": torch.ones(100)})
+    newest = tmp_path / "training_state" / "step_0000000002.pt"
+    content = bytearray(newest.read_bytes())
+    place = content.index(b"\x00\x00\x80\x3f" * 20) + 40
+    content[place] ^= 4  # within the tensor: torch.load itself would not see it
+    newest.write_bytes(content)
+    assert load_training_state(tmp_path)["step"] == 1
+    assert "step_0000000002.pt: damaged" in caplog.text
+
+
+def test_the_same_weights_are_the_same_bytes_whatever_the_file_is_called(tmp_path):
+    make_model(tmp_path / "a")
+    make_model(tmp_path / "b")
+    first, second = ((tmp_path / name / "pytorch_model.bin").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
+    make_model(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_state(tmp_path)

@@ -200,7 +200,7 @@ def test_a_constant_classifier_is_called_out(sst2, caplog):
 def test_a_process_of_its_own_prints_the_scores_before_and_after(sst2):
     result = run_process("finetune_teacher.py", *sst2.arguments("out", "--num_train_epochs", 1))
     assert result.returncode == 0, result.stderr
-    for word in ("before", "best", "commit", "precision", "parameters"):
+    for word in ("first", "best", "commit", "precision", "parameters"):
         assert word in result.stderr
 
 

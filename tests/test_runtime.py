@@ -1,9 +1,12 @@
 """What every script shares: errors, flags, device, precision, output folders, logs."""
 
 import argparse
+import errno
 import json
 import logging
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,8 +18,11 @@ from transformer.runtime import (
     JsonLog,
     Pace,
     RunningMean,
+    argument_values,
     check_numbers,
     check_output_dirs,
+    check_room,
+    check_same_arguments,
     compile_models,
     get_device,
     given_flags,
@@ -115,12 +121,6 @@ def test_the_defaults_are_numbers_that_make_sense():
 
 
 # ------------------------------------------------------------------ device and precision
-
-
-def test_one_of_several_processes_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"one of 2 processes"):
-        get_device()
 
 
 def test_no_cuda_means_the_cpu():
@@ -268,6 +268,27 @@ def test_running_means_start_again_after_reading():
     assert means.read() == {"loss": 5.0}
 
 
+def test_running_means_go_on_from_a_saved_state():
+    means, later = RunningMean(), RunningMean()
+    means.add({"loss": torch.tensor(1.0)})
+    later.load_state(json.loads(json.dumps(means.state())), CPU)
+    later.add({"loss": torch.tensor(4.0)})
+    assert later.read() == {"loss": 2.5}
+
+
+def test_a_log_that_is_cut_goes_on_at_that_place(tmp_path):
+    log = JsonLog(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    size = log.size
+    log.write({"step": 2})
+    later = JsonLog(tmp_path / "other.jsonl")
+    later.path = log.path
+    later.cut(size)
+    later.write({"step": 2, "again": True})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "again": True}]
+
+
 def test_the_log_has_one_json_object_a_line(tmp_path):
     log = JsonLog(tmp_path / "log.jsonl")
     log.write({"step": 1})
@@ -288,3 +309,93 @@ def test_a_run_starts_by_saying_what_it_is(caplog):
 
 def test_parameters_are_counted_in_millions():
     assert parameter_count(torch.nn.Linear(1000, 1000, bias=False)) == "1.0M"
+
+
+# ------------------------------------------------------------------ stopping and going on
+
+
+def resumable(name: str = "x", **values) -> argparse.Namespace:
+    return argparse.Namespace(**{"name": name, "rate": 0.1, "resume": True, "save_steps": 5,
+                                 "given": {"name"}, **values})
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_script_with_the_command_that_continues(
+        capsys, monkeypatch, number, code):
+    monkeypatch.setattr("sys.argv", ["X.py", "--name", "a b", "--overwrite_output_dir"])
+    with_resume = parser()
+    runtime.add_resume_argument(with_resume)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(lambda args: os.kill(os.getpid(), number), with_resume, ["--name", "a b"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    message = capsys.readouterr().err
+    assert exit_info.value.code == code
+    assert message == (f"X.py: stopped by {signal.Signals(number).name}; this continues: "
+                       "python X.py --name 'a b' --resume\n")
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main, parser(), ["--name", "x"])
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message.startswith("X.py: error: the disk is full") and message.count("\n") == 1
+
+
+def test_a_lost_process_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def main(args):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main, parser(), ["--name", "x"])
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message.count("\n") == 1
+    assert message.startswith("X.py (process 1): error: another process of this run has ended")
+
+
+def test_torchruns_second_try_resumes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with_resume, seen = parser(), []
+    runtime.add_resume_argument(with_resume)
+    run_script(seen.append, with_resume, ["--name", "x"])
+    assert seen[0].resume
+
+
+def test_resuming_with_other_arguments_names_those_that_differ(tmp_path):
+    path = tmp_path / "args.json"
+    assert not check_same_arguments(path, resumable())
+    path.write_text(json.dumps({"arguments": argument_values(resumable())}))
+    assert check_same_arguments(path, resumable(save_steps=9, resume=False))
+    with pytest.raises(UserError, match=r"--name y \(was x\), --rate 0.2 \(was 0.1\)"):
+        check_same_arguments(path, resumable("y", rate=0.2))
+
+
+def test_a_resumed_run_keeps_its_states_and_clears_what_was_being_written(tmp_path):
+    state = tmp_path / "training_state" / "step_0000000003.pt"
+    state.parent.mkdir()
+    state.write_text("x")
+    (tmp_path / ".pytorch_model.bin.99.tmp").write_text("half")
+    (state.parent / ".step_0000000006.pt.99.tmp").write_text("half")
+    prepare_output_dir(tmp_path, resume=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [state]
+    prepare_output_dir(tmp_path, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_disk_or_memory_is_an_error_before_work_starts(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        check_room("training", tmp_path / "not" / "there", 1000, 1000)
+    assert "training needs about 0.00 GB of disk" in caplog.text
+    with pytest.raises(UserError, match=r"GB free; training needs about 1000000000.00 GB"):
+        check_room("training", tmp_path, 10**18)
+    with pytest.raises(UserError, match=r"GB of memory free; training needs about"):
+        check_room("training", tmp_path, 1, 10**18)

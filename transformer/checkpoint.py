@@ -5,15 +5,18 @@ A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `py
 """
 
 import logging
+import os
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from transformer import distributed
 from transformer.file_utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_NAME,
@@ -78,6 +81,24 @@ def weights_path(model_dir: Path | str) -> Path:
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
 
 
+def read_tensors(path: Path) -> Any:
+    """Read what `torch.save` wrote, onto the CPU; a damaged file raises, whatever is wrong."""
+    if zipfile.is_zipfile(path):  # PyTorch's older format is none, and has no check sums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load leaves the check sums alone
+                raise ValueError(f"the check sum of its part {damaged} does not agree")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """Write tensors in standard containers to `path`, to the disk itself: the same bytes always."""
+    # By an open file: a path's name would stand in the file, and a full disk be a RuntimeError.
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     """Read the weights of a model directory onto the CPU, under their canonical names.
 
@@ -86,10 +107,7 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     """
     path = weights_path(model_dir)
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     except Exception as error:  # a damaged pickle raises almost anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: damaged, or not a file of weights ({reason[:120]})") from error
@@ -178,16 +196,20 @@ def load_weights(
 
 
 def save_weights(model: nn.Module, path: Path | str) -> None:
-    """Write the state of `model` to `path` as CPU tensors, atomically."""
+    """Write the state of `model` to `path` as CPU tensors, atomically, in a run's first process."""
+    if not distributed.is_main():
+        return
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        write_tensors(state, temporary)
 
 
 def save_config(
     model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
 ) -> None:
     """Write what stands beside the weights: `config.json` and, if given, the vocabulary."""
+    if not distributed.is_main():
+        return
     config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
     write_json(Path(output_dir) / CONFIG_NAME, config)
     if tokenizer is not None:
@@ -204,3 +226,53 @@ def save_pretrained(
     """
     save_config(model, output_dir, tokenizer)
     save_weights(model, Path(output_dir) / WEIGHTS_NAME)
+
+
+# ------------------------------------------------------------------ states of a run
+
+STATE_FOLDER = "training_state"
+KEPT_STATES = 2
+
+
+def _states(output_dir: Path | str) -> list[Path]:
+    """Return the states of a run, the newest first."""
+    return sorted(Path(output_dir, STATE_FOLDER).glob("step_*.pt"), reverse=True)
+
+
+def save_training_state(output_dir: Path | str, step: int, state: dict[str, Any]) -> Path:
+    """Write what a run needs to go on after `step`, atomically; the newest two states are kept.
+
+    Args:
+        output_dir: the run's output folder; states lie in its subfolder `training_state`.
+        step: optimizer steps so far.
+        state: tensors, numbers, strings and None in dictionaries, lists and tuples.
+    """
+    path = Path(output_dir, STATE_FOLDER, f"step_{step:010}.pt")
+    with atomic_path(path) as temporary:
+        write_tensors(state, temporary)
+    for old in _states(output_dir)[KEPT_STATES:]:
+        old.unlink()
+    return path
+
+
+def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
+    """Read the newest sound state of a run; None if there is none. Damaged ones are warned of."""
+    for path in _states(output_dir):
+        try:
+            state = read_tensors(path)
+        except Exception as error:  # a damaged file raises almost anything
+            logger.warning("%s: damaged (%s); taking the one before it", path,
+                           str(error).strip().split("\n")[0][:120])
+            continue
+        logger.info("going on from %s", path)
+        return state
+    return None
+
+
+def remove_training_states(output_dir: Path | str) -> None:
+    """Delete the states of a run that has ended."""
+    for path in _states(output_dir):
+        path.unlink()
+    folder = Path(output_dir, STATE_FOLDER)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

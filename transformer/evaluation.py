@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from transformer import distributed
 from transformer.file_utils import UserError, write_json, write_text
 from transformer.glue import (
     Features,
@@ -115,7 +116,8 @@ def predict_logits(
 ) -> torch.Tensor:
     """Run a model over all rows, dropout off: logits [rows, labels], float32, in row order.
 
-    It computes in `dtype`, on a copy of the model: the model itself is not touched.
+    It computes in `dtype`, on a copy of the model: the model itself is not touched. Under torchrun
+    each process computes some of the batches, and all of them return all rows.
     """
     device = torch.device(device)
     if device.type == "cuda":  # a few short rows would not keep it busy
@@ -123,15 +125,18 @@ def predict_logits(
     order = batches(features.lengths, batch_size)
     collate = padded_collate(features)
     model = inference_copy(model, dtype, device)
+    own = order[distributed.rank() :: distributed.world_size()]
     outputs = []
     with torch.inference_mode():
-        for indices in tqdm(order, desc="predict", unit="batch", leave=False, disable=None):
+        for indices in tqdm(own, desc="predict", unit="batch", leave=False, disable=None):
             inputs = [tensor.to(device) for tensor in model_inputs(collate(indices))]
             outputs.append(model(*inputs, score_layers=())[0].float())  # [batch, labels]
-        sorted_logits = torch.cat(outputs).cpu()
-    logits = torch.empty_like(sorted_logits)
-    logits[torch.from_numpy(np.concatenate(order))] = sorted_logits
-    return logits
+        own_logits = torch.cat(outputs).cpu() if own else torch.empty(0, 0)
+    labels = distributed.largest(own_logits.shape[1])
+    logits = torch.zeros(len(features), labels)
+    if own:
+        logits[torch.from_numpy(np.concatenate(own))] = own_logits
+    return distributed.sum_over_ranks(logits)  # each row comes from one process
 
 
 def evaluate_splits(
@@ -184,7 +189,7 @@ def evaluate(
 
 
 class Selection:
-    """Keeps the scores of a run's dev evaluations: the best, by the task's metric, and the last.
+    """Keeps scores of a run's dev evaluations: first, best by the task's metric, and last.
 
     It starts at minus infinity, so the first evaluation always counts as the best.
     """
@@ -193,18 +198,28 @@ class Selection:
         self.metric = task.metrics[0]
         self.count = 0
         self.best_score = -math.inf
+        self.first: dict[str, dict[str, float]] = {}
         self.best: dict[str, dict[str, float]] = {}
         self.last: dict[str, dict[str, float]] = {}
 
     def update(self, metrics: dict[str, dict[str, float]]) -> bool:
         """Note the metrics by split; returns whether those on "dev" are the best so far."""
         self.count += 1
+        self.first = self.first or metrics
         self.last = metrics
         score = metrics["dev"][self.metric]
         if not score > self.best_score:
             return False
         self.best_score, self.best = score, metrics
         return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load_state` takes."""
+        return dict(vars(self))
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        vars(self).update(state)
 
     def results(self) -> dict[str, Any]:
         """Return what `write_results` should say of the run."""
@@ -252,13 +267,15 @@ def write_results(output_dir: Path | str, result: Mapping[str, Any]) -> None:
 
     The text has one "key = value" line a value, sorted, as the original wrote it: metrics under
     their own names, the loss as `eval_loss`, other nested values as "outer_inner". Arrays
-    (logits, predictions) are left out of both.
+    (logits, predictions) are left out of both. Of several processes the first writes.
     """
+    if not distributed.is_main():
+        return
     output_dir = Path(output_dir)
     flat = {key: value for key, value in _flatten(result) if not _is_array(value)}
     lines = [f"{key} = {_scalar(flat[key])}\n" for key in sorted(flat)]
-    write_json(output_dir / "eval_results.json", _as_json(result))
     write_text(output_dir / "eval_results.txt", "".join(lines))
+    write_json(output_dir / "eval_results.json", _as_json(result))
 
 
 def _scalar(value: Any) -> Any:

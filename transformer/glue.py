@@ -17,7 +17,8 @@ import numpy as np
 import tokenizers
 import torch
 
-from transformer.file_utils import UserError, atomic_path, file_sha256
+from transformer import distributed
+from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -203,21 +204,29 @@ class TsvWriter:
 
     def write(self, row: Sequence[str]) -> None:
         """Write one row."""
-        line = "\t".join(row)
-        expressible = (
-            len(row) > 0
-            and line.count("\t") == len(row) - 1
-            and "\n" not in line
-            and not line.endswith("\r")
-            and not (self.rows_written == 0 and line.startswith(BYTE_ORDER_MARK))
-        )
-        if not expressible:
-            raise UserError(
-                f"{self.path}, row {self.rows_written + 1}: {list(row)!r} cannot be written; "
-                "expected cells without tab, line break or byte-order mark"
-            )
-        self._file.write(line + "\n")
+        self._file.write(tsv_line(row, self.path, self.rows_written + 1))
         self.rows_written += 1
+
+
+def tsv_line(row: Sequence[str], path: Path | str, number: int) -> str:
+    """Return the line of a row; one that the dialect cannot express is a `UserError`.
+
+    `path` and `number`, which counts rows from 1, are the file's and the row's in the message.
+    """
+    line = "\t".join(row)
+    expressible = (
+        len(row) > 0
+        and line.count("\t") == len(row) - 1
+        and "\n" not in line
+        and not line.endswith("\r")
+        and not (number == 1 and line.startswith(BYTE_ORDER_MARK))
+    )
+    if not expressible:
+        raise UserError(
+            f"{path}, row {number}: {list(row)!r} cannot be written; "
+            "expected cells without tab, line break or byte-order mark"
+        )
+    return line + "\n"
 
 
 def write_tsv(path: Path | str, rows: Iterable[Sequence[str]]) -> None:
@@ -677,6 +686,19 @@ def load_features(
         ", from cache" if from_cache else "",
     )  # fmt: skip
     return features
+
+
+def cached_features(
+    task: GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
+    max_seq_length: int, labels: Sequence[str], max_rows: int = 0,
+) -> Features:
+    """Return what `load_features` does, by the user's cache; `max_rows` 0 means all.
+
+    Under torchrun one process of each machine encodes, and the others find what it stored.
+    """
+    with distributed.main_first():
+        return load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
+                             max_rows or None, cache_root() / "features")
 
 
 def _cache_key(

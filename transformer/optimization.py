@@ -22,7 +22,7 @@ def warmup_linear(progress: float, warmup: float) -> float:
     """Linear increase over the warm-up share, then linear decrease to 0 at the end."""
     if progress < warmup:
         return progress / warmup
-    return max((progress - 1.0) / (warmup - 1.0), 0.0)
+    return max(0.0, (progress - 1.0) / (warmup - 1.0))
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:

@@ -3,23 +3,30 @@
 import argparse
 import copy
 import ctypes
+import errno
 import importlib.util
 import json
 import logging
 import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from transformer.file_utils import UserError, upload_folder, write_json
+from transformer import distributed
+from transformer.checkpoint import remove_training_states
+from transformer.file_utils import UserError, read_json, upload_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,18 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
     return set(vars(silent.parse_args(argv)))
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM has ended the work; `signal_number` says which."""
+
+    def __init__(self, signal_number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+
+
+def _raise_stopped(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
 def run_script(
     main: Callable[[argparse.Namespace], None],
     parser: argparse.ArgumentParser,
@@ -50,26 +69,63 @@ def run_script(
 ) -> None:
     """Parse the command line, set up logging and run `main(args)`.
 
-    `args.given` holds the names of the flags that were given. A user's mistake becomes one
-    line on stderr and exit code 2; Ctrl-C leaves with 130.
+    `args.given` holds the names of the flags that were given. A user's mistake, a full disk and a
+    lost process of the same run become one line on stderr and exit code 2; Ctrl-C and SIGTERM
+    leave with 130 and 143, and where the script can go on later, with the command that does.
     """
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
+    if hasattr(args, "resume") and distributed.is_restart():
+        args.resume = True
     setup_logging()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         main(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal_number", signal.SIGINT)
+        _complain(parser.prog, f"stopped by {signal.Signals(number).name}{how_to_continue(args)}")
+        sys.exit(128 + number)
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
             PermissionError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        _complain(parser.prog, f"error: {error}")
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(parser.prog, f"error: the disk is full ({error}); what was finished is kept"
+                  + how_to_continue(args))
+        sys.exit(2)
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        _complain(parser.prog, "error: another process of this run has ended, so this one ends"
+                  " too; the first message of the others says why" + how_to_continue(args))
+        sys.exit(2)
+    finally:
+        distributed.disconnect()
+
+
+def _complain(program: str, message: str) -> None:
+    """Print one line on stderr; of several processes each but the first says which it is."""
+    process = "" if distributed.is_main() else f" (process {distributed.rank()})"
+    print(f"{program}{process}: {message}", file=sys.stderr, flush=True)
+
+
+def how_to_continue(args: argparse.Namespace) -> str:
+    """Return the end of a sentence with the command that goes on; nothing where none does."""
+    if not hasattr(args, "resume"):
+        return ""
+    words = [word for word in sys.argv if not word.startswith(("--resume", "--overwrite"))]
+    launcher = "torchrun ..." if distributed.world_size() > 1 else "python"
+    return f"; this continues: {launcher} {shlex.join([*words, '--resume'])}"
 
 
 def setup_logging() -> None:
-    """Log to stderr, one short line a message."""
+    """Log to stderr, one short line a message; of several processes the first speaks for all."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO if distributed.is_main() else logging.ERROR,
+        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S",
     )
     for noisy in ("urllib3", "botocore", "boto3", "matplotlib", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -90,6 +146,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                              " it can")
     parser.add_argument("--overwrite_output_dir", action="store_true",
                         help="write into an output folder that is not empty")
+    add_resume_argument(parser)
+    parser.add_argument("--save_steps", type=int, default=0,
+                        help="steps between saved states, which --resume goes on from; 0: by time")
+    parser.add_argument("--save_minutes", type=float, default=15.0,
+                        help="minutes between saved states; 0: by --save_steps alone")
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --resume, which every script has whose work takes long."""
+    parser.add_argument("--resume", action="store_true",
+                        help="go on where an earlier call with the same arguments was stopped")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +170,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 LEAST = {
     "train_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "eval_step": 1,
     "max_seq_length": 3, "max_train_rows": 0, "num_train_epochs": 0, "learning_rate": 0,
-    "weight_decay": 0, "warmup_proportion": 0, "temperature": 1e-6,
+    "weight_decay": 0, "warmup_proportion": 0, "temperature": 1e-6, "save_steps": 0,
+    "save_minutes": 0,
 }
 
 
@@ -132,21 +200,21 @@ def set_seed(seed: int) -> None:
 def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
     """Return the GPU of this process, or the CPU, which is then set up for training steps.
 
-    Raises:
-        UserError: started as one of several processes; the training scripts run as one.
+    Under torchrun each process of a machine takes a GPU of its own, and joins the others here.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes; expected a single process"
-        )
-    if no_cuda or not torch.cuda.is_available():
+    use_gpu = not no_cuda and torch.cuda.is_available()
+    if use_gpu:
+        several = distributed.world_size() > 1
+        index = distributed.local_rank() if several else max(local_rank, 0)
+        if index >= torch.cuda.device_count():
+            what = f"process {index} of this machine" if several else f"--local_rank {local_rank}"
+            raise UserError(
+                f"{what}: there are {torch.cuda.device_count()} GPUs; expected one each")
+        torch.cuda.set_device(index)
+    else:
         keep_freed_memory()
-        return torch.device("cpu")
-    index = max(local_rank, 0)
-    if index >= torch.cuda.device_count():
-        raise UserError(f"--local_rank {local_rank}: there are {torch.cuda.device_count()} GPUs")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    distributed.connect(use_gpu)
+    return torch.device("cuda", index) if use_gpu else torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
@@ -248,23 +316,119 @@ def training_steps(epochs: float, steps_per_epoch: int) -> int:
 
 
 def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
-    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`."""
+    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`.
+
+    Of several processes the first looks: it may have written something already.
+    """
     path = Path(path)
+    if not distributed.is_main():
+        return
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(
             f"{path}: exists and is not empty; choose another folder"
-            " or pass --overwrite_output_dir"
+            " or pass --resume or --overwrite_output_dir"
         )
 
 
-def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
-    """Make the output folder; one that holds files already is an error unless `overwrite`."""
-    check_output_dir(path, overwrite)
+def prepare_output_dir(
+    path: Path | str, overwrite: bool = False, resume: bool = False
+) -> Path:
+    """Make the output folder; one that holds files is an error unless `overwrite` or `resume`.
+
+    What a killed process was writing goes, and unless the run resumes, so do its states.
+    """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        check_output_dir(path, overwrite or resume)
+        path.mkdir(parents=True, exist_ok=True)
+        for unfinished in path.rglob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        if not resume:
+            remove_training_states(path)
     return path
+
+
+# Arguments that may change from one call to the one that resumes it: they do not change results.
+FREE_ARGUMENTS = {
+    "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
+    "save_steps", "save_minutes", "num_workers", "local_rank", "data_url", "cache_dir",
+}
+
+
+def argument_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as JSON would give them back."""
+    values = {name: value for name, value in sorted(vars(args).items()) if name != "given"}
+    return json.loads(json.dumps(values, default=str))
+
+
+def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
+    """Say whether `args.json`, which an earlier call wrote, is there; it must hold these arguments.
+
+    Raises:
+        UserError: arguments that results depend on are others; the message names them all.
+    """
+    if not Path(path).is_file():
+        return False
+    saved, values = read_json(path).get("arguments", {}), argument_values(args)
+    differing = [f"--{name} {values.get(name)} (was {saved.get(name)})"
+                 for name in sorted({*values, *saved} - FREE_ARGUMENTS)
+                 if values.get(name) != saved.get(name)]
+    if differing:
+        raise UserError(
+            f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same,"
+            " or --overwrite_output_dir in place of --resume to start again"
+        )
+    return True
+
+
+# ------------------------------------------------------------------ room
+
+
+def free_disk(folder: Path | str) -> int:
+    """Return the bytes that are free where `folder` is or would be made."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that this process may still take; None where it is not told."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # of a container, if this is one with a limit
+        limits.append(int((group / "memory.max").read_text())
+                      - int((group / "memory.current").read_text()))
+    return min(limits) if limits else None
+
+
+def check_room(what: str, folder: Path | str, disk: int, memory: int = 0) -> None:
+    """Say what a stage will need, and raise a `UserError` where there is less.
+
+    Args:
+        what: the stage, as a message would call it.
+        folder: where it writes.
+        disk, memory: bytes.
+    """
+    if not distributed.is_main():
+        return
+    disk_left, memory_left = free_disk(folder), free_memory()
+    known = "unknown" if memory_left is None else f"{memory_left / 1e9:.1f}"
+    logger.info("%s needs about %.2f GB of disk (%.1f free) and %.2f GB of memory (%s free)",
+                what, disk / 1e9, disk_left / 1e9, memory / 1e9, known)
+    if disk > disk_left:
+        raise UserError(
+            f"{folder}: {disk_left / 1e9:.2f} GB free; {what} needs about {disk / 1e9:.2f} GB")
+    if memory_left is not None and memory > memory_left:
+        raise UserError(
+            f"{memory_left / 1e9:.2f} GB of memory free; {what} needs about {memory / 1e9:.2f} GB")
 
 
 def one_each(flag: str, values: float | list[float], students: int) -> list[float]:
@@ -302,7 +466,10 @@ def upload_outputs(address: tuple[str, str] | None, folders: list[Path]) -> None
 
 
 class RunningMean:
-    """Means of named scalars; they stay on their device until they are read."""
+    """Means of named scalars; they stay on their device until they are read.
+
+    Under torchrun a scalar is the sum of what the processes add.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, torch.Tensor] = {}
@@ -315,11 +482,28 @@ class RunningMean:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
         self.count += 1
 
+    def _totals(self) -> dict[str, float]:
+        names = list(self.totals)
+        totals = torch.stack([self.totals[name] for name in names]) if names else torch.empty(0)
+        totals = distributed.sum_over_ranks(totals.double().cpu()).tolist()
+        return dict(zip(names, totals, strict=True))
+
     def read(self) -> dict[str, float]:
         """Return the means since the last reading and start again."""
-        means = {name: float(total) / self.count for name, total in self.totals.items()}
+        means = {name: total / self.count for name, total in self._totals().items()}
         self.totals, self.count = {}, 0
         return means
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load_state` takes; the processes ask for it together."""
+        return {"totals": self._totals(), "count": self.count}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state` returned; the first process counts for all so far."""
+        share = 1.0 if distributed.is_main() else 0.0
+        self.totals = {name: torch.tensor(total * share, dtype=torch.float32, device=device)
+                       for name, total in state["totals"].items()}
+        self.count = state["count"]
 
 
 class Pace:
@@ -347,15 +531,29 @@ class Pace:
 
 
 class JsonLog:
-    """A log file with one JSON object a line, flushed line by line."""
+    """A log file with one JSON object a line, written by a run's first process."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, keep: bool = False) -> None:
         self.path = Path(path)
-        self.path.write_text("", encoding="utf-8")
+        if not keep:
+            self.cut(0)
+
+    @property
+    def size(self) -> int:
+        """Its bytes so far."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes: what followed is written again."""
+        if distributed.is_main():
+            with self.path.open("ab") as file:
+                file.truncate(size)
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line."""
+        if distributed.is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def commit_id() -> str:
@@ -378,13 +576,13 @@ def log_start(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None, **facts: Any
 ) -> dict[str, Any]:
     """Print how this run starts (commit, device, precision, facts, arguments) and return it."""
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())
-                 if k != "given"}
+    arguments = argument_values(args)
     start = {
         "commit": commit_id(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "precision": "fp32" if dtype is None else str(dtype).removeprefix("torch."),
         **facts,
         "arguments": arguments,
@@ -396,4 +594,5 @@ def log_start(
 
 def save_arguments(output_dir: Path, start: dict[str, Any]) -> None:
     """Write what `log_start` returned to `args.json`."""
-    write_json(output_dir / "args.json", start)
+    if distributed.is_main():
+        write_json(output_dir / "args.json", start)

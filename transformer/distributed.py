@@ -1,0 +1,121 @@
+"""The processes of one run under torchrun: which one this is, and what they tell each other.
+
+Alone, or without torchrun, every function is there and does nothing costly.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+# How long a process waits for another. A process that dies is noticed at once, by its closed
+# connection; this bounds how long one may tokenize while the others wait.
+LONGEST_WAIT = timedelta(hours=12)
+# How the libraries say that the other end has gone.
+LOST_PEER_SIGNS = ("gloo", "connection closed by peer", "connection reset by peer", "nccl",
+                   "broken pipe")
+
+
+def rank() -> int:
+    """Return the number of this process, from 0, over all machines."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Say whether this is the process that writes and logs."""
+    return rank() == 0
+
+
+def is_restart() -> bool:
+    """Say whether torchrun has started this run again after a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def connect(use_gpu: bool = False) -> None:
+    """Join the other processes, if there are any; CPU tensors go over Gloo, a GPU's over NCCL."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=LONGEST_WAIT)
+
+
+def disconnect() -> None:
+    """Leave the group, so that nothing of it is torn down half-way at the end of the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    largest(0)
+
+
+def agree(flag: bool) -> bool:
+    """Return whether any process says yes; all of them must ask."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """Return the largest of the processes' numbers; all of them must ask."""
+    if world_size() == 1:
+        return number
+    answer = torch.tensor(number)
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return int(answer)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up the tensor of every process, in place, where there are several."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the value of every process, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Return the first process's value in all of them; the others' does not matter."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Run a block in the first process of each machine, then in the others: they find its cache."""
+    if local_rank() == 0:
+        yield
+        barrier()
+    else:
+        barrier()
+        yield
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Say whether an error means that another process of the run has gone."""
+    text = str(error).lower()
+    return world_size() > 1 and any(sign in text for sign in LOST_PEER_SIGNS)

@@ -1,0 +1,358 @@
+"""A training run from its start, or from where it was stopped, to its end.
+
+It keeps what a run knows besides its models: how far it is, what it has logged and which dev score
+was the best; saves all of it from time to time, and goes on from there.
+"""
+
+import argparse
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from transformer import distributed
+from transformer.checkpoint import (
+    STATE_FOLDER,
+    load_training_state,
+    remove_training_states,
+    save_pretrained,
+    save_training_state,
+    save_weights,
+)
+from transformer.evaluation import Selection, write_results
+from transformer.file_utils import UserError
+from transformer.runtime import (
+    JsonLog,
+    Pace,
+    RunningMean,
+    Stopped,
+    check_room,
+    check_same_arguments,
+    prepare_output_dir,
+    save_arguments,
+)
+from transformer.tokenization import BertTokenizer
+from transformer.training import Collate, Learner, Step, train
+
+logger = logging.getLogger(__name__)
+
+# What a process asks of the others after a step; the largest wish is granted.
+NOTHING, SAVE, STOP = 0, 1, 2
+
+
+# ------------------------------------------------------------------ output folders
+
+
+def finished_before(args: argparse.Namespace, folders: Sequence[Path | str]) -> bool:
+    """Say whether --resume finds that an earlier call has done everything.
+
+    Raises:
+        UserError: the earlier call had other arguments.
+    """
+    if not args.resume:
+        return False
+    finished = []
+    if distributed.is_main():
+        for folder in map(Path, folders):
+            check_same_arguments(folder / "args.json", args)
+            # The results come last, and then the states go.
+            finished.append((folder / "eval_results.json").is_file()
+                            and not (folder / STATE_FOLDER).exists())
+    if not distributed.from_main(bool(finished) and all(finished)):
+        return False
+    logger.info("%s: finished by an earlier call; nothing to resume", " ".join(map(str, folders)))
+    return True
+
+
+def open_output_dirs(
+    args: argparse.Namespace, sources: Sequence[str], start: dict[str, Any]
+) -> list[Path]:
+    """Make each student's output folder and its `args.json`: `start` and the student's source."""
+    folders = []
+    paths = args.output_dir if isinstance(args.output_dir, list) else [args.output_dir]
+    for path, source in zip(paths, sources, strict=True):
+        folder = prepare_output_dir(path, args.overwrite_output_dir, args.resume)
+        if distributed.is_main():
+            (folder / "eval_results.json").unlink(missing_ok=True)  # says that a run has finished
+        save_arguments(folder, {**start, "student": source})
+        folders.append(folder)
+    return folders
+
+
+@dataclass
+class Output:
+    """One student's folder: its checkpoints, log and results; the first process writes them."""
+
+    learner: Learner
+    folder: Path
+    tokenizer: BertTokenizer
+    selection: Selection | None = None  # where dev scores choose the student
+    means: RunningMean = field(default_factory=RunningMean)
+    losses: dict[str, float] = field(default_factory=dict)  # the last that were logged
+
+    def __post_init__(self) -> None:
+        self.log = JsonLog(self.folder / "log.jsonl", keep=True)
+
+    def record(
+        self, facts: dict[str, Any], metrics: dict[str, dict[str, float]] | None = None
+    ) -> None:
+        """Log facts, losses and dev metrics, if any; save the student that is the best so far."""
+        record = {**facts, "lr": self.learner.optimizer.get_lr()[0], **self.losses}
+        if metrics is not None:
+            record |= {"metrics": metrics["dev"], "all_metrics": metrics}
+            if self.selection.update(metrics):
+                self.save()
+        self.log.write(record)
+        shown = "  ".join(f"{k} {v}" for k, v in record.items() if k != "all_metrics")
+        logger.info("%s: %s", self.folder.name, shown)
+
+    def save(self, subfolder: str = "") -> None:
+        """Write the student as a model directory."""
+        save_pretrained(self.learner.student, self.folder / subfolder, self.tokenizer)
+
+    def save_weights(self, name: str) -> None:
+        """Write the student's weights alone."""
+        save_weights(self.learner.student, self.folder / name)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write the results: they say that the run has finished."""
+        result = {**facts, "losses": self.losses}
+        if self.selection is not None:
+            result |= self.selection.results()
+            logger.info("%s on dev: first %s, best %s, last %s", self.folder.name,
+                        self.selection.first["dev"], result["best"], result["last"])
+        write_results(self.folder, result)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load_state` takes; the processes ask for it together."""
+        return {
+            "learner": self.learner.state(), "means": self.means.state(), "losses": self.losses,
+            "selection": self.selection and self.selection.state(), "log_bytes": self.log.size,
+        }
+
+    def load_state(self, state: dict[str, Any], random_state: list[Tensor] | None) -> None:
+        """Go on from what `state` returned."""
+        self.learner.load_state(state["learner"], random_state)
+        self.means.load_state(state["means"], self.learner.device)
+        self.losses = state["losses"]
+        if self.selection is not None:
+            self.selection.load_state(state["selection"])
+        self.log.cut(state["log_bytes"])
+
+
+# ------------------------------------------------------------------ the run
+
+
+def check_training_room(
+    outputs: Sequence[Output], rows: int, length: int, models_written: int
+) -> None:
+    """Say what disk and memory the run will need, and raise a `UserError` where there is less.
+
+    Args:
+        outputs: the students, made already.
+        rows, length: of the largest micro-batch.
+        models_written: models that each student's folder will hold at once.
+    """
+    disk = memory = 0
+    for learner in (output.learner for output in outputs):
+        config = learner.student.config
+        parameters = sum(parameter.numel() for parameter in learner.student.parameters())
+        # Weights and Adam's two moments, in two states that are kept and one that is written.
+        disk += parameters * 4 * (3 * 3 + models_written)
+        # Gradients, moments, updates. Activations: 16-bit values of a layer and row, as in
+        # Korthikanti et al. 2022 (arXiv 2205.05198), eq. 1; twice that in float32.
+        values = config.num_hidden_layers * rows * length * (
+            34 * config.hidden_size + 5 * config.num_attention_heads * length)
+        memory += parameters * 4 * 4 + values * (2 if learner.dtype is None else 1)
+    on_gpu = outputs[0].learner.device.type == "cuda"
+    check_room("training", outputs[0].folder, disk, 0 if on_gpu else memory)
+
+
+
+class Run:
+    """The steps of a run, from the beginning or, with `resume`, from the newest saved state.
+
+    States lie in the first student's folder. All processes of a run do the same, and stop at the
+    same step.
+
+    Args:
+        outputs: the students.
+        passes: from the number of a pass over the data to it and those after it, as `train` takes
+            them.
+        steps_in_pass: from the number of a pass to its steps.
+        total_steps: where the run ends.
+        report_every: steps between reports.
+        save_steps, save_minutes: how often a state is saved; 0 for not by this measure.
+        resume: go on from a saved state if there is one.
+    """
+
+    def __init__(
+        self, outputs: Sequence[Output],
+        passes: Callable[[int], Iterable[tuple[Collate, Sequence[Sequence[int]]]]],
+        steps_in_pass: Callable[[int], int], total_steps: int, *, report_every: int,
+        save_steps: int, save_minutes: float, resume: bool,
+    ) -> None:
+        self.outputs, self.passes, self.steps_in_pass = outputs, passes, steps_in_pass
+        self.total_steps, self.report_every = total_steps, report_every
+        self.save_steps, self.save_minutes = save_steps, save_minutes
+        self.device = outputs[0].learner.device
+        self.step = 0
+        self.pace = Pace()
+        self.signal: int | None = None
+        # The first step whose loss was not finite, of each student; 0 while all are.
+        self.first_bad = [torch.zeros((), device=self.device) for _ in outputs]
+        self.saved_step = 0
+        if not (resume and self._load()):
+            for output in outputs:
+                output.log.cut(0)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """Return the pass that follows `step` steps, and how many of its steps are among them."""
+        number = 0
+        while step >= (size := self.steps_in_pass(number)):
+            step, number = step - size, number + 1
+        return number, step
+
+    def epoch(self) -> float:
+        """Return how many passes over the data are done."""
+        number, step = self.position(self.step)
+        return round(number + step / self.steps_in_pass(number), 3)
+
+    def reports(self) -> bool:
+        """Say whether this step is one to report on."""
+        return self.step % self.report_every == 0 or self.step == self.total_steps
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says of the run, and take the students' mean losses for it."""
+        for output in self.outputs:
+            output.losses = output.means.read()
+        return {"step": self.step, "epoch": self.epoch(), **self.pace.read()}
+
+    def steps(
+        self, teach: Callable, accumulation: int, description: str
+    ) -> Iterator[Step]:
+        """Take the steps that are left; yields after each, with `step` counted.
+
+        What the caller does with a step belongs to it: a state is saved afterwards.
+
+        Raises:
+            UserError: a loss is not finite; nothing is saved from then on.
+            Stopped: Ctrl-C or SIGTERM; a state has been saved.
+        """
+        if self.step == self.total_steps:
+            return
+        first, done = self.position(self.step)
+        steps = train([output.learner for output in self.outputs], teach, self.passes(first),
+                      self.total_steps - self.step, accumulation, self.device, done)
+        saved_at = time.monotonic()
+        progress = tqdm(steps, desc=description, initial=self.step, total=self.total_steps,
+                        unit="step", disable=None if distributed.is_main() else True)
+        self.pace.restart()
+        with self._signals_noted():
+            for step in progress:
+                self._count(step)
+                if self.reports() or step.epoch_ends:
+                    self.check_finite()  # before anything is written
+                yield step
+                if self.reports():
+                    self.pace.restart()  # without the time that the report took
+                if None in step.losses:
+                    continue  # a gradient is kept for the next one; a state holds none
+                wish = distributed.largest(self._wish(saved_at))
+                if wish != NOTHING:
+                    self.check_finite()
+                    self.save()
+                    saved_at = time.monotonic()
+                if wish == STOP:
+                    raise Stopped(self.signal or signal.SIGTERM)
+
+    def _count(self, step: Step) -> None:
+        self.step += 1
+        self.pace.add(step.rows, step.waited)
+        for number, (output, losses) in enumerate(zip(self.outputs, step.losses, strict=True)):
+            if losses is None:
+                continue
+            output.means.add(losses)
+            bad = ~torch.isfinite(sum(losses.values())) & (self.first_bad[number] == 0)
+            self.first_bad[number] = torch.where(bad, float(self.step), self.first_bad[number])
+
+    def check_finite(self) -> None:
+        """Raise a `UserError` if a loss was not finite, with the step and the batch."""
+        for output, first_bad in zip(self.outputs, self.first_bad, strict=True):
+            step = distributed.largest(int(first_bad))
+            if step:
+                number, place = self.position(step - 1)
+                raise UserError(
+                    f"{output.folder}: the loss is not finite at step {step}, batch {place + 1} of"
+                    f" pass {number + 1}; expected a number. The state of step {self.saved_step}"
+                    " is kept. A smaller --learning_rate or --precision fp32 may help"
+                )
+
+    def _wish(self, saved_at: float) -> int:
+        if self.signal is not None:
+            return STOP
+        by_steps = self.save_steps and self.step % self.save_steps == 0
+        minutes = (time.monotonic() - saved_at) / 60
+        by_time = self.save_minutes and minutes >= self.save_minutes and distributed.is_main()
+        return SAVE if by_steps or by_time else NOTHING
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Note the first Ctrl-C or SIGTERM, to stop after the step; the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: Any) -> None:
+            self.signal = number
+            signal.signal(number, earlier[number])
+            logger.info("%s: saving a state, then leaving", signal.Signals(number).name)
+
+        for number in earlier:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def save(self) -> None:
+        """Save the run's state; the processes do it together."""
+        random_states = distributed.gather(
+            [output.learner.random_state.state for output in self.outputs])
+        state = {"step": self.step, "outputs": [output.state() for output in self.outputs],
+                 "random_states": random_states}
+        if distributed.is_main():
+            path = save_training_state(self.outputs[0].folder, self.step, state)
+            logger.info("step %d: state saved as %s", self.step, path)
+        self.saved_step = self.step
+        distributed.barrier()
+
+    def _load(self) -> bool:
+        """Go on from the newest saved state; False if there is none."""
+        folder = self.outputs[0].folder
+        state = distributed.from_main(
+            load_training_state(folder) if distributed.is_main() else None)
+        if state is None:
+            logger.info("%s: no saved state; starting from the beginning", folder)
+            return False
+        self.step = self.saved_step = state["step"]
+        own = (state["random_states"] + [None] * distributed.world_size())[distributed.rank()]
+        for number, output in enumerate(self.outputs):
+            output.load_state(state["outputs"][number], own and own[number])
+        return True
+
+    def finish(self) -> None:
+        """Delete the saved states: the results are written."""
+        if distributed.is_main():
+            remove_training_states(self.outputs[0].folder)
