@@ -103,7 +103,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup_proportion", default=0.1, type=float,
         help="share of the steps over which the learning rate rises")
     add("--no_cuda", action="store_true", help="compute on the CPU")
-    add("--local_rank", type=int, default=-1, help="number of the GPU to use; -1: the first")
+    add("--local_rank", "--local-rank", type=int, default=-1,
+        help="number of the GPU to use; -1: the first; under torchrun each process has its own")
     add("--seed", type=int, default=42, help="seed of every random choice")
     add("--gradient_accumulation_steps", type=int, default=1,
         help="micro-batches a step (of the smallest batch size); the step's result does not depend"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer import distributed
@@ -178,6 +178,12 @@ def check_training_room(
 
 
 
+@torch.no_grad()
+def weights_are_finite(model: nn.Module) -> bool:
+    """Say whether all parameters are numbers."""
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+
+
 class Run:
     """The steps of a run, from the beginning or, with `resume`, from the newest saved state.
 
@@ -286,15 +292,17 @@ class Run:
             self.first_bad[number] = torch.where(bad, float(self.step), self.first_bad[number])
 
     def check_finite(self) -> None:
-        """Raise a `UserError` if a loss was not finite, with the step and the batch."""
+        """Raise a `UserError` if a loss or a weight is not finite, with the step and the batch."""
         for output, first_bad in zip(self.outputs, self.first_bad, strict=True):
             step = distributed.largest(int(first_bad))
-            if step:
-                number, place = self.position(step - 1)
+            if step or not weights_are_finite(output.learner.student):
+                number, place = self.position((step or self.step) - 1)
+                kept = f"The state of step {self.saved_step}" if self.saved_step else "No state"
                 raise UserError(
-                    f"{output.folder}: the loss is not finite at step {step}, batch {place + 1} of"
-                    f" pass {number + 1}; expected a number. The state of step {self.saved_step}"
-                    " is kept. A smaller --learning_rate or --precision fp32 may help"
+                    f"{output.folder}: {'the loss is' if step else 'a weight became'} not finite at"
+                    f" step {step or self.step}, batch {place + 1} of pass {number + 1}; expected"
+                    f" a number. {kept} is kept. A smaller --learning_rate or --precision fp32"
+                    " may help"
                 )
 
     def _wish(self, saved_at: float) -> int:
