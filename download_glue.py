@@ -8,8 +8,9 @@ built here: `msr_paraphrase_train.txt` is split into train and dev by a list of 
 `--path_to_mrpc` or downloaded. GLUE publishes no checksums. So the SHA-256 of every file is
 written to `<data_dir>/SHA256SUMS` (for `sha256sum -c`) when it is first downloaded, and every
 later run is held to that; the first download itself is checked for completeness and against the
-archive's own CRC only, unless `--checksums` names a file of sums that you trust. A task whose
-train and dev files are there is skipped.
+archive's own CRC only, unless `--checksums` names a file of sums that you trust, or the mirror
+named by `--base_url` (http, https or s3) has a file SHA256SUMS beside its archives. A task whose
+train and dev files are there is skipped, an interrupted download goes on where it ended.
 """
 
 import argparse
@@ -19,10 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from transformer.file_utils import (
+    CHECKSUMS_NAME,
     UserError,
+    add_download_arguments,
     download,
+    download_settings,
     extract_zip,
+    file_lock,
     file_sha256,
+    mirror_checksums,
+    read_checksums,
     write_text,
 )
 from transformer.glue import GLUE_TASKS, get_task, iterate_tsv
@@ -32,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-CHECKSUMS_NAME = "SHA256SUMS"
 SCRATCH_NAME = ".downloads"
 # The archives, as they are published; each holds one folder named like the task's.
 ARCHIVES = {
@@ -71,15 +77,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"folder with {MRPC_TRAIN}, {MRPC_TEST} and, if you have it, {MRPC_DEV_IDS}; "
         "'': download them")
     add("--base_url", type=str, default=GLUE_URL,
-        help="address of a mirror (http, https or s3) that holds all files side by side")
+        help="address of a mirror (http, https or s3) that holds all files side by side, and, "
+        f"if it can, their sums in {CHECKSUMS_NAME}, which are held to")
     add("--checksums", type=Path, default=None,
         help="file in the format of sha256sum that names the archives (RTE.zip) or the files "
         "(RTE/train.tsv) of every task; what it does not name or what differs is refused")
-    add("--attempts", type=int, default=5,
-        help="number of attempts in a row that may bring nothing before a download fails")
-    add("--retry_delay", type=float, default=1.0,
-        help="seconds before the second attempt; each further wait is twice as long")
-    add("--timeout", type=float, default=30.0, help="longest silence of a server, in seconds")
+    add_download_arguments(parser)
     return parser
 
 
@@ -115,39 +118,18 @@ def needed_files(folder: str) -> list[str]:
 # ------------------------------------------------------------------ checksums
 
 
-def read_checksums(path: Path) -> Sums:
-    """Read lines of 64 hexadecimal digits, white space, an optional `*` and a name."""
-    sums = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        digest, _, name = line.partition(" ")
-        name = name.strip().removeprefix("*").removeprefix("./")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef") or not name:
-            raise UserError(
-                f"{path}, line {number}: expected 64 hexadecimal digits, two spaces and a name"
-            )
-        sums[name] = digest.lower()
-    return sums
-
-
-def check_files(paths: dict[str, Path], sums: Sums, source: Path, advice: str) -> None:
+def check_files(paths: dict[str, Path], sums: Sums, source: Path | str, advice: str) -> None:
     """Compare files, given under the names they have in `sums`, with those of them it knows."""
     for name, path in paths.items():
         if name in sums and (found := file_sha256(path)) != sums[name]:
             raise UserError(f"{path}: SHA-256 is {found}; {source} says {sums[name]}; {advice}")
 
 
-def check_trusted(
-    folder: str, source: Path | None, trusted: Sums, files: dict[str, Path]
-) -> None:
-    """Refuse files that `source` (from --checksums) does not name, or names with other sums."""
-    if source is None:
-        return
+def check_named(folder: str, source: Path, trusted: Sums) -> None:
+    """Refuse a task that `source` (from --checksums) does not name."""
     for name in needed_files(folder):
         if f"{folder}/{name}" not in trusted:
             raise UserError(f"{source}: names neither {folder}/{name} nor what it is made from")
-    check_files(files, trusted, source, "the file is refused")
 
 
 # ------------------------------------------------------------------ preparing one task
@@ -237,11 +219,8 @@ def task_files(folder: str, place: Path) -> dict[str, Path]:
     return {f"{folder}/{path.relative_to(place).as_posix()}": path for path in all_files(place)}
 
 
-def install(prepared: Path, target: Path) -> None:
-    """Move a prepared task to its place; a file that is there with other content is an error."""
-    if not target.is_dir() or not any(target.iterdir()):
-        prepared.replace(target)  # all files at once
-        return
+def files_to_move(prepared: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Return what a task's folder lacks; a file that is there with other content is an error."""
     missing = []
     for path in all_files(prepared):
         place = target / path.relative_to(prepared)
@@ -249,7 +228,15 @@ def install(prepared: Path, target: Path) -> None:
             missing.append((path, place))
         elif file_sha256(place) != file_sha256(path):
             raise UserError(f"{place}: differs from what was downloaded; move it away and repeat")
-    for path, place in missing:
+    return missing
+
+
+def install(prepared: Path, target: Path) -> None:
+    """Move a prepared task to its place."""
+    if not target.is_dir() or not any(target.iterdir()):
+        prepared.replace(target)  # all files at once
+        return
+    for path, place in files_to_move(prepared, target):
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
 
@@ -264,9 +251,8 @@ def prepare_task(
     def fetch(name: str, base: str = base) -> Path:
         fetched.add(name)
         return download(
-            f"{base}/{name}", scratch / name, trusted.get(name),
-            attempts=args.attempts, delay=args.retry_delay, timeout=args.timeout,
-        )  # fmt: skip
+            f"{base}/{name}", scratch / name, trusted.get(name), **download_settings(args)
+        )
 
     prepared = scratch / "prepared"
     for rest_of_an_interrupted_run in (prepared, scratch / "unpacked"):
@@ -284,8 +270,8 @@ def prepare_task(
     return prepared, fetched
 
 
-def get_task_files(folder: str, args: argparse.Namespace, recorded: Sums, trusted: Sums) -> Sums:
-    """Download, prepare, check and install one task; return the sums of its files."""
+def get_task_files(folder: str, args: argparse.Namespace, recorded: Sums, trusted: Sums) -> None:
+    """Download, prepare, check, record and install one task."""
     data_dir = Path(args.data_dir)
     # Inside the data folder, so that the last step is a renaming, and under a name that stays
     # the same, so that an interrupted download goes on.
@@ -293,17 +279,20 @@ def get_task_files(folder: str, args: argparse.Namespace, recorded: Sums, truste
     try:
         prepared, fetched = prepare_task(folder, args, scratch, trusted)
         files = task_files(folder, prepared)
-        if not fetched or not fetched <= set(trusted):
-            check_trusted(folder, args.checksums, trusted, files)
+        if args.checksums and not (fetched and fetched <= set(trusted)):
+            check_named(folder, args.checksums, trusted)
+        check_files(files, trusted, args.checksums or args.base_url, "the file is refused")
         check_files(files, recorded, data_dir / CHECKSUMS_NAME,
                     "delete its line there if the new version is right")  # fmt: skip
+        files_to_move(prepared, data_dir / folder)
     except UserError:
         forget_downloads(scratch)
         raise
-    sums = {name: file_sha256(path) for name, path in files.items()}
+    # Recorded first: a task that is there and has no sums is taken for the user's own.
+    recorded = {**recorded, **{name: file_sha256(path) for name, path in files.items()}}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(recorded.items())]
+    write_text(data_dir / CHECKSUMS_NAME, "".join(lines))
     install(prepared, data_dir / folder)
-    remove_scratch(scratch)
-    return sums
 
 
 def forget_downloads(scratch: Path) -> None:
@@ -313,14 +302,12 @@ def forget_downloads(scratch: Path) -> None:
             shutil.rmtree(path)
         elif not path.name.endswith((".part", ".part.json")):
             path.unlink()
-    if not any(scratch.glob("*")):
-        remove_scratch(scratch)
+    remove_if_empty(scratch)
 
 
-def remove_scratch(scratch: Path) -> None:
-    shutil.rmtree(scratch, ignore_errors=True)
-    if scratch.parent.is_dir() and not any(scratch.parent.iterdir()):
-        scratch.parent.rmdir()
+def remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def check_present(folder: str, args: argparse.Namespace, recorded: Sums, trusted: Sums) -> None:
@@ -332,28 +319,56 @@ def check_present(folder: str, args: argparse.Namespace, recorded: Sums, trusted
     needed = {f"{folder}/{name}" for name in needed_files(folder)}
     if not needed & set(trusted) and needed <= set(recorded):
         return  # the sums of an archive say nothing about its files; those of its download do
-    check_trusted(folder, args.checksums, trusted, files)
+    if args.checksums:
+        check_named(folder, args.checksums, trusted)
+        check_files(files, trusted, args.checksums, "the file is refused")
+
+
+def recorded_sums(data_dir: Path) -> Sums:
+    """Return the sums of what was downloaded into `data_dir` before."""
+    record = data_dir / CHECKSUMS_NAME
+    return read_checksums(record) if record.is_file() else {}
+
+
+def is_complete(folder: str, data_dir: Path) -> bool:
+    return all((data_dir / folder / name).is_file() for name in needed_files(folder))
+
+
+def trusted_sums(args: argparse.Namespace) -> Sums:
+    """Return the sums that --checksums gives, else those that the mirror has."""
+    base = args.base_url.rstrip("/")
+    if args.checksums or base == GLUE_URL:  # which publishes none
+        return read_checksums(args.checksums) if args.checksums else {}
+    return mirror_checksums(base, Path(args.data_dir) / SCRATCH_NAME, **download_settings(args))
 
 
 def main(args: argparse.Namespace) -> None:
-    # What to get, and what is known about it
     folders = parse_tasks(args.tasks)
     data_dir = Path(args.data_dir)
-    trusted = read_checksums(args.checksums) if args.checksums else {}
-    record = data_dir / CHECKSUMS_NAME
-    recorded = read_checksums(record) if record.is_file() else {}
+
+    # What is there already
+    given = read_checksums(args.checksums) if args.checksums else {}
+    for folder in folders:
+        if is_complete(folder, data_dir):
+            check_present(folder, args, recorded_sums(data_dir), given)
+            logger.info("%s: complete in %s, skipped", folder, data_dir / folder)
+    missing = [folder for folder in folders if not is_complete(folder, data_dir)]
+    if not missing and not (data_dir / SCRATCH_NAME).exists():
+        return
 
     # One task after the other; each is complete and recorded before the next begins
-    for folder in folders:
-        target = data_dir / folder
-        if all((target / name).is_file() for name in needed_files(folder)):
-            check_present(folder, args, recorded, trusted)
-            logger.info("%s: complete in %s, skipped", folder, target)
-            continue
-        recorded.update(get_task_files(folder, args, recorded, trusted))
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(recorded.items())]
-        write_text(record, "".join(lines))
-        logger.info("%s: written to %s", folder, target)
+    with file_lock(data_dir / CHECKSUMS_NAME):
+        try:
+            trusted = trusted_sums(args) if missing else {}
+            for folder in folders:
+                if not is_complete(folder, data_dir):  # nor has another process been faster
+                    get_task_files(folder, args, recorded_sums(data_dir), trusted)
+                    logger.info("%s: written to %s", folder, data_dir / folder)
+                shutil.rmtree(data_dir / SCRATCH_NAME / folder, ignore_errors=True)
+        finally:
+            remove_if_empty(data_dir / SCRATCH_NAME)
+            for left_by_a_killed_call in data_dir.glob(f".{CHECKSUMS_NAME}.*.tmp"):
+                left_by_a_killed_call.unlink()
 
 
 if __name__ == "__main__":

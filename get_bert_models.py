@@ -11,16 +11,25 @@ Writes `models/bert-base-uncased` with its masked-LM head (data augmentation nee
 its id on the Hugging Face hub (`ID` or `ID@REVISION`), by a folder, or as `package:NAME`, an
 installed Python package that carries it. Loading is strict: a model without the head that is
 asked for is an error, never a random head. A folder that is complete is skipped.
+
+Files are taken from the hub's cache (HF_HOME) where it has all of a model's. Else they are
+downloaded into the cache of this package (`$TINYBERT_CACHE`, else `~/.cache/tinybert`), all from
+one commit, each held to the sum that the hub announces. An interrupted download goes on where
+it ended. `--base_url` names a mirror (http, https or s3) with the files under the hub's names,
+`ID/resolve/REVISION/FILE`, or simply under `ID/FILE`, where `ID/SHA256SUMS` may hold their sums.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import errors, hf_hub_download
+from huggingface_hub import constants, get_token, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from transformer.checkpoint import load_state, save_pretrained
@@ -29,8 +38,17 @@ from transformer.file_utils import (
     SAFE_WEIGHTS_NAME,
     VOCAB_NAME,
     WEIGHTS_NAME,
+    MissingError,
+    UnreachableError,
     UserError,
+    add_download_arguments,
+    answer_headers,
     atomic_folder,
+    cache_root,
+    download,
+    download_settings,
+    file_lock,
+    mirror_checksums,
     read_json,
     write_text,
 )
@@ -48,11 +66,16 @@ from transformer.tokenization import (
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+HUB_URL = "https://huggingface.co"
+COMMIT_NAME = "commit"  # in a cached model's folder: the hub's name of what is cached
+# What is fetched of a model, the weights last: of each line the first file that there is.
+WANTED_FILES = (
+    (CONFIG_NAME,),
+    (VOCAB_NAME, FAST_TOKENIZER_NAME),
+    (TOKENIZER_CONFIG_NAME,),  # may be missing
+    (SAFE_WEIGHTS_NAME, WEIGHTS_NAME),
+)
 NEEDED_FILES = (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME)
-
-
-class HubUnreachable(UserError):
-    """The hub does not answer and its cache on this machine lacks the model."""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -79,6 +102,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "says it by itself")
     add("--overwrite_output_dir", action="store_true",
         help="fetch and write models whose folders are there already")
+    add("--base_url", type=str, default="",
+        help="address of a mirror of the hub (http, https or s3); '': HF_ENDPOINT, else the hub")
+    add_download_arguments(parser)
     return parser
 
 
@@ -103,8 +129,11 @@ def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
 # ------------------------------------------------------------------ finding a model
 
 
-def find_model(model: str) -> Path:
-    """Return a local folder with the files of `model`, downloading them where that is needed."""
+def find_model(model: str, base_url: str = "", **settings: Any) -> Path:
+    """Return a local folder with the files of `model`, downloading them where that is needed.
+
+    `settings` are those of `download`.
+    """
     if model.startswith(PACKAGE_PREFIX):
         return find_package(model.removeprefix(PACKAGE_PREFIX))
     if Path(model).is_dir():
@@ -112,7 +141,34 @@ def find_model(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model}: no such folder")
     repository, _, revision = model.partition("@")
-    return fetch_from_hub(repository, revision or None)
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{explain(repository)}: {error}") from error
+    # A mirror's files are kept apart: it may have others under the same names.
+    digest = hashlib.sha256(f"{base_url} {repository} {revision}".encode()).hexdigest()[:16]
+    folder = cache_root() / "models" / f"{digest}-{repository.replace('/', '--')}"
+    if any((folder / name).is_file() for name in WANTED_FILES[-1]):
+        logger.info("%s: taken from the cache, %s", model, folder)
+        return folder
+    if base_url:
+        return fetch(base_url, repository, revision, folder, **settings)
+    if cached := find_in_hub_cache(repository, revision):
+        logger.info("%s: taken from the hub's cache, %s", model, cached)
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        raise UnreachableError(
+            f"{explain(repository)}: cannot be reached while HF_HUB_OFFLINE is set, and this "
+            "machine's cache lacks it; give a local folder instead of the id"
+        )
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    base_url = os.environ.get("HF_ENDPOINT") or HUB_URL
+    return fetch(base_url, repository, revision, folder, headers=headers, **settings)
+
+
+def explain(repository: str) -> str:
+    return f"{repository} (no folder here, so an id on the Hugging Face hub)"
 
 
 def find_package(name: str) -> Path:
@@ -135,46 +191,101 @@ def find_package(name: str) -> Path:
     return found[0]
 
 
-def fetch_from_hub(repository: str, revision: str | None) -> Path:
-    """Download the few files that are needed into the hub's cache (see HF_HOME)."""
-    config = hub_file(repository, revision, CONFIG_NAME)
-    hub_file(repository, revision, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
-    hub_file(repository, revision, VOCAB_NAME, FAST_TOKENIZER_NAME)
-    hub_file(repository, revision, TOKENIZER_CONFIG_NAME, required=False)
-    return config.parent
+def find_in_hub_cache(repository: str, revision: str) -> Path | None:
+    """Return the folder of a model that the hub's own library has fetched, if all of it is there.
+
+    Its `tokenizer_config.json` may be missing.
+    """
+    folder = None
+    for names in WANTED_FILES:
+        found = [try_to_load_from_cache(repository, name, revision=revision or None)
+                 for name in names]  # fmt: skip
+        found = [Path(path) for path in found if isinstance(path, str)]
+        if found:
+            folder = found[0].parent
+        elif TOKENIZER_CONFIG_NAME not in names:
+            return None
+    return folder
 
 
-def hub_file(
-    repository: str, revision: str | None, *names: str, required: bool = True
-) -> Path | None:
-    """Return the first of the named files that the repository has."""
-    where = f"{repository} (no folder here, so an id on the Hugging Face hub)"
-    mirror = os.environ.get("HF_ENDPOINT")
-    unreachable = None
+def fetch(base_url: str, repository: str, revision: str, folder: Path, **settings: Any) -> Path:
+    """Download the few files that are needed of a model into `folder`; what is there is kept.
+
+    Args:
+        base_url: address of the hub or a mirror.
+        repository: such as `org/name`.
+        revision: branch, tag or commit; "": main.
+        settings: those of `download`.
+    """
+    with file_lock(folder):
+        try:
+            address, sums = find_files(base_url.rstrip("/"), repository, revision, folder,
+                                       **settings)  # fmt: skip
+            for names in WANTED_FILES:
+                fetch_first(names, address, sums, folder, **settings)
+        except MissingError as error:
+            raise UserError(f"{explain(repository)}: {error}{reasons(error, revision)}") from error
+        except UnreachableError as error:
+            raise UnreachableError(
+                f"{explain(repository)}: cannot be reached, and this machine's cache lacks it "
+                f"({error}); give a local folder instead of the id"
+            ) from error
+    return folder
+
+
+def reasons(error: MissingError, revision: str) -> str:
+    """Return the end of a sentence about a file that is not there."""
+    if error.reason == "EntryNotFound":
+        return ""
+    return f"; no such model, revision {revision or 'main'}, or it needs a login"
+
+
+def find_files(
+    base: str, repository: str, revision: str, folder: Path, **settings: Any
+) -> tuple[str, dict[str, str]]:
+    """Return the address of a model's files, and the sums that its mirror gives.
+
+    The hub names the commit that `revision` is now. It is kept, so that all files, also of a
+    later call, are of one version.
+    """
+    commit = folder / COMMIT_NAME
+    if commit.is_file():
+        return f"{base}/{repository}/resolve/{commit.read_text().strip()}", {}
+    address = f"{base}/{repository}/resolve/{revision or 'main'}"
+    try:
+        name = answer_headers(f"{address}/{CONFIG_NAME}", **settings).get("X-Repo-Commit", "")
+    except MissingError as error:
+        if error.reason == "EntryNotFound":
+            return address, {}
+        if error.reason or revision:  # the hub itself, or a revision, which simple mirrors lack
+            raise
+        plain = f"{base}/{repository}"
+        try:
+            answer_headers(f"{plain}/{CONFIG_NAME}", **settings)
+        except MissingError:
+            raise error from None
+        return plain, mirror_checksums(plain, folder, **settings)
+    if not name:
+        return address, {}
+    write_text(commit, name + "\n")
+    return f"{base}/{repository}/resolve/{name}", {}
+
+
+def fetch_first(
+    names: tuple[str, ...], address: str, sums: dict[str, str], folder: Path, **settings: Any
+) -> None:
+    """Bring the first of the named files that there is into `folder`."""
+    if any((folder / name).is_file() for name in names):
+        return
+    missing = None
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision, endpoint=mirror))
-        except errors.LocalEntryNotFoundError as error:
-            unreachable = error  # and not in the cache; the next name may be
-        except errors.EntryNotFoundError:
-            continue
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
-                errors.HFValidationError) as error:  # fmt: skip
-            raise UserError(
-                f"{where}: no such model, revision {revision or 'main'}, or it needs a login "
-                f"({str(error).strip().splitlines()[0]})"
-            ) from error
-        except OSError as error:
-            unreachable = error
-    if not required:
-        return None
-    if unreachable is not None:
-        reason = str(unreachable).strip().splitlines()[0]
-        raise HubUnreachable(
-            f"{where}: cannot be reached, and this machine's cache lacks {' and '.join(names)} "
-            f"({reason}); give a local folder instead of the id"
-        ) from unreachable
-    raise UserError(f"{where}: has no {' and no '.join(names)}")
+            download(f"{address}/{name}", folder / name, sums.get(name), **settings)
+            return
+        except MissingError as error:
+            missing = missing or error
+    if TOKENIZER_CONFIG_NAME not in names:
+        raise MissingError(f"has no {' and no '.join(names)} ({missing})", missing.reason)
 
 
 # ------------------------------------------------------------------ saving a model
@@ -237,20 +348,44 @@ def save_model(
     overwrite: bool,
     load: Callable[[Path], nn.Module],
     fallback: str = "",
+    **settings: Any,
 ) -> None:
-    """Fetch `model`, load it with `load(folder)` and write it to `target`; skip what is there."""
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """Fetch `model`, load it with `load(folder)` and write it to `target`; skip what is there.
+
+    `settings` are those of `find_model`.
+    """
+    def is_there() -> bool:
+        if overwrite or not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return False
         check_present(name, target, load)
         logger.info("%s: complete in %s, skipped", name, target)
+        return True
+
+    if is_there():
         return
+    with file_lock(target):
+        if not is_there():  # another process may have been faster
+            fetch_and_save(name, model, target, overwrite, load, fallback, **settings)
+
+
+def fetch_and_save(
+    name: str,
+    model: str,
+    target: Path,
+    overwrite: bool,
+    load: Callable[[Path], nn.Module],
+    fallback: str,
+    **settings: Any,
+) -> None:
+    """Do the work of `save_model` for a model that is not there."""
     try:
-        source = find_model(model)
-    except HubUnreachable as error:
+        source = find_model(model, **settings)
+    except UnreachableError as error:
         if not fallback:
             raise
         logger.warning("%s", error)
         logger.warning("%s: taking --fallback_model %s instead", name, fallback)
-        model, source = fallback, find_model(fallback)
+        model, source = fallback, find_model(fallback, **settings)
     loaded = load(source)
     with atomic_folder(target, replace=overwrite) as temporary:
         tokenizer = load_tokenizer(source, temporary)
@@ -263,14 +398,12 @@ def save_model(
 
 def main(args: argparse.Namespace) -> None:
     teachers = {} if args.base_only else parse_teachers(args.teachers, args.tasks)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-    for chatty in ("httpx", "httpx2"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    settings = {"base_url": args.base_url, **download_settings(args)}
 
     # The base model
     save_model(
         "base model", args.base_model, args.output_dir / args.base_name, args.overwrite_output_dir,
-        lambda folder: load_base(folder, args.no_mlm_head), args.fallback_model,
+        lambda folder: load_base(folder, args.no_mlm_head), args.fallback_model, **settings,
     )  # fmt: skip
 
     # The teachers
@@ -278,6 +411,7 @@ def main(args: argparse.Namespace) -> None:
         save_model(
             f"{task} teacher", model, args.output_dir / f"{args.base_name}-{task}",
             args.overwrite_output_dir, lambda folder, task=task: load_teacher(folder, task),
+            **settings,
         )  # fmt: skip
 
 

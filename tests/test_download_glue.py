@@ -107,6 +107,10 @@ def tree(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in tree(folder)}
+
+
 def test_all_tasks_land_in_the_folders_that_the_pipeline_reads(mirror, tmp_path):
     run(tmp_path / "glue", mirror)
     for task in GLUE_TASKS.values():
@@ -183,6 +187,34 @@ def test_given_checksums_are_enforced(mirror, tmp_path, by):
     assert tree(tmp_path / "other") == []
 
 
+@pytest.mark.parametrize("name", ["RTE.zip", "RTE/train.tsv"])
+def test_the_sums_beside_a_mirrors_files_are_held_to_for_what_they_name(mirror, tmp_path, name):
+    sound = {"RTE.zip": (mirror.folder / "RTE.zip").read_bytes(),
+             "RTE/train.tsv": tsv(GLUE_TASKS["rte"], 5)}[name]  # fmt: skip
+    sums = mirror.folder / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(sound + b'?').hexdigest()}  {name}\n")
+    with pytest.raises(UserError, match="SHA-256 is [0-9a-f]{64}"):
+        run(tmp_path / "glue", mirror, tasks="rte")
+    assert tree(tmp_path / "glue") == []
+    sums.write_text(f"{hashlib.sha256(sound).hexdigest()}  {name}\n")
+    run(tmp_path / "glue", mirror, tasks="rte,cola")
+    assert {path.name for path in (tmp_path / "glue").iterdir()} == {"RTE", "CoLA", "SHA256SUMS"}
+
+
+def test_two_calls_at_once_share_the_work(mirror, tmp_path):
+    run(tmp_path / "alone", mirror, tasks="rte,cola")
+    mirror.requests.clear()
+    calls = [threading.Thread(target=run, args=(tmp_path / "glue", mirror), kwargs={"tasks": tasks})
+             for tasks in ("rte,cola", "cola,rte")]  # fmt: skip
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert sorted(set(mirror.requests) - {"/SHA256SUMS"}) == ["/CoLA.zip", "/RTE.zip"]
+    assert len([name for name in mirror.requests if name != "/SHA256SUMS"]) == 2
+    assert contents(tmp_path / "glue") == contents(tmp_path / "alone")
+
+
 def test_given_checksums_that_do_not_name_a_task_refuse_it(mirror, tmp_path):
     sums = tmp_path / "sums"
     sums.write_text("0" * 64 + "  unrelated.zip\n")
@@ -197,7 +229,7 @@ def test_given_checksums_that_do_not_name_a_task_refuse_it(mirror, tmp_path):
 def test_a_refusing_mirror_is_asked_again(mirror, tmp_path):
     mirror.troubles = [503, 503]
     run(tmp_path / "glue", mirror, tasks="rte")
-    assert mirror.requests == ["/RTE.zip"] * 3
+    assert mirror.requests == ["/SHA256SUMS"] * 3 + ["/RTE.zip"]
 
 
 def test_a_failed_download_is_one_error_that_names_the_address(mirror, tmp_path):
@@ -207,11 +239,14 @@ def test_a_failed_download_is_one_error_that_names_the_address(mirror, tmp_path)
     assert tree(tmp_path / "glue") == []
 
 
-@pytest.mark.parametrize("content", ["hostile", "cut", "page", "other", "incomplete"])
+@pytest.mark.parametrize(
+    "content", ["hostile", "absolute", "cut", "page", "other", "incomplete"]
+)
 def test_a_bad_archive_leaves_nothing_and_a_good_one_then_works(mirror, tmp_path, content):
     good = (mirror.folder / "RTE.zip").read_bytes()
     bad = {
         "hostile": zipped({"RTE/train.tsv": b"x", "../../../escaped.txt": b"x"}),
+        "absolute": zipped({"RTE/train.tsv": b"x", str(tmp_path / "escaped.txt"): b"x"}),
         "cut": good[: len(good) // 2],
         "page": b"<html>moved</html>",
         "other": zipped({"SST-2/train.tsv": b"x"}),
@@ -299,7 +334,7 @@ def test_mrpc_sources_may_lie_in_the_folder_of_the_task(tmp_path):
 def test_mrpc_dev_ids_are_downloaded_where_the_folder_has_none(mirror, tmp_path):
     source = mrpc_folder(tmp_path / "source", ids=None)
     run(tmp_path / "glue", mirror, tasks="mrpc", path_to_mrpc=source)
-    assert mirror.requests == ["/mrpc_dev_ids.tsv"]
+    assert mirror.requests == ["/SHA256SUMS", "/mrpc_dev_ids.tsv"]
     assert len(load_examples("mrpc", tmp_path / "glue" / "MRPC", "dev")) == 2
 
 

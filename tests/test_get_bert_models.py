@@ -1,18 +1,26 @@
 """get_bert_models.py and fix_teacher_layers.py on tiny models, in folders and on a local hub."""
 
+import contextlib
+import functools
 import hashlib
 import http.server
 import importlib.util
 import json
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import boto3
 import huggingface_hub
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
 
 import fix_teacher_layers
@@ -31,7 +39,7 @@ SHAPE = {
     "hidden_size": 12,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
-    "intermediate_size": 20,
+    "intermediate_size": 1000,  # weights of several network packets
     "max_position_embeddings": 16,
 }
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 10, 3, 0]])
@@ -249,18 +257,16 @@ def test_the_model_inside_the_minilm_package_is_found_and_saved(tmp_path):
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers `/ID/resolve/REVISION/FILE` as the Hugging Face hub does."""
+    """Answers `/ID/resolve/REVISION/FILE` as the Hugging Face hub does.
+
+    `server.troubles` holds what to do wrong, by file name, one item a request: a status, "cut",
+    "wrong bytes" or "slow".
+    """
 
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        self.respond(body=False)
-
-    def do_GET(self):
-        self.respond(body=True)
-
-    def respond(self, body: bool) -> None:
+    def do_GET(self) -> None:
         parts = self.path.strip("/").split("/")
         folder = self.server.root / Path(*parts[:2])
         known = len(parts) == 5 and parts[2] == "resolve" and folder.is_dir()
@@ -270,23 +276,38 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         elif known and not (folder / parts[4]).is_file():
             error = "EntryNotFound"
         content = b"" if error else (folder / parts[4]).read_bytes()
-        self.send_response(404 if error else 200)
+        troubles = self.server.troubles.get(parts[-1])
+        trouble = troubles.pop(0) if troubles and not error else None
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        status = trouble if isinstance(trouble, int) else 206 if start else 200
+        self.send_response(404 if error else status)
         if error:
             self.send_header("X-Error-Code", error)
         else:
-            self.server.served.append((parts[1], parts[3], parts[4]))
+            self.server.served.append((parts[1], parts[3], parts[4], start))
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
+        if start:
+            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send_header("Content-Range", span)
+        content = b"" if isinstance(trouble, int) else content[start:]
+        if trouble == "wrong bytes":
+            content = bytes(len(content))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body:
-            self.wfile.write(content)
+        content = content[: len(content) // 2] if trouble == "cut" else content
+        for place in range(0, len(content), 16384):
+            with contextlib.suppress(OSError):  # the other end was killed
+                self.wfile.write(content[place : place + 16384])
+            if trouble == "slow":
+                time.sleep(0.15)
 
 
 @pytest.fixture
 def hub_server(hub):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
-        server.root, server.served = hub, []
+        server.root, server.served, server.troubles = hub, [], {}
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -297,15 +318,19 @@ def hub_server(hub):
 
 @pytest.fixture
 def hub_settings(tmp_path, monkeypatch):
-    """Returns a function that points the hub's library to an address, or takes it off line."""
+    """Returns a function that points to an address as the hub, or says that there is none."""
 
     def point(endpoint: str, offline: bool = False) -> None:
         constants = huggingface_hub.constants
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("TINYBERT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
     return point
+
+
+BASE = ["--base_model", "org/base", "--base_only", "--retry_delay", "0.01", "--attempts", "3"]
 
 
 def test_models_come_from_the_hub_and_then_from_its_cache(hub, hub_server, hub_settings, tmp_path):
@@ -314,8 +339,8 @@ def test_models_come_from_the_hub_and_then_from_its_cache(hub, hub_server, hub_s
     run(tmp_path / "models", *flags)
     for name in ("bert-base-uncased", "bert-base-uncased-sst2"):
         assert files(tmp_path / "models" / name) == sorted(get_bert_models.NEEDED_FILES)
-    assert ("base", "v1", "config.json") in hub_server.served
-    fetched = {(model, name) for model, _, name in hub_server.served}
+    assert ("base", "v1", "config.json", 0) in hub_server.served
+    fetched = {(model, name) for model, _, name, _ in hub_server.served}
     assert ("base", "model.safetensors") in fetched
     assert ("base-sst2", "pytorch_model.bin") in fetched
     hub_settings("http://127.0.0.1:9", offline=True)
@@ -333,13 +358,152 @@ def test_a_revision_or_file_that_the_hub_lacks_is_named(hub, hub_server, hub_set
         run(tmp_path / "models", "--base_model", "org/empty", "--base_only")
 
 
+def environment(hub_server, tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0", "TINYBERT_CACHE": str(tmp_path / "cache")}  # fmt: skip
+
+
+def test_all_files_of_a_model_are_of_one_commit(hub_server, hub_settings, tmp_path):
+    hub_settings(hub_server.url)
+    run(tmp_path / "models", *BASE)
+    assert [served[1] for served in hub_server.served[:2]] == ["main", "0" * 40]
+    assert {served[1] for served in hub_server.served[1:]} == {"0" * 40}
+
+
+def test_trouble_with_the_hub_is_overcome(hub, hub_server, hub_settings, tmp_path):
+    hub_settings(hub_server.url)
+    hub_server.troubles = {
+        "config.json": [503, 429], "vocab.txt": ["wrong bytes"],
+        "model.safetensors": ["cut", 503, "cut", "wrong bytes"],
+    }  # fmt: skip
+    run(tmp_path / "models", *BASE)
+    assert not any(hub_server.troubles.values())
+    assert any(start > 0 for *_, start in hub_server.served)
+    run(tmp_path / "folder", *from_folders(hub), "--base_only")
+    saved = [load_state(tmp_path / name / "bert-base-uncased") for name in ("models", "folder")]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in {**saved[0], **saved[1]})
+
+
+def test_bytes_that_the_hub_disowns_are_refused(hub_server, hub_settings, tmp_path):
+    hub_settings(hub_server.url)
+    hub_server.troubles = {"model.safetensors": ["wrong bytes"] * 2}
+    with pytest.raises(UserError, match="model.safetensors: sha256 sum is .*server announced"):
+        run(tmp_path / "models", *BASE)
+    assert not list((tmp_path / "cache").rglob("model.safetensors*"))
+    run(tmp_path / "models", *BASE)
+
+
+def test_a_killed_call_goes_on_in_the_middle_of_the_weights(hub_server, hub_settings, tmp_path):
+    hub_server.troubles = {"model.safetensors": ["slow"]}
+    process = subprocess.Popen(
+        [sys.executable, "get_bert_models.py", "--output_dir", str(tmp_path / "models"), *BASE],
+        env=environment(hub_server, tmp_path), cwd=REPO, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.rglob("*safetensors.part")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait(10)
+    hub_settings(hub_server.url)
+    run(tmp_path / "models", *BASE)
+    assert hub_server.served[-1][2] == "model.safetensors" and hub_server.served[-1][3] > 0
+    assert BertForMaskedLM.from_pretrained(tmp_path / "models" / "bert-base-uncased")
+    assert files(tmp_path / "models") == ["bert-base-uncased"]
+
+
+def test_what_the_hubs_own_library_has_cached_is_taken(hub, hub_settings, tmp_path):
+    snapshot = tmp_path / "hf" / "models--org--base" / "snapshots" / "abc"
+    shutil.copytree(hub / "org" / "base", snapshot)
+    (tmp_path / "hf" / "models--org--base" / "refs").mkdir()
+    (tmp_path / "hf" / "models--org--base" / "refs" / "main").write_text("abc")
+    hub_settings("http://127.0.0.1:9", offline=True)
+    run(tmp_path / "models", *BASE)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="org/base .*cannot be reached"):
+        run(tmp_path / "other", *BASE)
+
+
+@pytest.fixture
+def plain_mirror(hub, tmp_path):
+    """A folder with `ID/FILE` and sums, behind http, as a copy made by hand would be."""
+    folder = tmp_path / "mirror"
+    for name in ("org/base", "me/base-rte"):
+        shutil.copytree(hub / name, folder / name)
+        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+                 for path in (folder / name).iterdir()]  # fmt: skip
+        (folder / name / "SHA256SUMS").write_text("".join(lines))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_mirror_may_be_laid_out_as_the_hub(hub_server, hub_settings, tmp_path):
+    hub_settings("http://127.0.0.1:9", offline=True)
+    run(tmp_path / "models", *BASE, "--base_url", f"{hub_server.url}/")
+    assert BertForMaskedLM.from_pretrained(tmp_path / "models" / "bert-base-uncased")
+
+
+def test_a_mirror_may_be_a_plain_copy_with_sums(plain_mirror, hub_settings, tmp_path):
+    hub_settings("http://127.0.0.1:9", offline=True)
+    weights = plain_mirror.folder / "org" / "base" / "model.safetensors"
+    flags = [*BASE, "--base_url", plain_mirror.url]
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + b"?")
+    with pytest.raises(UserError, match="base/model.safetensors: SHA-256 is"):
+        run(tmp_path / "models", *flags)
+    weights.write_bytes(good)
+    run(tmp_path / "models", *flags)
+    assert BertForMaskedLM.from_pretrained(tmp_path / "models" / "bert-base-uncased")
+    with pytest.raises(UserError, match="org/absent .*404.*no such model"):
+        run(tmp_path / "models", *flags, "--base_model", "org/absent", "--base_name", "absent")
+
+
+def test_a_mirror_may_be_a_bucket(plain_mirror, hub_settings, tmp_path, monkeypatch):
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    store = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    store.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.create_bucket(Bucket="bucket")
+    for path in plain_mirror.folder.rglob("*"):
+        if path.is_file():
+            client.upload_file(path, "bucket", f"hub/{path.relative_to(plain_mirror.folder)}")
+    hub_settings("http://127.0.0.1:9", offline=True)
+    run(tmp_path / "models", "--base_model", "org/base", "--teachers", "rte=me/base-rte",
+        "--base_url", "s3://bucket/hub")  # fmt: skip
+    store.stop()
+    assert files(tmp_path / "models") == ["bert-base-uncased", "bert-base-uncased-rte"]
+
+
+def test_two_calls_at_once_write_a_model_once(hub_server, hub_settings, tmp_path, caplog):
+    hub_settings(hub_server.url)
+    hub_server.troubles = {"model.safetensors": ["slow"]}
+    calls = [threading.Thread(target=run, args=(tmp_path / "models", *BASE)) for _ in range(2)]
+    with caplog.at_level("INFO"):
+        for call in calls:
+            call.start()
+        for call in calls:
+            call.join()
+    assert [name for _, _, name, _ in hub_server.served].count("model.safetensors") == 1
+    assert caplog.text.count("written to") == caplog.text.count("skipped") == 1
+    assert files(tmp_path / "models") == ["bert-base-uncased"]
+
+
 def test_an_id_that_the_hub_does_not_know_is_one_line(hub_server, tmp_path):
     result = subprocess.run(
         [sys.executable, "get_bert_models.py", "--output_dir", str(tmp_path / "models"),
          "--base_model", "org/absent", "--base_only"],
-        env={**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "hf"),
-             "HF_HUB_OFFLINE": "0"},
-        cwd=REPO, capture_output=True, text=True, check=False,
+        env=environment(hub_server, tmp_path), cwd=REPO, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.startswith("get_bert_models.py: error: org/absent")
