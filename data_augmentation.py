@@ -5,6 +5,9 @@ sentence, then up to N times with other words in its second one; the sentence th
 stays the original. Replacements of words that are one word piece come from BERT's masked-LM head,
 those of other words are the nearest neighbours among the word vectors.
 
+Finished rows wait in a folder beside the output, .unfinished-train_aug.tsv, until all are there;
+--resume goes on with them after a kill. Under torchrun each process varies its share of the rows.
+
 Example:
     python data_augmentation.py --pretrained_bert_model models/bert-base-uncased \
         --glove_embs data/glove.840B.300d.txt --glue_dir data/glue_data --task_name RTE
@@ -13,18 +16,33 @@ Example:
 import argparse
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from transformer import distributed
 from transformer.augmentation import BATCH_TOKENS, DataAugmentor, GloveIndex
+from transformer.checkpoint import weights_path
 from transformer.file_utils import UserError
-from transformer.glue import GLUE_TASKS, TaskRows, TsvWriter, get_task, task_rows
+from transformer.glue import (
+    GLUE_TASKS,
+    TaskRows,
+    get_task,
+    split_path,
+    task_rows,
+    tsv_line,
+)
 from transformer.inference import freeze
 from transformer.modeling import BertForMaskedLM
+from transformer.parts import WorkFolder, fingerprint, share
 from transformer.runtime import (
     add_precision_argument,
+    add_resume_argument,
+    check_room,
     get_device,
     log_start,
     resolve_precision,
@@ -34,8 +52,11 @@ from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")
 
-CHUNK_ROWS = 512  # rows whose masked words are sorted by length together
+CHUNK_ROWS = 512  # rows of a part, whose masked words are sorted by length together
+JOINED, SUFFIX = "rows", ".tsv"
 UNKNOWN_SHARE_LIMIT = 0.10
+VECTOR_MEMORY = 300_000_000  # bytes that word vectors take at most, as only the first are read
+WORK_MEMORY = 500_000_000  # bytes, for blocks of similarities and batches
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -71,66 +92,141 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="word pieces in one batch of the model, fewer need less memory; 0: "
              f"{BATCH_TOKENS['cuda']} on a GPU, {BATCH_TOKENS['cpu']} on a CPU")
     add_precision_argument(parser)
+    add_resume_argument(parser)
     add("--no_cuda", action="store_true", help="compute on the CPU")
     return parser
 
 
+class Part(NamedTuple):
+    """Rows [begin, end) of the table; all of them are varied, or none."""
+
+    begin: int
+    end: int
+    varied: bool
+
+    @property
+    def name(self) -> str:
+        return f"rows_{self.begin}"
+
+
+def cut(rows: int, varied: int) -> list[Part]:
+    """Cut so many rows into parts; the first `varied` are to be varied."""
+    parts = [Part(begin, min(begin + CHUNK_ROWS, varied), True)
+             for begin in range(0, varied, CHUNK_ROWS)]
+    return parts + [Part(varied, rows, False)] * (varied < rows)
+
+
 def augmented_rows(
-    table: TaskRows, augmentor: DataAugmentor, varied: int, chunk_rows: int = CHUNK_ROWS
+    table: TaskRows, augmentor: DataAugmentor, part: Part
 ) -> Iterator[list[list[str]]]:
-    """Yield for each row of the table the rows that replace it: itself, then its variations.
+    """Yield for each row of the part the rows that replace it: itself, then its variations.
 
     The two sentences of a pair are varied one at a time, each beside the original of the other.
-    Rows after the first `varied` stay alone.
     """
     columns = [column for column in (table.text_a, table.text_b) if column is not None]
-    for start in range(0, varied, chunk_rows):
-        chunk = table.rows[start : min(start + chunk_rows, varied)]
-        variations = iter(augmentor.augment([row[column] for row in chunk for column in columns]))
-        for row in chunk:
-            new_rows = [row]
-            for column in columns:
-                for sentence in next(variations)[1:]:
-                    new_rows.append([*row[:column], sentence, *row[column + 1 :]])
-            yield new_rows
-    for row in table.rows[varied:]:
-        yield [row]
+    rows = table.rows[part.begin : part.end]
+    if not part.varied:
+        columns = []
+    augmentor.next_sentence = part.begin * len(columns)
+    variations = iter(augmentor.augment([row[column] for row in rows for column in columns]))
+    for row in rows:
+        new_rows = [row]
+        for column in columns:
+            for sentence in next(variations)[1:]:
+                new_rows.append([*row[:column], sentence, *row[column + 1 :]])
+        yield new_rows
 
 
 def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
-    """Where to write; a file that is there is a `UserError` unless it may be replaced."""
+    """Where to write."""
     path = Path(args.output_file) if args.output_file else data_dir / "train_aug.tsv"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file to write with --output_file")
-    if path.exists() and not args.overwrite:
-        raise UserError(f"{path}: exists; --overwrite replaces it")
     return path
 
 
-def write_augmented(
-    table: TaskRows, augmentor: DataAugmentor, varied: int, output_file: Path
-) -> int:
-    """Write header and rows; the file appears when it is complete. Returns the rows written."""
+def begin(
+    folder: WorkFolder, output_file: Path, args: argparse.Namespace, source: Path,
+    device: torch.device, dtype: torch.dtype | None,
+) -> bool:
+    """Begin or go on; False if the output is there already."""
+    exists = output_file.exists() and not args.overwrite
+    model_files = sorted(path for path in Path(args.pretrained_bert_model).glob("*")
+                         if path.is_file())
+    inputs = {
+        "--task_name": fingerprint([source]),
+        "--glove_embs": fingerprint([Path(args.glove_embs)]),
+        "--pretrained_bert_model": fingerprint(model_files),
+        "--precision": f"{dtype} on {device.type}",  # what auto stands for
+    }
+    taken = f"{output_file}: exists; --overwrite replaces it" if exists else None
+    return folder.begin(args, inputs, taken)
+
+
+def check_needs(
+    folder: WorkFolder, table: TaskRows, varied: int, args: argparse.Namespace
+) -> None:
+    """Raise a `UserError` if the disk or the memory will not do."""
+    sizes = [len("\t".join(row).encode()) + 1 for row in table.rows]
+    new = args.N * (1 if table.text_b is None else 2)  # of each row, at most
+    need = 2 * (sum(sizes) + new * sum(sizes[:varied]))  # once in parts, once joined
+    model = weights_path(args.pretrained_bert_model).stat().st_size
+    memory = 2 * model + min(Path(args.glove_embs).stat().st_size, VECTOR_MEMORY) + WORK_MEMORY
+    check_room("augmentation", folder.path, max(0, need - folder.used()), memory)
+
+
+def write_part(
+    folder: WorkFolder, part: Part, table: TaskRows, augmentor: DataAugmentor, source: Path
+) -> None:
+    """Write the rows that replace those of a part, and in the first one the header before them."""
+    header = [] if table.header is None else [table.header]
+    augmentor.counts.clear()
     written = 0
-    progress = tqdm(total=len(table.rows), desc=output_file.name, unit="row", disable=None)
-    with TsvWriter(output_file) as writer, progress:
-        if table.header is not None:
-            writer.write(table.header)
-        for new_rows in augmented_rows(table, augmentor, varied):
-            for row in new_rows:
-                writer.write(row)
-            written += len(new_rows)
-            progress.update()
-    return written
+    with folder.writing(part.name, SUFFIX) as new:
+        if part.begin == 0:
+            for row in header:
+                new.files[0].write(tsv_line(row, source, 1).encode())
+        first = part.begin + len(header) + 1
+        for number, new_rows in enumerate(augmented_rows(table, augmentor, part), first):
+            lines = [tsv_line(row, source, number) for row in new_rows]
+            new.files[0].write("".join(lines).encode())
+            written += len(lines)
+        new.facts.update(augmentor.counts, written=written)
 
 
-def report(augmentor: DataAugmentor, rows: int, written: int, seconds: float) -> None:
-    """Print what came out, and warn where the model hardly knows the text."""
-    counts = augmentor.counts
+def write_augmented(
+    folder: WorkFolder, table: TaskRows, augmentor: DataAugmentor, varied: int, source: Path
+) -> tuple[dict[str, int], int]:
+    """Write header and rows; return the counts, and how many rows were varied by this call."""
+    parts = cut(len(table.rows), varied)
+    mine = share(parts)
+    made = 0
+
+    def make() -> None:
+        nonlocal made
+        progress = tqdm(total=sum(part.end - part.begin for part in mine), unit="row",
+                        desc="augment", disable=None if distributed.is_main() else True)
+        with progress:
+            for part in mine:
+                if folder.facts(part.name) is None:
+                    write_part(folder, part, table, augmentor, source)
+                    made += part.end - part.begin
+                progress.update(part.end - part.begin)
+
+    counts = folder.joined(JOINED, [SUFFIX], [part.name for part in parts], make)
+    return counts, sum(distributed.gather(made))
+
+
+def report(counts: Counter[str], rows: int, made: int, seconds: float) -> None:
+    """Print what came out, and warn where the model hardly knows the text.
+
+    `made` rows were varied by this call, in so many seconds.
+    """
+    written = counts["written"]
     logger.info(
         "%d rows in, %d rows out (%.1f for one) in %.1f s, %.1f rows/s; %d words varied, %d of "
         "them without candidates; %d of %d word pieces are [UNK]",
-        rows, written, written / rows, seconds, rows / seconds, counts["words"],
+        rows, written, written / rows, seconds, made / seconds, counts["words"],
         counts["no_candidates"], counts["unknown"], counts["pieces"],
     )
     if counts["unknown"] > UNKNOWN_SHARE_LIMIT * counts["pieces"]:
@@ -151,26 +247,36 @@ def main(args: argparse.Namespace) -> None:
     table = task_rows(task, data_dir)
     if args.max_train_rows:
         table = table._replace(rows=table.rows[: args.max_train_rows])
+    varied = min(args.max_varied_rows or len(table.rows), len(table.rows))
     if "N" not in args.given:
         args.N = task.augmentation_n
-
-    # Model and word vectors
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
-    tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
-    model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
-    glove = GloveIndex.load(args.glove_embs)
-    augmentor = DataAugmentor(
-        model, tokenizer, glove, args.M, args.N, args.p, args.seed,
-        batch_tokens=args.batch_tokens,
-    )
-    log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 
-    # Write
-    start = time.perf_counter()
-    varied = min(args.max_varied_rows or len(table.rows), len(table.rows))
-    written = write_augmented(table, augmentor, varied, output_file)
-    report(augmentor, len(table.rows), written, time.perf_counter() - start)
+    # A new start, or where an earlier call was stopped
+    folder, source = WorkFolder.of_file(output_file), split_path(task, data_dir, "train")
+    if not begin(folder, output_file, args, source, device, dtype):
+        logger.info("%s: whole already, by an earlier call with these arguments", output_file)
+        return
+
+    with folder:
+        # Model and word vectors
+        check_needs(folder, table, varied, args)
+        tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
+        model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
+        glove = GloveIndex.load(args.glove_embs)
+        augmentor = DataAugmentor(
+            model, tokenizer, glove, args.M, args.N, args.p, args.seed,
+            batch_tokens=args.batch_tokens,
+        )
+        log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
+
+        # Write
+        start = time.perf_counter()
+        counts, made = write_augmented(folder, table, augmentor, varied, source)
+        if distributed.is_main():
+            folder.publish({folder.file(JOINED, SUFFIX): output_file.name})
+    report(Counter(counts), len(table.rows), made, time.perf_counter() - start)
     logger.info("wrote %s", output_file)
 
 

@@ -4,10 +4,10 @@ Writes the corpus as word-piece ids, OUTPUT_DIR/corpus.bin, and for each epoch t
 spans of it, OUTPUT_DIR/epoch_N.bin; with --format json one JSON object an instance,
 OUTPUT_DIR/epoch_N.json. OUTPUT_DIR/epoch_N_metrics.json has the counts.
 
-With --reduce_memory a process takes at most 150 MB beside its libraries, whatever the corpus (its
-longest line aside); pages of mapped files, which the system takes back when it needs them, are
-not counted. Without it one process also holds 8 bytes a sentence and, for --format json, 2 a
-word piece; several processes always work as with it.
+A process takes at most 150 MB beside its libraries, whatever the corpus (its longest line aside);
+pages of mapped files, which the system takes back when it needs them, are not counted. Finished
+work is kept in OUTPUT_DIR/.unfinished until all is there; --resume goes on with it after a kill.
+Under torchrun the work is split over the processes, which must all see OUTPUT_DIR.
 
 Example:
     python pregenerate_training_data.py --train_corpus data/wiki_for_bert.txt \
@@ -16,46 +16,58 @@ Example:
 """
 
 import argparse
+import itertools
 import logging
-import os
-import shutil
-import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from transformer import distributed
 from transformer.corpus import (
+    BLOCK_SUFFIXES,
     CORPUS_IDS_NAME,
+    CORPUS_SUFFIXES,
     Corpus,
     EpochSettings,
     Masking,
-    TokenizedBlock,
-    build_corpus,
     line_blocks,
+    read_block,
     tokenize_block,
+    write_blocks,
+    write_corpus,
 )
-from transformer.file_utils import UserError, s3_address, upload_folder
-from transformer.pretraining_data import EpochWriter, epoch_path, generated_files
-from transformer.runtime import prepare_output_dir, run_script
-from transformer.tokenization import BertTokenizer
+from transformer.file_utils import UserError
+from transformer.parts import Run, WorkFolder, fingerprint, processes, share
+from transformer.pretraining_data import (
+    CORPUS_INFO_NAME,
+    METRICS_SUFFIX,
+    EpochWriter,
+    epoch_path,
+    generated_files,
+    mask_dtype,
+    record_dtype,
+    vocabulary_sha256,
+)
+from transformer.runtime import add_resume_argument, check_room, prepare_output_dir, run_script
+from transformer.tokenization import BLOCK_BYTES, BertTokenizer
+from transformer.uploads import s3_address, upload_folder
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED_PREFIX = ".unfinished-"
 LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
-FEWEST_SENTENCES, MOST_SENTENCES = 1 << 13, 1 << 19  # of a part of an epoch
-
-# Runs a method of `Work` on each of some tasks; yields the results in the order of the tasks.
-Run = Callable[[str, Iterable[Any]], Iterator[Any]]
+PARTS = 32  # of a small corpus; a larger one has more, of the most bytes or sentences
+MOST_BYTES = 1 << 24
+FEWEST_SENTENCES, MOST_SENTENCES = 1 << 13, 1 << 19
+PROCESS_MEMORY = 150_000_000  # bytes, beside the libraries
+# Of English, measured and rounded up: how many times the instances of an epoch would hold the
+# text if they were full, and the bytes of a JSON line.
+COVERED, JSON_ROW_BYTES, JSON_TOKEN_BYTES = 1.6, 100, 13
 
 
 # ------------------------------------------------------------------ checks
@@ -104,19 +116,51 @@ def check_corpus(corpus: Corpus, source: Path, one_seq: bool) -> None:
         )
 
 
-# ------------------------------------------------------------------ work in several processes
+def check_disk(work: "Work", epochs: int, workers: int) -> None:
+    """Raise a `UserError` if the disk or the memory will not do, judged by the first block."""
+    masks = work.masking.predictions(work.settings.max_seq_len)
+    block = next(line_blocks(work.train_corpus), (0, 0))
+    sample = tokenize_block(work.train_corpus, block, work.tokenizer)
+    growth = work.train_corpus.stat().st_size / max(1, block[1])
+    tokens = growth * len(sample.token_ids)
+    documents = growth * len(sample.blank_lines)  # whose last instances are short
+    rows = COVERED * tokens / work.settings.max_tokens + documents
+    if work.format == "json":
+        row_bytes = JSON_ROW_BYTES + JSON_TOKEN_BYTES * (work.settings.max_seq_len + masks)
+    else:
+        row_bytes = record_dtype(int(tokens)).itemsize
+        row_bytes += masks * mask_dtype(len(work.tokenizer)).itemsize
+    corpus = tokens * sample.token_ids.itemsize + 12 * growth * len(sample.lengths)
+    # What is joined is there twice: first the corpus, later one epoch after the other.
+    need = max(2 * corpus, corpus + (epochs + 1) * rows * row_bytes)
+    check_room("pregeneration", work.folder.path, max(0, round(need) - work.folder.used()),
+               workers * PROCESS_MEMORY)
 
 
-class Part(NamedTuple):
+# ------------------------------------------------------------------ parts
+
+
+class TextPart(NamedTuple):
+    """Bytes [start, end) of the corpus, whole lines."""
+
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"text_{self.start}"
+
+
+class EpochPart(NamedTuple):
     """The instances of sentences [begin, end) for one epoch."""
 
     epoch: int
     begin: int
     end: int
 
-    def stem(self, folder: Path) -> Path:
-        """Return the part's files without their suffix."""
-        return folder / f"part_{self.epoch}_{self.begin}"
+    @property
+    def name(self) -> str:
+        return f"epoch_{self.epoch}_{self.begin}"
 
 
 @dataclass
@@ -124,7 +168,7 @@ class Work:
     """What every process knows, and the two kinds of tasks."""
 
     train_corpus: Path
-    folder: Path
+    folder: WorkFolder
     tokenizer: BertTokenizer
     settings: EpochSettings
     masking: Masking
@@ -133,118 +177,136 @@ class Work:
     @cached_property
     def corpus(self) -> Corpus:
         """The tokenized corpus, which processes share as files in `folder`."""
-        return Corpus.open(self.folder, len(self.tokenizer))
+        facts = self.folder.noted("corpus")
+        return Corpus.open(self.folder.stem("corpus"), len(self.tokenizer), facts["unknown"])
 
     @cached_property
     def writer(self) -> EpochWriter:
         """What writes instances of the corpus."""
         return EpochWriter(self.corpus, self.tokenizer, self.settings, self.masking, self.format)
 
-    def tokenize(self, block: tuple[int, int]) -> TokenizedBlock:
-        """Tokenize a block of lines."""
-        return tokenize_block(self.train_corpus, block, self.tokenizer)
+    def tokenize(self, part: TextPart) -> TextPart:
+        """Tokenize a part of the text, unless that is done."""
+        if self.folder.facts(part.name) is None:
+            with self.folder.writing(part.name, *BLOCK_SUFFIXES) as new:
+                blocks = line_blocks(self.train_corpus, BLOCK_BYTES, *part)
+                new.facts["unknown"] = write_blocks(
+                    self.train_corpus, blocks, self.tokenizer, new.files)
+        return part
 
-    def generate(self, part: Part) -> tuple[Part, int]:
-        """Write the files of a part; return it and its number of instances."""
-        return part, self.writer.write(part.stem(self.folder), *part)
-
-
-_work: Work  # of a worker process
-
-
-def start_worker(work: Work) -> None:
-    """Keep in this process what its tasks need, so that it does not travel with each."""
-    global _work
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of --num_workers
+    def generate(self, part: EpochPart) -> EpochPart:
+        """Write the instances of a part, unless that is done."""
+        if self.folder.facts(part.name) is None:
+            with self.folder.writing(part.name, *self.writer.suffixes) as new:
+                new.facts["rows"] = self.writer.write(new.files, *part)
+        return part
 
 
-def call(method: str, task: Any) -> Any:
-    """Do a task in a worker process."""
-    return getattr(_work, method)(task)
+def text_parts(train_corpus: Path) -> list[TextPart]:
+    """Cut the text between lines."""
+    size = min(max(train_corpus.stat().st_size // PARTS, BLOCK_BYTES), MOST_BYTES)
+    return [TextPart(*block) for block in line_blocks(train_corpus, size)]
 
 
-@contextmanager
-def processes(work: Work, workers: int) -> Iterator[Run]:
-    """Yield what runs tasks, in `workers` processes or, for one, in this process."""
-    if workers == 1:
-        yield lambda method, tasks: map(getattr(work, method), tasks)
-        return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work,)) as pool:
-        pool.submit(int)  # starts the processes now, as a progress bar adds a thread to this one
-
-        def run(method: str, tasks: Iterable[Any]) -> Iterator[Any]:
-            # Few results wait at a time, so that memory does not grow with the corpus.
-            waiting: deque = deque()
-            for task in tasks:
-                waiting.append(pool.submit(call, method, task))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-        yield run
+def epoch_parts(corpus: Corpus, epoch: int) -> list[EpochPart]:
+    """Cut an epoch at borders of documents, into parts of roughly the same size."""
+    size = min(max(corpus.sentences // PARTS, FEWEST_SENTENCES), MOST_SENTENCES)
+    wanted = np.arange(0, corpus.sentences, size)
+    borders = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
+    borders = [*borders[borders < corpus.sentences].tolist(), corpus.sentences]
+    return [EpochPart(epoch, *border) for border in itertools.pairwise(borders)]
 
 
 # ------------------------------------------------------------------ stages
 
 
-def tokenize(work: Work, run: Run, in_files: bool) -> Corpus:
-    """Tokenize the corpus, with a bar that counts bytes; `in_files` keeps it out of memory."""
-
-    def blocks() -> Iterator[TokenizedBlock]:
-        with tqdm(total=work.train_corpus.stat().st_size, unit="B", unit_scale=True,
-                  desc="tokenize") as bar:
-            for block in run("tokenize", line_blocks(work.train_corpus)):
-                yield block
-                bar.update(block.text_bytes)
-
-    ids_file = work.folder / CORPUS_IDS_NAME if work.format == "binary" else None
-    return build_corpus(
-        blocks(), len(work.tokenizer), work.folder if in_files else None, ids_file)
+def say(text: str) -> None:
+    """Print a line, in the first process of the run."""
+    if distributed.is_main():
+        print(text)
 
 
-def corpus_parts(corpus: Corpus, epochs: int, workers: int) -> Iterator[Part]:
-    """Cut every epoch at borders of documents, into parts of roughly the same size."""
-    size = min(max(corpus.sentences // workers, FEWEST_SENTENCES), MOST_SENTENCES)
-    wanted = np.arange(0, corpus.sentences, size)
-    borders = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
-    borders = [*borders[borders < corpus.sentences].tolist(), corpus.sentences]
-    for epoch in range(epochs):
-        for begin, end in zip(borders, borders[1:], strict=False):
-            yield Part(epoch, begin, end)
+def tokenize(work: Work, run: Run) -> Corpus:
+    """Tokenize the corpus, with a bar that counts bytes."""
+    parts = text_parts(work.train_corpus)
+    mine = share(parts)
+
+    def make() -> None:
+        with tqdm(total=sum(part.end - part.start for part in mine), unit="B", unit_scale=True,
+                  desc="tokenize", disable=not distributed.is_main()) as bar:
+            for part in run("tokenize", mine):
+                bar.update(part.end - part.start)
+
+    def join() -> None:
+        blocks = (read_block(work.folder.stem(part.name), len(work.tokenizer),
+                             work.folder.noted(part.name)["unknown"]) for part in parts)
+        with work.folder.writing("corpus", *CORPUS_SUFFIXES, lasting=True) as corpus:
+            corpus.facts["unknown"] = write_corpus(blocks, corpus.files)
+
+    work.folder.whole("corpus", [part.name for part in parts], make, join)
+    return work.corpus
 
 
-def generate(work: Work, run: Run, corpus: Corpus, epochs: int, workers: int) -> list[int]:
-    """Write the data files of all epochs; return their numbers of instances."""
-    rows = [0] * epochs
-    with tqdm(total=epochs * corpus.sentences, unit="sentence", unit_scale=True,
-              desc=f"{epochs} epochs") as bar:
-        for part, count in run("generate", corpus_parts(corpus, epochs, workers)):
-            rows[part.epoch] += count
-            for suffix in work.writer.suffixes:
-                stem = part.stem(work.folder)
-                append(stem.with_name(stem.name + suffix),
-                       epoch_path(work.folder, part.epoch, suffix))
-            bar.update(part.end - part.begin)
-    return rows
+def generate(work: Work, run: Run, epoch: int) -> int:
+    """Write the data files of an epoch; return its number of instances."""
+    parts = epoch_parts(work.corpus, epoch)
+    mine = share(parts)
+
+    def make() -> None:
+        with tqdm(total=sum(part.end - part.begin for part in mine), unit="sentence",
+                  unit_scale=True, desc=f"epoch {epoch}", disable=not distributed.is_main()) as bar:
+            for part in run("generate", mine):
+                bar.update(part.end - part.begin)
+
+    names = [part.name for part in parts]
+    return work.folder.joined(f"epoch_{epoch}", work.writer.suffixes, names, make)["rows"]
 
 
-def append(source: Path, target: Path) -> None:
-    """Move a file to the end of another."""
-    if not target.exists():
-        source.replace(target)
-        return
-    with source.open("rb") as content, target.open("ab") as output:
-        shutil.copyfileobj(content, output, 1 << 20)
-    source.unlink()
+def begin(work: Work, args: argparse.Namespace) -> bool:
+    """Begin or go on; False if the output is there already."""
+    asked = distributed.is_main() and not args.overwrite_output_dir
+    found = generated_files(args.output_dir) if asked else []
+    taken = f"{found[0]}: exists; --overwrite_output_dir replaces it" if found else None
+    vocabulary = f"{vocabulary_sha256(work.tokenizer)} {work.tokenizer.do_lower_case}"
+    inputs = {"--train_corpus": fingerprint([args.train_corpus]), "--bert_model": vocabulary}
+    return work.folder.begin(args, inputs, taken)
 
 
-def publish(files: list[Path], output_dir: Path) -> list[Path]:
-    """Move finished files to where they belong, in place of those of an earlier run."""
-    for path in generated_files(output_dir):
-        path.unlink()
-    return [path.replace(output_dir / path.name) for path in files]
+def run_stages(work: Work, args: argparse.Namespace) -> tuple[list[int], list[Path]]:
+    """Tokenize, generate and publish; return the instances of each epoch, and the files."""
+    check_disk(work, args.epochs_to_generate, args.num_workers)
+    with processes(work, args.num_workers) as run:
+        corpus = tokenize(work, run)
+        check_corpus(corpus, args.train_corpus, args.one_seq)
+        say(
+            f"{args.train_corpus}: {corpus.documents:,} documents, {corpus.sentences:,} "
+            f"sentences, {len(corpus.token_ids):,} word pieces"
+        )
+        rows = [generate(work, run, epoch) for epoch in range(args.epochs_to_generate)]
+    files = publish(work, rows, args.output_dir) if distributed.is_main() else []
+    return rows, files
+
+
+def publish(work: Work, rows: Sequence[int], output_dir: Path) -> list[Path]:
+    """Write what describes the data, and move all to where it belongs, in place of an earlier run.
+
+    `rows` are the instances of each epoch. Files that are moved in this order do not pass for a
+    run until all are there.
+    """
+    folder, files = work.folder, {}
+    if work.format == "binary":
+        work.writer.write_info(folder.path / CORPUS_INFO_NAME)
+        files = {folder.file("corpus", CORPUS_SUFFIXES[0]): CORPUS_IDS_NAME,
+                 folder.path / CORPUS_INFO_NAME: CORPUS_INFO_NAME}
+    # The last epoch first: epochs are only read if they are numbered from 0 without a gap.
+    for epoch in reversed(range(len(rows))):
+        for suffix in work.writer.suffixes:
+            path = folder.file(f"epoch_{epoch}", suffix)
+            files[path] = epoch_path(output_dir, epoch, suffix).name
+        metrics = epoch_path(folder.path, epoch, METRICS_SUFFIX)
+        work.writer.write_metrics(metrics, rows[epoch])
+        files[metrics] = metrics.name
+    return folder.publish(files, obsolete=generated_files(output_dir))
 
 
 # ------------------------------------------------------------------ command line
@@ -267,8 +329,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_whole_word_mask", action="store_true",
         help="mask all pieces of a word or none (switch)")
     add("--reduce_memory", action="store_true",
-        help="keep the tokenized documents on disk, in output_dir, not in memory; then a process "
-        "takes at most 150 MB beside its libraries, whatever the corpus (switch)")
+        help="changes nothing: the tokenized documents are always on disk, in output_dir, and a "
+        "process takes at most 150 MB beside its libraries, whatever the corpus (switch)")
     add("--num_workers", type=int, default=1,
         help="number of processes to tokenize and generate in; the output is the same")
     add("--format", choices=["binary", "json"], default="binary",
@@ -289,6 +351,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="seed of every random choice")
     add("--overwrite_output_dir", action="store_true",
         help="replace the epochs of an output folder that is not empty (switch)")
+    add_resume_argument(parser)
     return parser
 
 
@@ -300,39 +363,30 @@ def main(args: argparse.Namespace) -> None:
     check_arguments(args)
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    distributed.connect()
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, args.resume)
     masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
     )
     settings = EpochSettings(args.seed, args.max_seq_len, args.short_seq_prob, args.one_seq)
 
     # All work is done in a folder of its own, so that only a whole run leaves files behind.
-    for stale in output_dir.glob(f"{UNFINISHED_PREFIX}*"):
-        shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED_PREFIX, dir=output_dir) as name:
-        work = Work(args.train_corpus, Path(name), tokenizer, settings, masking, args.format)
-        with processes(work, args.num_workers) as run:
-            # Tokenize: in memory, or in files that several processes can share.
-            corpus = tokenize(work, run, args.reduce_memory or args.num_workers > 1)
-            check_corpus(corpus, args.train_corpus, args.one_seq)
-            print(
-                f"{args.train_corpus}: {corpus.documents:,} documents, {corpus.sentences:,} "
-                f"sentences, {len(corpus.token_ids):,} word pieces"
-            )
-
-            # Generate.
-            work.corpus = corpus
-            rows = generate(work, run, corpus, args.epochs_to_generate, args.num_workers)
-        files = publish(work.writer.finish(work.folder, rows), output_dir)
+    folder = WorkFolder.of_folder(output_dir)
+    work = Work(args.train_corpus, folder, tokenizer, settings, masking, args.format)
+    if begin(work, args):
+        with folder:
+            rows, files = run_stages(work, args)
+        say(
+            f"{output_dir}: {len(rows)} epochs of {', '.join(f'{count:,}' for count in rows)} "
+            f"instances, {sum(path.stat().st_size for path in files):,} bytes, "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+    else:
+        say(f"{output_dir}: whole already, by an earlier call with these arguments")
 
     # Copy, where asked to.
-    if address:
+    if address and distributed.is_main():
         upload_folder(output_dir, *address)
-    size = sum(path.stat().st_size for path in files)
-    print(
-        f"{output_dir}: {len(rows)} epochs of {', '.join(f'{count:,}' for count in rows)} "
-        f"instances, {size:,} bytes, {time.perf_counter() - start:.1f} s"
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Turn WikiExtractor's JSON files into the corpus that pregenerate_training_data.py reads.
 
-One sentence a line, a blank line between documents.
+One sentence a line, a blank line between documents. Finished text waits in a folder beside the
+output, .unfinished-NAME, until all is there; --resume goes on with it after a kill. Under torchrun
+each process converts its share of the files.
 
 Example:
     python -m wikiextractor.WikiExtractor DUMP.xml.bz2 --json -o data/extracted_wiki
@@ -16,8 +18,10 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,27 +29,33 @@ import nltk
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTrainer
 from tqdm import tqdm
 
-from transformer.file_utils import UserError, atomic_path
-from transformer.runtime import run_script
+from transformer import distributed
+from transformer.file_utils import UserError, read_json
+from transformer.parts import WorkFolder, fingerprint, processes, share
+from transformer.runtime import add_resume_argument, check_room, run_script
 
 logger = logging.getLogger(__name__)
 
 PUNKT_DATA = "tokenizers/punkt_tab/english/"
 PUNKT_DOWNLOAD_SECONDS = 30
 PUNKT_SAMPLE_CHARACTERS = 10_000_000
+PARTS = 1024  # of a large corpus, or up to twice as many; a smaller one has one a file
+PROCESS_MEMORY = 200_000_000  # bytes, with the splitter
+COMPRESSION = 4  # how many times smaller a .bz2 of text is
+SPLITTER_BYTES = 2_000_000
+SPLITTER, SPLITTER_SUFFIX = "splitter", ".json"
+JOINED, SUFFIX = "corpus", ".txt"
 
-# The splitter of a worker process; `start_worker` sets it once, so that it never travels with a
-# task.
-_splitter: PunktSentenceTokenizer
 
+class Part(NamedTuple):
+    """The input files [begin, end)."""
 
-class FileResult(NamedTuple):
-    """What one input file gives: its part of the corpus (UTF-8) and its counts."""
+    begin: int
+    end: int
 
-    text: bytes
-    documents: int
-    empty: int
-    sentences: int
+    @property
+    def name(self) -> str:
+        return f"files_{self.begin}"
 
 
 def find_input_files(input_dir: Path) -> list[Path]:
@@ -116,7 +126,7 @@ def train_punkt(texts: Iterable[str]) -> PunktParameters:
     return trainer.get_params()
 
 
-def downloaded_punkt() -> PunktSentenceTokenizer | None:
+def downloaded_punkt() -> PunktParameters | None:
     """Load nltk's English model, after one short attempt to download it; None if there is none."""
     try:
         nltk.data.find(PUNKT_DATA)
@@ -128,65 +138,130 @@ def downloaded_punkt() -> PunktSentenceTokenizer | None:
         except subprocess.TimeoutExpired:
             return None
     try:
-        return nltk.tokenize.PunktTokenizer("english")
+        return nltk.tokenize.punkt.load_punkt_params(nltk.data.find(PUNKT_DATA))
     except LookupError:
         return None
 
 
-def get_splitter(choice: str, files: list[Path]) -> PunktSentenceTokenizer:
-    """Return the sentence splitter that `--punkt` asks for, and print which one it is."""
-    splitter = downloaded_punkt() if choice == "auto" else None
-    if splitter is not None:
-        print("sentence splitter: nltk's punkt_tab, English")
-        return splitter
+def get_parameters(choice: str, files: list[Path]) -> tuple[PunktParameters, str]:
+    """Return the sentence model that `--punkt` asks for, and what to call it."""
+    parameters = downloaded_punkt() if choice == "auto" else None
+    if parameters is not None:
+        return parameters, "nltk's punkt_tab, English"
     texts = list(sample_articles(files, PUNKT_SAMPLE_CHARACTERS))
     reason = "punkt_tab can not be had" if choice == "auto" else "--punkt train"
-    print(
-        f"sentence splitter: Punkt trained on {sum(map(len, texts)):,} characters of "
-        f"{len(texts):,} articles of this corpus ({reason})"
+    return train_punkt(texts), (
+        f"Punkt trained on {sum(map(len, texts)):,} characters of {len(texts):,} articles of "
+        f"this corpus ({reason})"
     )
-    return PunktSentenceTokenizer(train_punkt(texts))
 
 
-def start_worker(splitter: PunktSentenceTokenizer) -> None:
-    """Keep the splitter for all the files of this process."""
-    global _splitter
-    _splitter = splitter
+def parameters_to_json(parameters: PunktParameters, name: str) -> bytes:
+    """Spell a sentence model out; the same model is the same text."""
+    return json.dumps({
+        "name": name,
+        "abbreviations": sorted(parameters.abbrev_types),
+        "collocations": sorted(parameters.collocations),
+        "sentence_starters": sorted(parameters.sent_starters),
+        "orthography": dict(sorted(parameters.ortho_context.items())),
+    }).encode()
 
 
-def convert_file(path: Path) -> FileResult:
-    """Split all articles of one file; articles without text (redirects) are only counted."""
-    documents, empty, sentence_count = [], 0, 0
-    for text in read_articles(path):
-        sentences = split_sentences(text, _splitter)
-        empty += not sentences
-        sentence_count += len(sentences)
-        if sentences:
-            documents.append("\n".join(sentences) + "\n")
-    # JSON can spell half a surrogate pair, which UTF-8 can not.
-    content = "\n".join(documents).encode("utf-8", errors="replace")
-    return FileResult(content, len(documents), empty, sentence_count)
+def parameters_from_json(content: dict) -> PunktParameters:
+    """Read what `parameters_to_json` wrote."""
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(content["abbreviations"])
+    parameters.collocations = set(map(tuple, content["collocations"]))
+    parameters.sent_starters = set(content["sentence_starters"])
+    parameters.ortho_context = defaultdict(int, content["orthography"])
+    return parameters
 
 
-def convert_all(
-    files: list[Path], target: Path, splitter: PunktSentenceTokenizer, workers: int
-) -> FileResult:
-    """Write the corpus in the order of `files` whatever the number of workers; return the totals.
+@dataclass
+class Work:
+    """What every process knows, and its kind of task."""
 
-    `text` of the totals is empty.
+    files: list[Path]
+    folder: WorkFolder
+
+    @cached_property
+    def splitter(self) -> PunktSentenceTokenizer:
+        """The sentence splitter, from the work folder: one model for all processes and calls."""
+        content = read_json(self.folder.file(SPLITTER, SPLITTER_SUFFIX))
+        return PunktSentenceTokenizer(parameters_from_json(content))
+
+    def convert(self, part: Part) -> Part:
+        """Split all articles of the part's files, unless that is done."""
+        if self.folder.facts(part.name) is None:
+            with self.folder.writing(part.name, SUFFIX) as new:
+                new.facts.update(documents=0, empty=0, sentences=0)
+                for path in self.files[part.begin : part.end]:
+                    for text in read_articles(path):
+                        sentences = split_sentences(text, self.splitter)
+                        new.facts["empty"] += not sentences
+                        if not sentences:  # such as those of redirects
+                            continue
+                        new.facts["sentences"] += len(sentences)
+                        document = "\n".join(sentences) + "\n"
+                        if new.facts["documents"]:
+                            document = "\n" + document
+                        # JSON can spell half a surrogate pair, which UTF-8 can not.
+                        new.files[0].write(document.encode("utf-8", errors="replace"))
+                        new.facts["documents"] += 1
+        return part
+
+
+def cut(files: int) -> list[Part]:
+    """Cut so many files into parts."""
+    size = max(1, files // PARTS)
+    return [Part(begin, min(begin + size, files)) for begin in range(0, files, size)]
+
+
+def check_needs(work: Work, workers: int) -> None:
+    """Raise a `UserError` if the disk or the memory will not do."""
+    text_bytes = sum(path.stat().st_size * (COMPRESSION if path.suffix == ".bz2" else 1)
+                     for path in work.files)
+    need = 2 * text_bytes + SPLITTER_BYTES  # the text once in parts, once joined
+    check_room("the corpus", work.folder.path, max(0, need - work.folder.used()),
+               workers * PROCESS_MEMORY)
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process of the run."""
+    if distributed.is_main():
+        print(text)
+
+
+def choose_splitter(work: Work, choice: str) -> None:
+    """Keep the sentence model in the work folder, and print which one it is.
+
+    Where a later call goes on, the model is still the same, whatever can be downloaded then.
     """
-    documents = empty = sentences = 0
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(splitter,))
-    with pool, target.open("wb") as output:
-        results = pool.map(convert_file, files)
-        for result in tqdm(results, total=len(files), unit="file", desc="sentences"):
-            if documents and result.documents:
-                output.write(b"\n")
-            output.write(result.text)
-            documents += result.documents
-            empty += result.empty
-            sentences += result.sentences
-    return FileResult(b"", documents, empty, sentences)
+
+    def write() -> None:
+        work.folder.remove(part.name for part in cut(len(work.files)))  # of a model that was lost
+        with work.folder.writing(SPLITTER, SPLITTER_SUFFIX) as new:
+            new.files[0].write(parameters_to_json(*get_parameters(choice, work.files)))
+
+    work.folder.whole(SPLITTER, [], make=lambda: None, join=write)
+    name = read_json(work.folder.file(SPLITTER, SPLITTER_SUFFIX))["name"]
+    say(f"sentence splitter: {name}")
+
+
+def convert_all(work: Work, workers: int) -> dict[str, int]:
+    """Make the corpus, in the order of the files; return its counts."""
+    parts = cut(len(work.files))
+    mine = share(parts)
+
+    def make() -> None:
+        bar = tqdm(total=sum(part.end - part.begin for part in mine), unit="file",
+                   desc="sentences", disable=not distributed.is_main())
+        with processes(work, max(1, min(workers, len(mine)))) as run, bar:
+            for part in run("convert", mine):
+                bar.update(part.end - part.begin)
+
+    names = [part.name for part in parts]
+    return work.folder.joined(JOINED, [SUFFIX], names, make, separator=b"\n")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -216,6 +291,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing output file (switch)"
     )
+    add_resume_argument(parser)
     return parser
 
 
@@ -226,28 +302,36 @@ def main(args: argparse.Namespace) -> None:
     # Check what was asked for before anything slow happens.
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected at least 1 process")
-    if args.output_file.is_dir():
-        raise UserError(f"--output_file {args.output_file}: is a folder; expected a file")
-    if args.output_file.exists() and not args.overwrite:
-        raise UserError(f"--output_file {args.output_file}: exists; --overwrite replaces it")
+    output = args.output_file
+    if output.is_dir():
+        raise UserError(f"--output_file {output}: is a folder; expected a file")
     files = find_input_files(args.input_dir)
+    distributed.connect()
 
-    # One model for all processes.
-    splitter = get_splitter(args.punkt, files)
-
-    # Write the corpus beside its target and rename it when it is whole.
-    with atomic_path(args.output_file) as temporary:
-        totals = convert_all(files, temporary, splitter, min(args.num_workers, len(files)))
-        if not totals.documents:
+    # All work is done in a folder beside the target.
+    folder = WorkFolder.of_file(output)
+    exists = output.exists() and not args.overwrite
+    taken = f"--output_file {output}: exists; --overwrite replaces it" if exists else None
+    if not folder.begin(args, {"--input_dir": fingerprint(files)}, taken):
+        say(f"{output}: whole already, by an earlier call with these arguments")
+        return
+    with folder:
+        work = Work(files, folder)
+        check_needs(work, args.num_workers)
+        choose_splitter(work, args.punkt)
+        counts = convert_all(work, args.num_workers)
+        if not counts["documents"]:
             raise UserError(
                 f"--input_dir {args.input_dir}: 0 documents in {len(files)} files "
-                f"({totals.empty} articles without text); expected articles with text"
+                f"({counts['empty']} articles without text); expected articles with text"
             )
-    print(
-        f"{args.output_file}: {totals.documents:,} documents, {totals.sentences:,} sentences, "
-        f"{args.output_file.stat().st_size:,} bytes; {totals.empty:,} articles without text "
-        f"skipped; {time.perf_counter() - start:.1f} s"
-    )
+        if distributed.is_main():
+            folder.publish({folder.file(JOINED, SUFFIX): output.name})
+            say(
+                f"{output}: {counts['documents']:,} documents, {counts['sentences']:,} sentences, "
+                f"{output.stat().st_size:,} bytes; {counts['empty']:,} articles without text "
+                f"skipped; {time.perf_counter() - start:.1f} s"
+            )
 
 
 if __name__ == "__main__":

@@ -509,7 +509,7 @@ def our_evaluation(work: Work, rows: int) -> Run:
 
 
 def our_augmentation(work: Work, rows: int, name: str) -> Run:
-    from data_augmentation import augmented_rows
+    from data_augmentation import augmented_rows, cut
 
     setting, task, tokenizer = Setting.of(work), get_task(name), work.tokenizer()
     model = freeze(BertForMaskedLM(work.teacher_config()), setting.dtype, setting.device)
@@ -522,8 +522,9 @@ def our_augmentation(work: Work, rows: int, name: str) -> Run:
         augmentor = DataAugmentor(model, tokenizer, glove, N=task.augmentation_n)
         watch = Stopwatch(setting.device)
         with watch:
-            for _ in augmented_rows(table, augmentor, len(table.rows)):
-                pass
+            for part in cut(len(table.rows), len(table.rows)):
+                for _ in augmented_rows(table, augmentor, part):
+                    pass
         return Timing(len(table.rows), watch.seconds, augmentation_flops(work, table), {})
 
     return run

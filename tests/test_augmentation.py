@@ -247,6 +247,15 @@ def test_variations_are_distinct_at_most_N_and_keep_what_is_not_varied(make_augm
         assert [tokens[i] for i in (0, 3, 5, 6, 8)] == ["the", "is", ",", "the", "is"]
 
 
+def test_variations_begin_at_any_sentence(make_augmentor):
+    sentences = [" ".join(WORDS[start : start + 6]) for start in range(0, 24, 3)]
+    whole = make_augmentor(seed=7).augment(sentences)
+    later = make_augmentor(seed=7)
+    later.next_sentence = 5
+    assert later.augment(sentences[5:]) == whole[5:] != make_augmentor(seed=7).augment(
+        sentences[5:])
+
+
 def test_p_0_changes_nothing_and_p_1_every_word(make_augmentor):
     assert make_augmentor(p=0).augment("Old cat runs") == ["Old cat runs"]
     augmentor = make_augmentor(p=1, M=2)
@@ -302,6 +311,22 @@ def test_neighbours_are_by_cosine_and_never_the_word_itself(tmp_path):
     assert index.nearest(["a"], 10) == [["near", "mid", "far"]]
     assert index.nearest(["a"], 1) == [["near"]]
     assert index.nearest(["a", "mid"], 1) == [["near"], ["near"]]  # the first from the cache
+
+
+def test_neighbours_do_not_depend_on_the_words_looked_up_with_them(tmp_path):
+    # Vectors so close that float32 products, whose last bits depend on how many there are, would
+    # put them in another order.
+    generator = np.random.default_rng(3)
+    centre = generator.standard_normal(300)
+    vectors = centre + 1e-4 * generator.standard_normal((400, 300))
+    words = [f"w{number}" for number in range(400)]
+    index = GloveIndex(words, vectors)
+    together = index.nearest(words, 15)
+    for size in (1, 2, 3, 7):
+        fresh = GloveIndex(words, vectors)
+        found = [near for start in range(0, 42, size)
+                 for near in fresh.nearest(words[start : start + size], 15)]
+        assert found == together[: len(found)]
 
 
 def test_cased_vectors_are_found_by_lower_case_words(tmp_path):
@@ -395,18 +420,13 @@ def test_the_same_seed_writes_the_same_file_and_another_does_not(script):
     assert script("RTE", rows, "--N", 5, "--seed", 2)[2].read_bytes() != first
 
 
-def test_chunks_and_max_train_rows_do_not_change_a_rows_variations(
-    script, make_augmentor, monkeypatch
-):
+def test_parts_and_max_train_rows_do_not_change_a_rows_variations(script, monkeypatch):
     rows = [PAIR_HEADER, *PAIRS]
     whole = script("RTE", rows, "--N", 5)[2].read_bytes()
     one = script("RTE", rows, "--N", 5, "--max_train_rows", 1)[2].read_bytes()
     assert whole.startswith(one)
     assert len(one) < len(whole)
-    generator = data_augmentation.augmented_rows
-    monkeypatch.setattr(
-        data_augmentation, "augmented_rows", lambda *args: generator(*args, chunk_rows=1)
-    )
+    monkeypatch.setattr(data_augmentation, "CHUNK_ROWS", 1)
     assert script("RTE", rows, "--N", 5)[2].read_bytes() == whole
 
 
@@ -449,15 +469,19 @@ def test_an_interrupted_run_leaves_no_half_written_file(script, monkeypatch):
     _, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 2)
     before = output.read_bytes()
 
-    def interrupted(table, augmentor, varied):
+    def interrupted(table, augmentor, part):
         yield [table.rows[0]]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data_augmentation, "augmented_rows", interrupted)
-    code, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 9)
+    code, message, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 9)
     assert code == 130
+    assert "--resume" in message
     assert output.read_bytes() == before
-    assert {file.name for file in output.parent.iterdir()} == {"train.tsv", "train_aug.tsv"}
+    unfinished = output.with_name(".unfinished-train_aug.tsv")
+    assert {file.name for file in output.parent.iterdir()} == {
+        "train.tsv", "train_aug.tsv", "train_aug.tsv.args.json", unfinished.name}
+    assert [file.name for file in unfinished.iterdir()] == ["args.json"]
 
 
 def test_an_existing_output_file_is_only_replaced_with_overwrite(script, tmp_path):

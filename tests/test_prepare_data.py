@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import nltk
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 
 import prepare_data
 from transformer.corpus import (
+    CORPUS_SUFFIXES,
+    Corpus,
     EpochSettings,
-    build_corpus,
     line_blocks,
     make_instances,
     tokenize_block,
+    write_corpus,
 )
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
@@ -217,11 +220,16 @@ def instance_statistics(corpus, seed: int) -> list[float]:
             (lengths == 128).mean()]
 
 
-def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(wikipedia_corpus):
+def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(
+    wikipedia_corpus, tmp_path
+):
     tokenizer = BertTokenizer(VOCAB)
     blocks = (tokenize_block(wikipedia_corpus, block, tokenizer)
               for block in line_blocks(wikipedia_corpus))
-    corpus = build_corpus(blocks, len(tokenizer))
+    with ExitStack() as stack:
+        write_corpus(blocks, [stack.enter_context((tmp_path / f"corpus{suffix}").open("wb"))
+                              for suffix in CORPUS_SUFFIXES])
+    corpus = Corpus.open(tmp_path / "corpus", len(tokenizer))
     golden = json.loads(STATS.read_text())
     runs = np.array(golden["runs"])
     ours = np.array([instance_statistics(corpus, seed) for seed in range(SEEDS)])

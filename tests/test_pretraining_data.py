@@ -4,9 +4,13 @@ import http.server
 import itertools
 import json
 import logging
+import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -16,18 +20,22 @@ from hypothesis import strategies as st
 
 import pregenerate_training_data
 from transformer.corpus import (
+    BLOCK_SUFFIXES,
+    CORPUS_SUFFIXES,
     Corpus,
     EpochSettings,
     Instances,
     Masking,
     RandomNumbers,
-    build_corpus,
     line_blocks,
     make_instances,
     mask_tokens,
     random_spans,
+    read_block,
     tokenize_block,
     truncation,
+    write_blocks,
+    write_corpus,
 )
 from transformer.file_utils import UserError
 from transformer.pretraining_data import (
@@ -77,12 +85,21 @@ def make_corpus(document_lengths: list[list[int]]) -> Corpus:
     )
 
 
-def read_corpus(
-    path: Path, tokenizer: BertTokenizer, folder: Path | None = None, size: int = 1 << 18
-) -> Corpus:
-    """Tokenize a file in blocks of `size` bytes."""
+@contextmanager
+def outputs(stem: Path, suffixes: tuple[str, ...]) -> Iterator[list[BinaryIO]]:
+    """Open files stem + suffix for writing."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(stem.with_name(stem.name + suffix).open("wb"))
+               for suffix in suffixes]
+
+
+def read_corpus(path: Path, tokenizer: BertTokenizer, size: int = 1 << 18) -> Corpus:
+    """Tokenize a file in blocks of `size` bytes; the arrays are files beside it."""
     blocks = (tokenize_block(path, block, tokenizer) for block in line_blocks(path, size))
-    return build_corpus(blocks, len(tokenizer), folder)
+    stem = path.with_name(f"corpus_{size}")
+    with outputs(stem, CORPUS_SUFFIXES) as files:
+        unknown = write_corpus(blocks, files)
+    return Corpus.open(stem, len(tokenizer), unknown)
 
 
 def all_instances(corpus: Corpus, seed: int = 0, **settings) -> Instances:
@@ -190,15 +207,26 @@ def test_blocks_are_whole_lines_and_cover_the_file(tmp_path, text):
         assert all(block.endswith(b"\n") for block in blocks[:-1]) and b"" not in blocks
 
 
-def test_a_corpus_on_disk_is_the_corpus_in_memory(tokenizer, tmp_path):
-    (tmp_path / "arrays").mkdir()
-    (tmp_path / "corpus.txt").write_text(corpus_text())
-    in_memory = read_corpus(tmp_path / "corpus.txt", tokenizer)
-    on_disk = read_corpus(tmp_path / "corpus.txt", tokenizer, tmp_path / "arrays", size=100)
-    for other in (on_disk, Corpus.open(tmp_path / "arrays", len(tokenizer))):
-        for left, right in zip(in_memory[:3], other[:3], strict=True):
-            assert isinstance(right.base, np.memmap) and (left == right).all()
-    assert in_memory.token_ids.dtype == np.uint16
+@pytest.mark.parametrize("size", [1, 100, 5_000])
+def test_a_text_in_parts_that_are_tokenized_in_blocks_is_the_same_corpus(
+    tokenizer, tmp_path, size
+):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n \nNothing known\n" + corpus_text() + "\n\n\nw1.\n")
+    whole = read_corpus(path, tokenizer)
+    parts = []
+    for start, end in line_blocks(path, size):
+        stem = tmp_path / f"part_{start}"
+        with outputs(stem, BLOCK_SUFFIXES) as files:
+            unknown = write_blocks(path, line_blocks(path, 40, start, end), tokenizer, files)
+        parts.append(read_block(stem, len(tokenizer), unknown))
+    assert len(parts) > 1
+    with outputs(tmp_path / "joined", CORPUS_SUFFIXES) as files:
+        assert write_corpus(parts, files) == whole.unknown == 2
+    joined = Corpus.open(tmp_path / "joined", len(tokenizer))
+    for left, right in zip(whole[:3], joined[:3], strict=True):
+        assert isinstance(right.base, np.memmap) and (left == right).all()
+    assert joined.token_ids.dtype == np.uint16
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -489,20 +517,21 @@ VARIANTS = [
 @pytest.mark.parametrize("kind", ["binary", "json"])
 def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, monkeypatch, flags, kind):
     # Small, so that this text is many blocks and every epoch several parts.
-    monkeypatch.setattr(line_blocks, "__defaults__", (100,))
+    monkeypatch.setattr(pregenerate_training_data, "BLOCK_BYTES", 100)
     monkeypatch.setattr(pregenerate_training_data, "FEWEST_SENTENCES", 25)
     flags = [*flags, "--format", kind]
     expected = contents(generate(tmp_path, *flags, name="plain"))
     data = [".json"] if kind == "json" else [".bin"]
     data += ["_masks.bin"] * (kind == "binary" and "--masked_lm_prob" in flags)
     assert sorted(expected) == sorted([
-        *(["corpus.bin", "corpus.json"] if kind == "binary" else []),
+        "args.json", *(["corpus.bin", "corpus.json"] if kind == "binary" else []),
         *(f"epoch_{epoch}{end}" for epoch in range(2) for end in [*data, "_metrics.json"]),
     ])
     for number, more in enumerate(
         (["--reduce_memory"], ["--num_workers", "2"], ["--num_workers", "3", "--reduce_memory"])
     ):
-        assert contents(generate(tmp_path, *flags, *more, name=str(number))) == expected
+        found = contents(generate(tmp_path, *flags, *more, name=str(number)))
+        assert {**found, "args.json": expected["args.json"]} == expected
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
@@ -528,7 +557,7 @@ def test_binary_takes_a_fraction_of_the_text(tmp_path):
     size = sum(map(len, contents(folder).values()))
     rows = [read_metrics(folder, epoch).num_training_examples for epoch in range(2)]
     tokens = (folder / "corpus.bin").stat().st_size / 2
-    assert size < 2 * tokens + 13 * sum(rows) + 500
+    assert size < 2 * tokens + 13 * sum(rows) + 2000
 
 
 def test_one_seq_gives_one_segment_with_several_workers_too(tmp_path):
@@ -547,7 +576,7 @@ def test_the_seed_decides_and_epochs_differ(tmp_path, kind):
         contents(generate(tmp_path, "--seed", seed, "--format", kind, name=name))
         for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
     )
-    assert one == same
+    assert {**one, "args.json": b""} == {**same, "args.json": b""}
     assert one[f"epoch_0{suffix}"] != other[f"epoch_0{suffix}"]
     assert one[f"epoch_0{suffix}"] != one[f"epoch_1{suffix}"]
 
@@ -584,7 +613,8 @@ def test_a_non_empty_output_folder_is_kept_unless_overwrite_is_given(
     generate(tmp_path, "--overwrite_output_dir", *flags)
     assert count_epochs(folder) == 2
     fresh = contents(generate(tmp_path, *flags, name="fresh"))
-    assert contents(folder) == {**fresh, "notes.txt": b"mine"}
+    found = contents(folder)
+    assert found == {**fresh, "notes.txt": b"mine", "args.json": found["args.json"]}
 
 
 @pytest.mark.parametrize("kind", ["json", "binary"])
@@ -595,31 +625,44 @@ def test_a_run_killed_while_it_publishes_leaves_nothing_that_passes_for_a_whole_
         pass
 
     flags = ["--overwrite_output_dir", "--epochs_to_generate", "3", "--format", kind]
-    folder = generate(tmp_path, *flags)
-    files = len(contents(folder))
-    count = itertools.count()
+    old = contents(generate(tmp_path, *flags, name="old"))
+    flags += ["--seed", "7"]
+    new = contents(generate(tmp_path, *flags, name="new"))
+    folder = tmp_path / "folder"
+    events = itertools.count()
 
-    def killed_at(event, method):
+    def killed_at(last, method):
         def call(path, *target, **options):
             inside = folder in (path.parent, *(Path(name).parent for name in target))
-            if inside and next(count) == event:
+            if inside and next(events) == last:
                 raise Killed
             return method(path, *target, **options)
         return call
 
-    # The old files are removed one by one, then the new ones are moved; before that, and after
-    # it, the folder holds a whole run.
-    for event in range(1, 2 * files):
-        count = itertools.count()
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+    # The old files are removed one by one, then the new ones are moved, and last what the run
+    # was made with. Before that, and after it, the folder holds a whole run.
+    for last in itertools.count():
+        events = itertools.count()
+        shutil.copytree(tmp_path / "old", folder)
+        with monkeypatch.context() as patch:
             for name in ("unlink", "replace"):
-                patch.setattr(Path, name, killed_at(event, getattr(Path, name)))
-            generate(tmp_path, *flags, "--seed", str(event))
-        with pytest.raises(UserError):
-            PregeneratedDataset(folder, 0, tokenizer)
-        generate(tmp_path, *flags)
-        assert len(PregeneratedDataset(folder, 0, tokenizer)) > 0
-        assert len(list(folder.iterdir())) == files
+                patch.setattr(Path, name, killed_at(last, getattr(Path, name)))
+            try:
+                generate(tmp_path, *flags, name="folder")
+                break
+            except Killed:
+                pass
+        found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        found.pop("args.json", None)
+        try:
+            assert len(PregeneratedDataset(folder, 0, tokenizer)) > 0
+            assert found.items() <= old.items() or found.items() <= new.items()
+        except UserError:
+            pass
+        generate(tmp_path, *flags[1:], "--resume", name="folder")
+        assert {**contents(folder), "args.json": new["args.json"]} == new
+        shutil.rmtree(folder)
+    assert last == 2 * len(old)
 
 
 def test_data_url_copies_the_epochs_to_s3(tmp_path, monkeypatch, capsys):

@@ -41,6 +41,7 @@ PLAIN_WORD = re.compile("[a-z]+")
 UNKNOWN_VECTOR = b"<unk> "
 VECTOR_BLOCK = 1024  # lines of a vector file parsed at once
 SCORE_CELLS = 1 << 25  # cells of one block of similarities: 128 MiB of float32
+SCORE_ERROR = 1e-4  # more than float32 can be wrong in a product of vectors of unit length
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # a CPU wants what fits into its caches
 BATCH_ROWS = 1024  # one row costs a whole vocabulary of logits
 
@@ -146,9 +147,13 @@ class GloveIndex:
         scores[query] = -np.inf
         if words_only:
             scores[self._folded_ids[self.words[query].lower()]] = -np.inf
-        top = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-        top = top[np.lexsort((top, -scores[top]))]
-        best = [self.words[number] for number in top if scores[number] > -np.inf]
+        k = min(k, len(scores))
+        limit = np.partition(scores, -k)[-k] - SCORE_ERROR
+        near = np.flatnonzero((scores >= limit) & (scores > -np.inf))
+        # The last bits of `scores` depend on which queries were multiplied together, and so on
+        # where a resumed run began; these do not.
+        exact = (self.vectors[near] * self.vectors[query].astype(np.float64)).sum(axis=1)
+        best = [self.words[number] for number in near[np.lexsort((near, -exact))][:k]]
         return [word.lower() for word in best] if words_only else best
 
 
@@ -247,6 +252,7 @@ class DataAugmentor:
         best, and fold the case of the word vectors; False takes the M best of the whole
         vocabulary and then drops the `##` pieces, as the original does
     batch_tokens: word pieces in one batch of the model; 0 takes what suits the device
+    next_sentence: the number i of the next sentence, from 0; set it to begin elsewhere
     counts: running totals: `words` that may be varied and those with `no_candidates`; word
         `pieces` and those `unknown`
     """
@@ -286,7 +292,7 @@ class DataAugmentor:
         self._pieces: dict[str, list[int]] = {}
         self._spellings = list(tokenizer.vocab)
         self._forbidden = self._forbidden_entries()
-        self._augmented = 0  # sentences so far: the number of the next one's random stream
+        self.next_sentence = 0
 
     def candidates(self, sentences: Sequence[str]) -> list[dict[int, list[str]]]:
         """For each sentence, the replacements of each basic token that may be varied, best first.
@@ -307,8 +313,8 @@ class DataAugmentor:
         for sentence, (tokens, candidates) in zip(
             sentences, self._analyse(sentences), strict=True
         ):
-            generator = random.Random(f"{self.seed}-{self._augmented}")
-            self._augmented += 1
+            generator = random.Random(f"{self.seed}-{self.next_sentence}")
+            self.next_sentence += 1
             results.append(self._vary(sentence, tokens, candidates, generator))
         return results
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from random import Random
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,10 +21,18 @@ from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"
-SENTENCES_NAME, DOCUMENTS_NAME = "sentence_starts", "document_starts"
+CORPUS_SUFFIXES = (".ids", ".sentences", ".documents")
+BLOCK_SUFFIXES = (".ids", ".lengths", ".blanks")
 
 
 # ------------------------------------------------------------------ flat arrays
+
+
+class Output(Protocol):
+    """What takes bytes one after the other, such as an open file."""
+
+    def write(self, content: Any) -> Any:
+        """Append bytes."""
 
 
 class ArrayWriter:
@@ -79,30 +87,36 @@ class Corpus(NamedTuple):
         return len(self.sentence_starts) - 1
 
     @classmethod
-    def open(cls, folder: Path, vocab_size: int) -> "Corpus":
-        """Map a corpus that `build_corpus` wrote to a folder; processes share its memory."""
-        starts = (map_array(folder / name, "<i8") for name in (SENTENCES_NAME, DOCUMENTS_NAME))
-        return cls(map_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)), *starts, unknown=0)
+    def open(cls, stem: Path, vocab_size: int, unknown: int = 0) -> "Corpus":
+        """Map the files stem + suffix that `write_corpus` wrote; processes share their memory."""
+        dtypes = (id_dtype(vocab_size), "<i8", "<i8")
+        arrays = (map_array(stem.with_name(stem.name + suffix), dtype)
+                  for suffix, dtype in zip(CORPUS_SUFFIXES, dtypes, strict=True))
+        return cls(*arrays, unknown=unknown)
 
 
 class TokenizedBlock(NamedTuple):
     """A part of a corpus, from a line's start to a line's end."""
 
-    text_bytes: int
     token_ids: np.ndarray  # [tokens]
     lengths: np.ndarray  # [sentences], in tokens
     blank_lines: np.ndarray  # [blank lines], how many of the block's sentences are before each
     unknown: int
 
 
-def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more."""
-    total = path.stat().st_size
-    end = 0
+def line_blocks(
+    path: Path, size: int = BLOCK_BYTES, begin: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more.
+
+    They cover [begin, stop), which begins and stops where lines do; the whole file if not given.
+    """
+    stop = path.stat().st_size if stop is None else stop
+    end = begin
     with path.open("rb") as lines:
-        while end < total:
+        while end < stop:
             start = end
-            lines.seek(min(start + size, total) - 1)
+            lines.seek(min(start + size, stop) - 1)
             lines.readline()
             end = lines.tell()
             yield start, end
@@ -127,7 +141,6 @@ def tokenize_block(path: Path, block: tuple[int, int], tokenizer: BertTokenizer)
         raise
     sentences = np.cumsum(lengths > 0)
     return TokenizedBlock(
-        len(text),
         ids.astype(id_dtype(len(tokenizer))),
         lengths[lengths > 0],
         sentences[blank],
@@ -147,34 +160,61 @@ def check_utf8(path: Path) -> None:
                 ) from error
 
 
-def build_corpus(
-    blocks: Iterable[TokenizedBlock], vocab_size: int,
-    folder: Path | None = None, ids_file: Path | None = None,
-) -> Corpus:
+def write_blocks(
+    path: Path, blocks: Iterable[tuple[int, int]], tokenizer: BertTokenizer,
+    outputs: Sequence[Output],
+) -> int:
+    """Tokenize blocks of a file one by one and write them as one, which `read_block` maps.
+
+    `outputs` are the files of `BLOCK_SUFFIXES`. Returns how many word pieces are [UNK].
+    """
+    ids, lengths, blanks = outputs
+    sentences = unknown = 0
+    for start_and_end in blocks:
+        block = tokenize_block(path, start_and_end, tokenizer)
+        ids.write(block.token_ids.data)
+        lengths.write(block.lengths.astype("<u4").data)
+        blanks.write((sentences + block.blank_lines).astype("<i8").data)
+        sentences += len(block.lengths)
+        unknown += block.unknown
+    return unknown
+
+
+def read_block(stem: Path, vocab_size: int, unknown: int = 0) -> TokenizedBlock:
+    """Map the files stem + suffix that `write_blocks` wrote."""
+    dtypes = (id_dtype(vocab_size), "<u4", "<i8")
+    arrays = (map_array(stem.with_name(stem.name + suffix), dtype)
+              for suffix, dtype in zip(BLOCK_SUFFIXES, dtypes, strict=True))
+    return TokenizedBlock(*arrays, unknown=unknown)
+
+
+def write_corpus(blocks: Iterable[TokenizedBlock], outputs: Sequence[Output]) -> int:
     """Join blocks, in the order of the text; documents without sentences are dropped.
 
-    With a `folder` the arrays are files in it, which `Corpus.open` maps, and memory stays at a
-    block whatever the corpus. With an `ids_file` at least the ids are in that file.
+    `outputs` are the files of `CORPUS_SUFFIXES`, which `Corpus.open` maps; memory stays at a
+    block whatever the corpus. Returns how many word pieces are [UNK].
     """
-    token_ids = ArrayWriter(id_dtype(vocab_size), folder / CORPUS_IDS_NAME if folder else ids_file)
-    sentence_starts = ArrayWriter("<i8", folder and folder / SENTENCES_NAME)
-    document_starts = ArrayWriter("<i8", folder and folder / DOCUMENTS_NAME)
+    token_ids, sentence_starts, document_starts = outputs
     tokens = sentences = last_start = unknown = 0
-    sentence_starts.write([0])
-    document_starts.write([0])
+
+    def write_starts(output: Output, values: np.ndarray | list[int]) -> None:
+        output.write(np.ascontiguousarray(values, dtype="<i8").data)
+
+    write_starts(sentence_starts, [0])
+    write_starts(document_starts, [0])
     for block in blocks:
-        token_ids.write(block.token_ids)
-        sentence_starts.write(tokens + np.cumsum(block.lengths, dtype=np.int64))
+        token_ids.write(block.token_ids.data)
+        write_starts(sentence_starts, tokens + np.cumsum(block.lengths, dtype=np.int64))
         starts = np.unique(sentences + block.blank_lines)
         starts = starts[starts > last_start]
-        document_starts.write(starts)
+        write_starts(document_starts, starts)
         last_start = int(starts[-1]) if len(starts) else last_start
         tokens += len(block.token_ids)
         sentences += len(block.lengths)
         unknown += block.unknown
     if sentences > last_start:
-        document_starts.write([sentences])
-    return Corpus(token_ids.close(), sentence_starts.close(), document_starts.close(), unknown)
+        write_starts(document_starts, [sentences])
+    return unknown
 
 
 # ------------------------------------------------------------------ random numbers

@@ -15,7 +15,6 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -34,6 +33,7 @@ from transformer.corpus import (
     EpochSettings,
     Instances,
     Masking,
+    Output,
     RandomNumbers,
     id_dtype,
     make_instances,
@@ -139,17 +139,14 @@ class EpochWriter:
             return [JSON_SUFFIX]
         return [BINARY_SUFFIX, MASKS_SUFFIX] if self.predictions else [BINARY_SUFFIX]
 
-    def write(self, stem: Path, epoch: int, begin: int, end: int) -> int:
-        """Write the instances of the sentences [begin, end) to files stem + suffix; count them."""
+    def write(self, files: Sequence[Output], epoch: int, begin: int, end: int) -> int:
+        """Write the instances of the sentences [begin, end) to the files of `suffixes`; count."""
         contents = self._json if self.format == "json" else self._binary
         rows = 0
-        with ExitStack() as stack:
-            paths = [stem.with_name(stem.name + suffix) for suffix in self.suffixes]
-            files = [stack.enter_context(path.open("wb")) for path in paths]
-            for instances in make_instances(self.corpus, self.settings, epoch, begin, end):
-                for file, content in zip(files, contents(epoch, instances), strict=True):
-                    file.write(content)
-                rows += len(instances.sentences)
+        for instances in make_instances(self.corpus, self.settings, epoch, begin, end):
+            for file, content in zip(files, contents(epoch, instances), strict=True):
+                file.write(content)
+            rows += len(instances.sentences)
         return rows
 
     def _binary(self, epoch: int, instances: Instances) -> Iterator[bytes]:
@@ -201,26 +198,17 @@ class EpochWriter:
         # Spelled once a piece and not once a token: the same text as json.dumps, 3 times as fast.
         return [json.dumps(piece) for piece in self.tokenizer.vocab]
 
-    def finish(self, folder: Path, rows: Sequence[int]) -> list[Path]:
-        """Write the counts of whole epochs beside their data; return all files of the run.
+    def write_info(self, path: Path) -> None:
+        """Write `corpus.json`, which says what the ids of a binary run are."""
+        info = CorpusInfo(
+            id_dtype(len(self.tokenizer)), len(self.corpus.token_ids), self.predictions,
+            vocabulary_sha256(self.tokenizer),
+        )
+        write_json(path, info._asdict())
 
-        `rows` are the instances of each epoch. Files that are moved in the returned order do not
-        pass for a run until all are there.
-        """
-        files = []
-        if self.format == "binary":
-            info = CorpusInfo(
-                id_dtype(len(self.tokenizer)), len(self.corpus.token_ids), self.predictions,
-                vocabulary_sha256(self.tokenizer),
-            )
-            write_json(folder / CORPUS_INFO_NAME, info._asdict())
-            files = [folder / CORPUS_IDS_NAME, folder / CORPUS_INFO_NAME]
-        # The last epoch first: epochs are only read if they are numbered from 0 without a gap.
-        for epoch in reversed(range(len(rows))):
-            metrics = Metrics(rows[epoch], self.settings.max_seq_len)
-            write_json(epoch_path(folder, epoch, METRICS_SUFFIX), metrics._asdict())
-            files += [epoch_path(folder, epoch, end) for end in (*self.suffixes, METRICS_SUFFIX)]
-        return files
+    def write_metrics(self, path: Path, rows: int) -> None:
+        """Write `epoch_N_metrics.json`, the counts of an epoch."""
+        write_json(path, Metrics(rows, self.settings.max_seq_len)._asdict())
 
 
 # ------------------------------------------------------------------ finding and checking files
