@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer import distributed
 from transformer.distillation import Batch, show_nothing
 from transformer.evaluation import Selection, evaluate_splits
 from transformer.file_utils import UserError
@@ -136,8 +137,9 @@ def main(args: argparse.Namespace) -> None:
     # Settings
     check_numbers(args)
     task = find_task(args.task_name, args.data_dir)
-    check_output_dir(args.output_dir, args.overwrite_output_dir or args.resume)
     device = get_device(args.no_cuda)
+    args.resume = distributed.agree(args.resume)
+    check_output_dir(args.output_dir, args.overwrite_output_dir or args.resume)
     dtype = resolve_precision(args.precision, device)
     if finished_before(args, [args.output_dir]):
         return

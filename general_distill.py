@@ -36,7 +36,7 @@ from transformer.distillation import (
     map_layers,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, UserError, s3_address
+from transformer.file_utils import WEIGHTS_NAME, UserError
 from transformer.glue import BATCH_UNIT, batches, padded_collate, padding_multiple
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
@@ -54,7 +54,6 @@ from transformer.runtime import (
     run_script,
     set_seed,
     training_steps,
-    upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, autocast, pass_generator, to_device
@@ -64,7 +63,9 @@ from transformer.training_run import (
     check_training_room,
     finished_before,
     open_output_dirs,
+    uploads,
 )
+from transformer.uploads import s3_address
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--continue_train", action="store_true",
         help="start from the weights in student_model instead of random ones")
     add("--eval_step", type=int, default=1000, help="steps between log lines and checkpoints")
-    add("--data_url", type=str, default="", help="s3://bucket/prefix to upload output_dir to")
+    add("--data_url", type=str, default="",
+        help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
     add("--match_original", action="store_true",
         help="the original's losses: padding counts, batches padded to max_seq_length")
     add_training_arguments(parser)
@@ -265,11 +267,13 @@ def main(args: argparse.Namespace) -> None:
     check_batch_sizes(args.train_batch_size)
     training_steps(args.num_train_epochs, 1)
     batch_size = min(args.train_batch_size)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
     device = get_device(args.no_cuda, args.local_rank)
+    args.resume = distributed.agree(args.resume)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
     dtype = resolve_precision(args.precision, device, args.fp16)
     address = s3_address(args.data_url)
     if finished_before(args, args.output_dir):
+        uploads(address, args.output_dir).close()
         return
 
     # Teacher, data and students
@@ -291,6 +295,7 @@ def main(args: argparse.Namespace) -> None:
         students=" ".join(parameter_count(learner.student) for learner in learners)))
     if args.do_eval:
         measure_only(args, learners, teacher, corpus, folders)
+        uploads(address, folders).close()
         return
     outputs = [Output(learner, folder, tokenizer)
                for learner, folder in zip(learners, folders, strict=True)]
@@ -309,19 +314,20 @@ def main(args: argparse.Namespace) -> None:
         lambda epoch: corpus.steps_in_pass(epoch, batch_size), total_steps,
         report_every=args.eval_step, save_steps=args.save_steps, save_minutes=args.save_minutes,
         resume=args.resume)
-    for _ in run.steps(teacher, accumulation, "general"):
-        if run.reports():
-            facts = run.facts()
-            for output in outputs:
-                output.record(facts)
-                output.save_weights(f"step_{run.step}_{WEIGHTS_NAME}")
+    with uploads(address, folders) as uploader:
+        for _ in run.steps(teacher, accumulation, "general"):
+            if run.reports():
+                facts = run.facts()
+                for output in outputs:
+                    output.record(facts)
+                    output.save_weights(f"step_{run.step}_{WEIGHTS_NAME}")
+                uploader.update()
 
-    # Results: the next stage reads these folders as they are
-    for output in outputs:
-        output.save_weights(WEIGHTS_NAME)
-        output.finish({"steps": total_steps, "rows": corpus.rows(0)})
+        # Results: the next stage reads these folders as they are
+        for output in outputs:
+            output.save_weights(WEIGHTS_NAME)
+            output.finish({"steps": total_steps, "rows": corpus.rows(0)})
     run.finish()
-    upload_outputs(address, folders)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ usage() {
 Usage: bash reproduction.sh [options]
 
 Without options: the full reproduction (BERT-base, Wikipedia, days on a GPU).
-Stages that are finished are skipped, so the same call continues after a stop.
+What is finished is skipped, and training goes on inside the step that was
+stopped, so the same call continues after Ctrl-C, kill -9 or a power cut. Only
+one call at a time works on the same folders.
 
   --demo              same as --profile demo: offline, no GPU, minutes
   --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
@@ -57,6 +59,7 @@ Stages that are finished are skipped, so the same call continues after a stop.
 
 A setting of profiles/full.env in the environment wins over profile and recipe:
   DATA_DIR=/big/disk bash reproduction.sh --only wikipedia
+With GPUS=4 the training scripts run on four GPUs of this machine (torchrun).
 TEXT
 }
 
@@ -101,11 +104,16 @@ if [[ -f $profile ]]; then setting_files+=("$profile"); else setting_files+=("pr
 
 # ---------------------------------------------------------------- settings
 
-# The caller's environment wins, so what it holds is put back after the files are read.
-overrides=()
+# The caller's environment wins, so what it holds is put back after the files are read: settings,
+# also for tasks and students that the files do not name.
+declare -A is_setting=()
 while read -r name; do
-  [[ -z ${!name+set} ]] || overrides+=("$name=${!name}")
-done < <(sed -n 's/^\([A-Z][A-Za-z0-9_]*\)=.*/\1/p' "${setting_files[@]}" | sort -u)
+  is_setting[${name%%_[a-z]*}]=yes
+done < <(sed -n 's/^\([A-Z][A-Za-z0-9_]*\)=.*/\1/p' "${setting_files[@]}")
+overrides=()
+for name in $(compgen -e); do
+  [[ -z ${is_setting[${name%%_[a-z]*}]-} ]] || overrides+=("$name=${!name}")
+done
 for file in "${setting_files[@]}"; do
   # shellcheck source=/dev/null
   source "$file"
@@ -119,6 +127,7 @@ GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
 BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
 # What the recipe changes: students and the teachers they learn from, augmented rows, results.
 STUDENTS_DIR=$MODELS_DIR
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || complain "GPUS=$GPUS: expected a number of GPUs"
 if [[ $recipe != seed ]]; then
   GLUE_DIR+=_$recipe
   STUDENTS_DIR+=/$recipe
@@ -158,6 +167,8 @@ cmd=()     # the command under construction
 needs=()   # what it reads beyond the paths that stand in it
 also=()    # what it makes beyond its first output: other students of the same run
 records=() # the report's input: kind, model, task, folder, training folder
+declare -A locks=() # the lock of each folder that this run writes to, and its open file
+child=     # the script that runs in this shell or copy of it
 declare -A made=() # each path that the steps so far make, and the key of its step
 printed=   # yes: this dry run has printed a command
 beside=no  # yes inside side_by_side
@@ -216,22 +227,42 @@ state_file() {
   [[ $2 != */* ]] || REPLY=${2%/*}/$REPLY
 }
 
+# Beside each output NAME, .state/NAME.started says which step began to make it, with which key;
+# .state/NAME.made, which step finished it, perhaps beside other students.
+
+# note STARTED|MADE TEXT OUTPUT...: writes such a file for each output.
+note() {
+  local path
+  for path in "${@:3}"; do
+    state_file "${path##*/}.$1" "$path"
+    mkdir -p "${REPLY%/*}"
+    echo "$2" >"$REPLY"
+  done
+}
+
+# check_ours OUTPUT...: what is there must come from an earlier call.
+check_ours() {
+  local path
+  for path in "$@"; do
+    state_file "${path##*/}" "$path"
+    [[ ! -e $path || -e $REPLY.started || -e $REPLY.made ]] ||
+      complain "stage $stage: $path exists, but this script did not make it; move it away"
+  done
+}
+
 # make_room OUTPUT STATE: moves away what an earlier call made of a step.
 make_room() {
-  [[ -e $1 ]] || return 0
-  local maker
+  local maker kept=$1.gone
   state_file "${1##*/}.made" "$1"
-  maker=$REPLY # says that some step finished this output, perhaps beside other students
-  [[ -e $2.started || -e $maker ]] ||
-    complain "stage $stage: $1 exists, but this script did not make it; move it away"
+  maker=$REPLY
   # Finished, but with other settings: it may have taken days, so one generation is kept.
-  if [[ -e $2 || -e $maker ]]; then
-    # What made it, in another group of students, is no longer finished.
-    [[ ! -e $maker ]] || rm -f "${maker%/*}/$(<"$maker")" "$maker"
-    rm -rf -- "$1.old"
-    mv -- "$1" "$1.old"
-  fi
-  rm -rf -- "$1"
+  [[ ! -e $2 && ! -e $maker ]] || kept=$1.old
+  # What made it, in another group of students, is no longer finished.
+  [[ ! -e $maker ]] || rm -f "${maker%/*}/$(<"$maker")" "$maker"
+  [[ -e $1 ]] || return 0
+  rm -rf -- "$kept"
+  mv -- "$1" "$kept"
+  rm -rf -- "$1.gone"
 }
 
 exist() {
@@ -239,8 +270,122 @@ exist() {
   for path in "$@"; do [[ -e $path ]] || return 1; done
 }
 
+# begun STEP KEY OUTPUT...: whether an earlier call was stopped in this very step, and no other has
+# made its outputs since.
+begun() {
+  local path
+  for path in "${@:3}"; do
+    state_file "${path##*/}" "$path"
+    [[ ! -e $REPLY.made && -f $REPLY.started && $(<"$REPLY.started") == "$1 $2" ]] || return 1
+  done
+}
+
+# can_resume: whether the command goes on with what a stopped call of it left.
+can_resume() {
+  case ${cmd[1]-} in
+    task_distill.py) [[ " ${cmd[*]} " != *" --do_eval "* ]] ;;
+    general_distill.py | finetune_teacher.py | data_augmentation.py) ;;
+    pregenerate_training_data.py | prepare_data.py) ;;
+    *) return 1 ;;
+  esac
+}
+
+# on_all_gpus: has torchrun start the command once for each GPU, where the work is the GPU's.
+on_all_gpus() {
+  ((GPUS > 1)) && can_resume || return 0
+  [[ ${cmd[1]} == p* ]] || # pregenerate and prepare: the CPU's
+    cmd=(python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "${cmd[@]:1}")
+}
+
+# take_folders: keeps other drivers from this run's folders until this one and all that it started
+# have ended. A killed driver's lock would go with it, but the script that it was running lives on
+# and would write beside the one that goes on with the same step. So scripts inherit the lock (an
+# open file), and a driver that finds such an orphan has it end, for which it writes its state.
+take_folders() {
+  local folder file descriptor arguments=()
+  ((${#locks[@]} == 0)) || return 0
+  for folder in "$WORK_DIR" "$GLUE_DIR" "$MODELS_DIR" "$RESULTS_DIR"; do
+    file=$folder/.driver
+    if [[ $INPUTS == demo && $folder/ == "$DATA_DIR"/* ]]; then
+      state_file inputs.driver "$DATA_DIR" # the folder itself is yet to be made
+      file=$REPLY
+    fi
+    file=$(realpath -m "$file")
+    [[ -z ${locks[$file]-} ]] || continue
+    mkdir -p "${file%/*}"
+    exec {descriptor}>>"$file"
+    locks[$file]=$descriptor
+    arguments+=("$descriptor" "$file" "$folder")
+  done
+  # Every script of this run has it in its environment, which tells it from those of others.
+  REPRODUCTION_RUN="$$ $HOSTNAME $(date '+%Y-%m-%d %H:%M:%S')"
+  export REPRODUCTION_RUN
+  "$PYTHON" - "${arguments[@]}" <<'PYTHON' || exit
+import contextlib, fcntl, os, signal, sys, time
+from pathlib import Path
+
+OWN = os.environ["REPRODUCTION_RUN"]
+
+def locked(descriptor):
+    try:  # the lock is that of the file as the driver has opened it, and outlives this process
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+def refuse(folder, why):
+    print(f"reproduction.sh: error: {folder}: {why}", file=sys.stderr)
+    sys.exit(2)
+
+def is_killed(pid, host):
+    if host != OWN.split()[1] or not Path("/proc/self").exists():
+        return False
+    try:
+        return b"reproduction.sh" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+def orphans(run):
+    """Return the processes that the driver started: those whose parent is none of them."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if f"REPRODUCTION_RUN={run}".encode() in variables:
+                parents[process.name] = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            pass  # it has ended, or is another user's
+    return {pid for pid, parent in parents.items() if parent not in parents}
+
+def end_orphans(descriptor, folder, run):
+    print("The last driver was killed; what it left running writes its state and ends ...")
+    told, deadline = set(), time.monotonic() + 300
+    while not locked(descriptor):
+        running = orphans(run)
+        for pid in running - told:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGTERM)
+        told |= running
+        if time.monotonic() > deadline:
+            refuse(folder, "what a killed driver started does not end; end it yourself: kill -9 "
+                   + " ".join(running))
+        time.sleep(0.2)
+
+for descriptor, path, folder in zip(map(int, sys.argv[1::3]), map(Path, sys.argv[2::3]),
+                                    sys.argv[3::3]):
+    if not locked(descriptor):
+        holder = path.read_text().strip()
+        pid, host, since = (holder.split(maxsplit=2) + ["?", "?", "?"])[:3]
+        if not is_killed(pid, host):
+            refuse(folder, f"another reproduction.sh works on this folder: process {pid} on {host},"
+                           f" since {since}; wait for it or stop it")
+        end_orphans(descriptor, folder, holder)
+    path.write_text(OWN + "\n")
+PYTHON
+}
+
 # run STEP OUTPUT [new|update|fetch]: runs the command unless this step is finished.
-#   new:    what an unfinished try left behind is removed first
+#   new:    goes on in a step that was stopped, where its script can; else removes what is there
 #   update: the command itself deals with what is there
 #   fetch:  so it does, and keeps what is complete, unless this step's inputs have changed
 run() {
@@ -259,33 +404,40 @@ run() {
     return 0
   fi
   [[ $kind != fetch || ! -f $state ]] || cmd+=(--overwrite_output_dir)
+  if [[ $kind == new ]] && can_resume && begun "$step" "$key" "$output" "${also[@]}"; then
+    cmd+=(--resume)
+    kind=resume
+  fi
+  on_all_gpus
   if [[ $mode == dry-run ]]; then
     print_command "${cmd[@]}"
     printed=yes
     return 0
   fi
+  take_folders
   if [[ $kind == new ]]; then
+    check_ours "$output" "${also[@]}"
+    note started "$step -" "$output" "${also[@]}" # nothing to resume, should this be killed here
     for path in "$output" "${also[@]}"; do make_room "$path" "$state"; done
   fi
   mkdir -p "$(dirname "$state")" "$LOG_DIR" "$TMPDIR"
   rm -f "$state"
-  : >"$state.started"
+  note started "$step $key" "$output" "${also[@]}"
   [[ $beside == yes ]] || printf '  %-58s ' "$step"
   start=$SECONDS
-  { print_command "${cmd[@]}" && echo; } >"$log"
+  [[ $kind == resume ]] || : >"$log"
+  { print_command "${cmd[@]}" && echo; } >>"$log"
   [[ ${cmd[0]} != python ]] || cmd[0]=$PYTHON
   # In the background, so that this shell hears Ctrl-C at once and passes it on.
+  [[ $beside == no ]] || trap 'end_steps && exit 143' INT TERM
   "${cmd[@]}" >>"$log" 2>&1 </dev/null &
-  # shellcheck disable=SC2064 # the process just started
-  [[ $beside == no ]] || trap "kill $! 2>/dev/null; wait; exit 143" INT TERM
-  wait $! || code=$?
+  child=$!
+  wait "$child" || code=$?
+  child=
   ((code == 0)) || stop "$step" "$code" "$log"
   exist "$output" "${also[@]}" || stop "$step" "0, but there is no $output ${also[*]}" "$log"
   echo "$key" >"$state"
-  for path in "$output" "${also[@]}"; do
-    state_file "${path##*/}.made" "$path"
-    echo "$step" >"$REPLY"
-  done
+  note made "$step" "$output" "${also[@]}"
   printf '%s\t%s\t%d\n' "$stage" "$step" $((SECONDS - start)) >>"$RESULTS_DIR/times.tsv"
   # A step beside others prints its line whole, when it ends.
   [[ $beside == no ]] || printf '  %-58s ' "$step"
@@ -301,6 +453,7 @@ side_by_side() {
   fi
   while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=yes; done
   [[ $failed == no ]] || wait_for_all
+  take_folders
   beside=yes OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} "$@" &
   local active=note
   "$@"
@@ -340,9 +493,25 @@ stop() {
   exit 1
 }
 
+# end_steps: has the scripts that run end, and waits while they write their state.
+end_steps() {
+  trap 'exit 130' INT TERM # a second Ctrl-C does not wait
+  if [[ $beside == yes ]]; then
+    # A copy of the shell that runs one step: its list of jobs may be the whole shell's.
+    [[ -z $child ]] || kill "$child" 2>/dev/null || true
+    [[ -z $child ]] || wait "$child" || true
+    return 0
+  fi
+  # shellcheck disable=SC2046 # a list of numbers
+  kill $(jobs -rp) 2>/dev/null || return 0
+  echo "Stopping; what runs writes its state first ..." >&2
+  while [[ -n $(jobs -rp) ]]; do wait || true; done
+}
+
 # interrupted CODE: Ctrl-C or TERM.
 interrupted() {
   echo
+  end_steps
   echo "Interrupted in stage $stage; this continues: $(continue_command "$stage")"
   exit "$1"
 } >&2
@@ -443,8 +612,8 @@ stage_glove() {
   local url=https://nlp.stanford.edu/data/glove.840B.300d.zip folder=$DATA_DIR/glove.840B.300d
   [[ $WORD_VECTORS == glove ]] || return 0
   # The user's own file is taken as it is.
-  state_file glove_move "$VECTORS"
-  [[ ! -e $VECTORS || -e $REPLY.started ]] || return 0
+  state_file "${VECTORS##*/}.started" "$VECTORS"
+  [[ ! -e $VECTORS || -e $REPLY ]] || return 0
   script -c "from transformer.file_utils import download, extract_zip;\
  extract_zip(download('$url', '$folder.zip'), '$folder')"
   run glove_download "$folder"
@@ -1013,7 +1182,7 @@ run_stages() {
   finished=$(mktemp) # one line a step
   # Large temporary files, such as an epoch of Wikipedia, go where the models go.
   export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
-  trap 'kill $(jobs -p) 2>/dev/null && wait; rm -f "$finished"' EXIT
+  trap 'end_steps; rm -f "$finished"' EXIT
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
   count=$(wc -w <<<"$STAGES")

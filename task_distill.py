@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from transformer import distributed
 from transformer.checkpoint import fetch_model
 from transformer.distillation import (
     Batch,
@@ -42,7 +43,7 @@ from transformer.evaluation import (
     predict_logits,
     write_results,
 )
-from transformer.file_utils import UserError, s3_address
+from transformer.file_utils import UserError
 from transformer.glue import (
     GLUE_TASKS,
     Features,
@@ -70,7 +71,6 @@ from transformer.runtime import (
     save_arguments,
     set_seed,
     training_steps,
-    upload_outputs,
 )
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, shuffled_passes
@@ -80,7 +80,9 @@ from transformer.training_run import (
     check_training_room,
     finished_before,
     open_output_dirs,
+    uploads,
 )
+from transformer.uploads import s3_address
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval_step", type=int, default=50,
         help="steps between log lines and, in the prediction stage, dev evaluations")
     add("--pred_distill", action="store_true", help="the prediction stage, on the logits")
-    add("--data_url", type=str, default="", help="s3://bucket/prefix to upload output_dir to")
+    add("--data_url", type=str, default="",
+        help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
     add("--max_train_rows", type=int, default=0, help="train on the first rows only; 0: all")
     add("--match_original", action="store_true",
@@ -250,17 +253,20 @@ def main(args: argparse.Namespace) -> None:
     apply_task_defaults(args, task)
     students = len(args.student_model)
     args.learning_rate = one_each("learning_rate", args.learning_rate, students)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
     for flag in ("compile", "resume"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     device = get_device(args.no_cuda)
+    args.resume = distributed.agree(args.resume)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
     dtype = resolve_precision(args.precision, device)
     address = s3_address(args.data_url)
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
+        uploads(address, args.output_dir).close()
         return
     if finished_before(args, args.output_dir):
+        uploads(address, args.output_dir).close()
         return
 
     # Teacher, data and students
@@ -305,25 +311,27 @@ def main(args: argparse.Namespace) -> None:
             make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
         lambda epoch: steps_per_epoch, total_steps, report_every=args.eval_step,
         save_steps=args.save_steps, save_minutes=args.save_minutes, resume=args.resume)
-    for step in run.steps(teach, args.gradient_accumulation_steps, task.name):
-        if run.reports():
-            facts = run.facts()
-            for output in outputs:
-                output.record(facts, evaluate_splits(
-                    output.learner.student, dev, task, device, args.eval_batch_size, dtype,
-                ) if args.pred_distill else None)
-        if step.epoch_ends and not args.pred_distill:
-            for output in outputs:
-                output.save()
+    with uploads(address, folders) as uploader:
+        for step in run.steps(teach, args.gradient_accumulation_steps, task.name):
+            if run.reports():
+                facts = run.facts()
+                for output in outputs:
+                    output.record(facts, evaluate_splits(
+                        output.learner.student, dev, task, device, args.eval_batch_size, dtype,
+                    ) if args.pred_distill else None)
+            if step.epoch_ends and not args.pred_distill:
+                for output in outputs:
+                    output.save()
+            if run.reports() or step.epoch_ends:
+                uploader.update()
 
-    # Results
-    for output in outputs:
-        if args.pred_distill:
-            output.save("last")
-        output.finish({"task": task.name, "rows": len(dev["dev"]),
-                       "train_rows": len(train_rows), "steps": total_steps})
+        # Results
+        for output in outputs:
+            if args.pred_distill:
+                output.save("last")
+            output.finish({"task": task.name, "rows": len(dev["dev"]),
+                           "train_rows": len(train_rows), "steps": total_steps})
     run.finish()
-    upload_outputs(address, folders)
 
 
 if __name__ == "__main__":

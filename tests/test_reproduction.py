@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers import config_folder, make_model, make_pregenerated
+
+from transformer.modeling import BertForMaskedLM
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = [
@@ -289,6 +292,29 @@ def test_a_setting_for_one_task_wins_over_the_plain_one(tmp_path):
     assert {given(c)["task_name"]: given(c)["N"] for c in commands} == {"RTE": 3, "SST-2": 5}
 
 
+def test_a_setting_for_one_task_stands_in_the_command_that_continues(folders):
+    settings = {"AUGMENTATION_N_sst2": "5", "GENERAL_EPOCHS_my_student": "2", "DATA_DIRECTION": "x"}
+    result = drive("--only", "wikipedia", **folders, **settings)
+    command = result.stderr.splitlines()[-1].strip()
+    assert "AUGMENTATION_N_sst2=5 " in command
+    assert "GENERAL_EPOCHS_my_student=2 " in command
+    assert "DATA_DIRECTION" not in command
+
+
+def test_with_several_gpus_training_runs_under_torchrun():
+    launcher = "python -m torch.distributed.run --standalone --nproc_per_node 4".split()
+    one, four = dry_run("--demo"), dry_run("--demo", GPUS="4")
+    shared = {"general_distill.py", "task_distill.py", "finetune_teacher.py",
+              "data_augmentation.py"}
+    for alone, spread in zip(one, four, strict=True):
+        if alone[1] in shared and "--do_eval" not in alone:
+            assert spread == [*launcher, *alone[1:]]
+        else:
+            assert spread == alone
+    assert {command[6] for command in four if command[1] == "-m" and len(command) > 6} >= shared
+    assert "GPUS=many: expected a number of GPUs" in drive("--dry-run", GPUS="many").stderr
+
+
 def test_folder_names_with_spaces_reach_the_scripts_whole():
     (command,) = dry_run("--only", "pregenerate", DATA_DIR="my data")
     assert given(command)["train_corpus"] == Path("my data/wiki_for_bert.txt")
@@ -363,24 +389,156 @@ def test_what_the_driver_did_not_make_is_never_overwritten(folders, tmp_path):
     assert mine.read_text() == "mine\n"
 
 
-def test_ctrl_c_ends_the_running_script_and_says_how_to_continue(folders, tmp_path):
-    command = ["bash", str(REPO / "reproduction.sh"), "--demo", "--only", "inputs"]
-    driver = subprocess.Popen(
-        command, env={**os.environ, "PYTHON": sys.executable, **folders}, text=True,
+# ------------------------------------------------------------------ stopped and continued
+
+
+def start_driver(*arguments: str, **settings: str) -> subprocess.Popen:
+    """Start the driver in a process group of its own."""
+    return subprocess.Popen(
+        ["bash", str(REPO / "reproduction.sh"), *arguments], text=True,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **settings},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True)  # fmt: skip
-    log = tmp_path / "results" / "logs" / "inputs.log"
-    for _ in range(600):
-        if log.is_file() and log.read_text().count("\n") > 1:
-            break
-        time.sleep(0.05)
+
+
+def wait_for_log(log: Path, *texts: str, seconds: float = 60) -> None:
+    """Wait until a step's log has one of the texts."""
+    for _ in range(int(seconds / 0.02)):
+        if log.is_file() and any(text in log.read_text() for text in texts):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{log}: none of {texts}:\n{log.read_text() if log.is_file() else 'not there'}")
+
+
+def running_in(folder: Path) -> list[str]:
+    """Return the processes whose command names the folder."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True,
+                             check=True)
+    return [line for line in listing.stdout.splitlines() if str(folder) in line]
+
+
+@pytest.fixture
+def general(tmp_path) -> dict[str, str]:
+    """Settings and inputs of a run whose general distillation takes some seconds."""
+    make_model(tmp_path / "models" / "bert-base-uncased", BertForMaskedLM)
+    make_pregenerated(tmp_path / "data" / "json_wiki", rows=2000)
+    config_folder(tmp_path / "student", num_hidden_layers=2, hidden_size=12)
+    return {
+        "DATA_DIR": str(tmp_path / "data"), "MODELS_DIR": str(tmp_path / "models"),
+        "RESULTS_DIR": str(tmp_path / "results"), "STUDENTS": "small", "INPUTS": "given",
+        "STUDENT_CONFIG_small": str(tmp_path / "student"), "NEEDS_GPU": "no", "PRECISION": "fp32",
+        "GENERAL_BATCH_SIZE": "8", "GENERAL_EPOCHS": "3", "GENERAL_EVAL_STEP": "50",
+        "GENERAL_MAX_SEQ_LENGTH": "16",
+    }  # fmt: skip
+
+
+ONLY = ("--only", "general")
+
+
+def step_log(settings: dict[str, str]) -> Path:
+    return Path(settings["RESULTS_DIR"]) / "logs" / "general_small.log"
+
+
+def student(settings: dict[str, str]) -> Path:
+    return Path(settings["MODELS_DIR"]) / "distilled_small"
+
+
+def test_a_driver_that_is_told_to_end_lets_the_script_save_and_the_next_goes_on(general, tmp_path):
+    [command] = dry_run(*ONLY, **general)
+    assert "--resume" not in command
+    driver = start_driver(*ONLY, **general)
+    wait_for_log(step_log(general), "step 100 ")
+    driver.send_signal(signal.SIGTERM)
+    _, error = driver.communicate(timeout=60)
+    assert driver.returncode == 143
+    assert "Interrupted in stage general; this continues: " in error
+    assert "GENERAL_BATCH_SIZE=8" in error
+    assert f"STUDENT_CONFIG_small={tmp_path}/student" in error
+    assert not running_in(tmp_path)
+    log = step_log(general).read_text()
+    assert "stopped by SIGTERM" in log
+    assert list((student(general) / "training_state").iterdir())
+    # The same call goes on inside the step; one with other settings begins it anew.
+    assert dry_run(*ONLY, **general) == [[*command, "--resume"]]
+    assert "--resume" not in dry_run(*ONLY, **{**general, "GENERAL_EPOCHS": "2"})[0]
+    result = drive(*ONLY, **general)
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in step_log(general).read_text()
+    steps = [json.loads(line)["step"] for line in (student(general) / "log.jsonl").open()]
+    assert steps == list(range(50, 751, 50))
+    assert dry_run(*ONLY, **general) == []
+
+
+def test_a_step_begun_with_other_settings_is_begun_anew(general):
+    driver = start_driver(*ONLY, **general)
+    wait_for_log(step_log(general), "step 100 ")
+    driver.send_signal(signal.SIGTERM)
+    driver.communicate(timeout=60)
+    (student(general) / "leftover").touch()
+    result = drive(*ONLY, **{**general, "GENERAL_EPOCHS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert not (student(general) / "leftover").exists()
+    assert "going on from" not in step_log(general).read_text()
+    assert not student(general).with_name("distilled_small.old").exists()
+
+
+def test_a_second_driver_says_who_works_on_the_folder_and_leaves(general):
+    driver = start_driver(*ONLY, **general)
+    wait_for_log(step_log(general), "general_distill.py")
+    for settings in (general, {**general, "RESULTS_DIR": general["RESULTS_DIR"] + "_other"}):
+        second = drive(*ONLY, **settings)
+        assert second.returncode == 2
+        [line] = second.stderr.splitlines()
+        assert f"another reproduction.sh works on this folder: process {driver.pid} on " in line
+    # Looking needs no lock.
+    assert dry_run(*ONLY, **general)
+    assert drive("--list", **general).returncode == 0
+    driver.send_signal(signal.SIGTERM)
+    driver.communicate(timeout=60)
+    assert driver.returncode == 143
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+@pytest.mark.parametrize("group", [True, False], ids=["with its script", "alone"])
+def test_a_killed_driver_blocks_nobody_and_its_script_does_not_write_on(general, tmp_path, group):
+    driver = start_driver(*ONLY, **general)
+    wait_for_log(step_log(general), "step 100 ")
+    (os.killpg if group else os.kill)(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert bool(running_in(tmp_path)) != group
+    result = drive(*ONLY, **general)
+    assert result.returncode == 0, result.stderr
+    assert ("what it left running writes its state" in result.stdout) != group
+    steps = [json.loads(line)["step"] for line in (student(general) / "log.jsonl").open()]
+    assert steps == list(range(50, 751, 50))
+    assert not running_in(tmp_path)
+
+
+def test_steps_side_by_side_are_all_told_to_end(general, tmp_path):
+    # Batches of 8 and 12 cannot share the teacher's pass.
+    settings = {**general, "JOBS": "2", "STUDENTS": "small other", "GENERAL_BATCH_SIZE_other": "12",
+                "STUDENT_CONFIG_other": general["STUDENT_CONFIG_small"]}
+    driver = start_driver(*ONLY, **settings)
+    logs = [step_log(general).with_name(f"general_{name}.log") for name in ("small", "other")]
+    for log in logs:
+        wait_for_log(log, "step 100 ")
+    driver.send_signal(signal.SIGTERM)
+    driver.communicate(timeout=60)
+    assert driver.returncode == 143
+    assert not running_in(tmp_path)
+    assert all("stopped by SIGTERM" in log.read_text() for log in logs)
+    assert all("--resume" in command for command in dry_run(*ONLY, **settings))
+
+
+def test_ctrl_c_ends_the_running_script_and_says_how_to_continue(folders, tmp_path):
+    driver = start_driver("--demo", "--only", "inputs", **folders)
+    wait_for_log(tmp_path / "results" / "logs" / "inputs.log", "make_inputs.py")
     os.killpg(driver.pid, signal.SIGINT)
     _, error = driver.communicate(timeout=30)
     assert driver.returncode == 130
     assert "Interrupted in stage inputs; this continues: DATA_DIR=" in error
     assert error.strip().endswith("--profile demo --from inputs")
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    assert f"--output_dir {tmp_path}" not in running.stdout
+    assert not running_in(tmp_path)
     assert not (tmp_path / "data" / ".state" / "inputs").exists()
 
 
@@ -427,7 +585,7 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     changed = {c[1] for c in dry_run("--demo", **{**settings, "GENERAL_EPOCHS": "0.03"})}
     assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py"}
 
-    # A step that was killed halfway is run again, its leftovers are gone.
+    # A step whose mark of having finished was taken away is run again, its leftovers are gone.
     (tmp_path / "models" / ".state" / "prediction_cola").unlink()
     leftover = tmp_path / "models" / "distilled_tinybert_4l_cola" / "leftover"
     leftover.touch()

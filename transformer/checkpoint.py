@@ -92,9 +92,12 @@ def read_tensors(path: Path) -> Any:
 
 def write_tensors(value: Any, path: Path) -> None:
     """Write tensors in standard containers to `path`, to the disk itself: the same bytes always."""
-    # By an open file: a path's name would stand in the file, and a full disk be a RuntimeError.
+    # By an open file: a path's name would stand in the file.
     with path.open("wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # about the archive's end, after the error of the disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         file.flush()
         os.fsync(file.fileno())
 

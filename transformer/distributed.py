@@ -44,14 +44,24 @@ def is_main() -> bool:
 
 
 def is_restart() -> bool:
-    """Say whether torchrun has started this run again after a process died."""
+    """Say whether torchrun has started this process again after one died.
+
+    The machines of several count apart: `agree` on it.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def connect(use_gpu: bool = False) -> None:
     """Join the other processes, if there are any; CPU tensors go over Gloo, a GPU's over NCCL."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=LONGEST_WAIT)
+    if world_size() == 1 or dist.is_initialized():
+        return
+    store, number, processes = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):
+        # torchrun's store outlives a restart: under the same names the new processes could find
+        # the addresses of those that are gone. (The machines of several count restarts apart.)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=number,
+                            world_size=processes, timeout=LONGEST_WAIT)
 
 
 def disconnect() -> None:

@@ -26,7 +26,7 @@ import torch
 
 from transformer import distributed
 from transformer.checkpoint import remove_training_states
-from transformer.file_utils import UserError, read_json, upload_folder, write_json
+from transformer.file_utils import UserError, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -354,6 +354,7 @@ def prepare_output_dir(
 FREE_ARGUMENTS = {
     "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
     "save_steps", "save_minutes", "num_workers", "local_rank", "data_url", "cache_dir",
+    "reduce_memory",
 }
 
 
@@ -377,8 +378,8 @@ def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
                  if values.get(name) != saved.get(name)]
     if differing:
         raise UserError(
-            f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same,"
-            " or --overwrite_output_dir in place of --resume to start again"
+            f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same;"
+            " to start again, overwrite what is there in place of --resume"
         )
     return True
 
@@ -420,15 +421,24 @@ def check_room(what: str, folder: Path | str, disk: int, memory: int = 0) -> Non
     if not distributed.is_main():
         return
     disk_left, memory_left = free_disk(folder), free_memory()
-    known = "unknown" if memory_left is None else f"{memory_left / 1e9:.1f}"
-    logger.info("%s needs about %.2f GB of disk (%.1f free) and %.2f GB of memory (%s free)",
-                what, disk / 1e9, disk_left / 1e9, memory / 1e9, known)
+    known = "unknown" if memory_left is None else size_text(memory_left)
+    logger.info("%s needs about %s of disk (%s free) and %s of memory (%s free)", what,
+                size_text(disk), size_text(disk_left), size_text(memory), known)
     if disk > disk_left:
         raise UserError(
-            f"{folder}: {disk_left / 1e9:.2f} GB free; {what} needs about {disk / 1e9:.2f} GB")
+            f"{folder}: {size_text(disk_left)} free; {what} needs about {size_text(disk)}")
     if memory_left is not None and memory > memory_left:
         raise UserError(
-            f"{memory_left / 1e9:.2f} GB of memory free; {what} needs about {memory / 1e9:.2f} GB")
+            f"{size_text(memory_left)} of memory free; {what} needs about {size_text(memory)}")
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as a person would say it, such as `1.3 GB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
 
 
 def one_each(flag: str, values: float | list[float], students: int) -> list[float]:
@@ -453,16 +463,6 @@ def check_output_dirs(paths: list[str], students: int, overwrite: bool = False) 
         raise UserError(f"--output_dir {' '.join(paths)}: expected a folder of its own for each")
     for path in paths:
         check_output_dir(path, overwrite)
-
-
-def upload_outputs(address: tuple[str, str] | None, folders: list[Path]) -> None:
-    """Copy output folders to an S3 address if there is one, several below their own paths."""
-    if address is None:
-        return
-    bucket, prefix = address
-    for folder in folders:
-        below = prefix if len(folders) == 1 else f"{prefix}/{folder.as_posix().lstrip('/')}"
-        upload_folder(folder, bucket, below)
 
 
 class RunningMean:

@@ -218,8 +218,7 @@ class Learner:
         self.parallel_loss = loss
         if self.processes > 1:
             # Each stage leaves some part of a student without gradient, a head or `fit_dense`.
-            self.parallel_loss = DistributedDataParallel(
-                loss, broadcast_buffers=False, find_unused_parameters=True)
+            self.parallel_loss = DistributedDataParallel(loss, find_unused_parameters=True)
             torch.manual_seed(torch.initial_seed() % 2**63 + distributed.rank())
         self.random_state = RandomState(device)
         self.step_losses: dict[str, Tensor] = {}

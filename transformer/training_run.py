@@ -42,6 +42,7 @@ from transformer.runtime import (
 )
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, Step, train
+from transformer.uploads import Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ def open_output_dirs(
         save_arguments(folder, {**start, "student": source})
         folders.append(folder)
     return folders
+
+
+def uploads(address: tuple[str, str] | None, folders: Sequence[Path | str]) -> Uploader:
+    """Return what copies the folders' files to S3 during a run; its states stay here."""
+    return Uploader(address if distributed.is_main() else None, folders, skip=(STATE_FOLDER,))
 
 
 @dataclass
@@ -173,8 +179,11 @@ def check_training_room(
         values = config.num_hidden_layers * rows * length * (
             34 * config.hidden_size + 5 * config.num_attention_heads * length)
         memory += parameters * 4 * 4 + values * (2 if learner.dtype is None else 1)
+    # What a resumed run finds of its own is part of that.
+    disk -= sum(path.stat().st_size for output in outputs for path in output.folder.rglob("*")
+                if path.is_file())
     on_gpu = outputs[0].learner.device.type == "cuda"
-    check_room("training", outputs[0].folder, disk, 0 if on_gpu else memory)
+    check_room("training", outputs[0].folder, max(0, disk), 0 if on_gpu else memory)
 
 
 

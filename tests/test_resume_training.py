@@ -1,0 +1,518 @@
+"""Training survives: kill -9, signals, damaged states, lost processes; and several are as one."""
+
+import logging
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import kill
+import pytest
+import torch
+from helpers import (
+    config_folder,
+    error_line,
+    make_glue,
+    make_model,
+    make_pregenerated,
+    read_json,
+    read_log,
+    run,
+    weights,
+)
+
+import finetune_teacher
+import general_distill
+import task_distill
+from transformer.checkpoint import load_training_state, read_tensors
+from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+TIMES = ("rows_per_second", "waiting")  # of a log's line, they differ from run to run
+
+
+@dataclass
+class Case:
+    """A training script, its inputs below `root`, and what a run without interruption makes.
+
+    outputs: how many folders a run writes: NAME, or NAME_0, NAME_1 ...
+    flags: the command line without --output_dir.
+    seconds: of work of a run.
+    """
+
+    module: object
+    root: Path
+    flags: list
+    outputs: int = 1
+    seconds: float = 0.0
+
+    def folders(self, name: str) -> list[Path]:
+        if self.outputs == 1:
+            return [self.root / name]
+        return [self.root / f"{name}_{number}" for number in range(self.outputs)]
+
+    def arguments(self, name: str, *more) -> list[str]:
+        return [str(a) for a in (*self.flags, "--output_dir", *self.folders(name), *more)]
+
+    def command(self, name: str, *more) -> list[str]:
+        return kill.script(f"{self.module.__name__}.py", *self.arguments(name, *more))
+
+    def torchrun(self, name: str, *more, restarts: int = 0) -> list[str]:
+        return kill.torchrun(2, f"{self.module.__name__}.py", *self.arguments(name, *more),
+                             restarts=restarts)
+
+    def run(self, name: str, *more) -> list[Path]:
+        """Run the script in this process."""
+        run(self.module, *self.arguments(name, *more))
+        return self.folders(name)
+
+    def remove(self, name: str) -> None:
+        for folder in self.folders(name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def copy(self, old: str, new: str) -> None:
+        self.remove(new)
+        for source, target in zip(self.folders(old), self.folders(new), strict=True):
+            shutil.copytree(source, target)
+
+    def expect_same(self, name: str, whole: str = "whole") -> None:
+        """Fail unless a run's folders are those of the uninterrupted run, byte by byte."""
+        for expected, found in zip(self.folders(whole), self.folders(name), strict=True):
+            names = sorted(str(p.relative_to(expected)) for p in expected.rglob("*"))
+            assert sorted(str(p.relative_to(found)) for p in found.rglob("*")) == names
+            for name in names:
+                if (expected / name).is_file() and name not in ("args.json", "log.jsonl"):
+                    assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+            assert without_times(found) == without_times(expected)
+
+
+def without_times(folder: Path) -> list[dict]:
+    """Return the lines of a run's log; steps must come in order, each once."""
+    lines = read_log(folder)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+COMMON = ["--precision", "fp32", "--no_cuda", "--save_steps", 3]
+
+
+def general(root: Path, dropout: dict, students: int = 2, rows: int = 1500) -> Case:
+    """Students with batches of 64 and 128 beside each other."""
+    make_model(root / "teacher", BertForMaskedLM)
+    make_pregenerated(root / "corpus", rows=rows, epochs=2)
+    config_folder(root / "student", num_hidden_layers=2, hidden_size=12, **dropout)
+    return Case(general_distill, root, [
+        "--pregenerated_data", root / "corpus", "--teacher_model", root / "teacher",
+        "--student_model", *[root / "student"] * students, "--max_seq_length", 16,
+        "--train_batch_size", *[64, 128][:students], "--learning_rate", *[1e-3, 5e-4][:students],
+        "--num_train_epochs", 3, "--eval_step", 7, *COMMON], outputs=students)
+
+
+def task(root: Path, dropout: dict, more: tuple = (), rows: int = 400) -> Case:
+    make_glue(root / "SST-2", rows=rows, dev_rows=24)
+    make_model(root / "teacher", labels=("0", "1"))
+    make_model(root / "student", TinyBertForPreTraining, seed=1, num_hidden_layers=2,
+               hidden_size=12, model_arguments={"fit_size": 16}, **dropout)
+    return Case(task_distill, root, [
+        "--teacher_model", root / "teacher", "--student_model", root / "student", "--data_dir",
+        root / "SST-2", "--task_name", "SST-2", "--train_batch_size", 8, "--num_train_epochs", 4,
+        "--learning_rate", 1e-3, "--eval_step", 15, *COMMON, *more])
+
+
+def prediction(root: Path, dropout: dict, rows: int = 400) -> Case:
+    """The teacher knows the task, so that the student's score rises and its best one changes."""
+    case = task(root, dropout, ("--pred_distill", "--eval_batch_size", 8), rows)
+    run(finetune_teacher, "--bert_model", root / "teacher", "--data_dir", root / "SST-2",
+        "--output_dir", root / "trained", "--learning_rate", 1e-3, "--num_train_epochs", 4,
+        "--train_batch_size", 8, "--precision", "fp32", "--no_cuda")
+    case.flags[case.flags.index(root / "teacher")] = root / "trained"
+    case.flags[case.flags.index("--learning_rate") + 1] = 1e-2
+    return case
+
+
+def finetune(root: Path, dropout: dict, rows: int = 400) -> Case:
+    make_glue(root / "SST-2", rows=rows, dev_rows=24)
+    make_model(root / "model", labels=("0", "1"), **dropout)
+    return Case(finetune_teacher, root, [
+        "--bert_model", root / "model", "--data_dir", root / "SST-2", "--learning_rate", 1e-3,
+        "--train_batch_size", 8, "--num_train_epochs", 6, *COMMON])
+
+
+CASES: dict[str, Callable[[Path, dict], Case]] = {
+    "general": general,
+    "intermediate": task,
+    "prediction": prediction,
+    "finetune": finetune,
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Callable[[str], Case]:
+    """Each case is made, and run once in this process, when a test first asks for it."""
+    made: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in made:
+            made[name] = case = CASES[name](tmp_path_factory.mktemp(name), DROPOUT)
+            began = time.monotonic()
+            case.run("whole")
+            case.seconds = time.monotonic() - began
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def stopped(cases) -> Case:
+    """Task distillation with the folder `stopped`: killed after its second state or later."""
+    case = cases("intermediate")
+    process = kill.Process(case.command("stopped"))
+    assert process.wait_until(lambda log: log.count("state saved") > 5), process.output()
+    process.kill()
+    assert len(states(case)) in (2, 3)  # three: killed before the oldest was removed
+    for folder in case.folders("stopped"):
+        assert not (folder / "eval_results.json").exists()
+    return case
+
+
+def states(case: Case, name: str = "stopped") -> list[Path]:
+    """Return the saved states, the oldest first."""
+    return sorted(case.folders(name)[0].glob("training_state/step_*.pt"))
+
+
+# ------------------------------------------------------------------ kill -9
+
+
+def survives(case: Case, kills: int, seed: int) -> None:
+    kill.survive(case.command("killed"), kills, seed, lambda: case.expect_same("killed"),
+                 lambda: case.remove("killed"), seconds=case.seconds)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(cases, name):
+    survives(cases(name), kills=3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_twenty_kills_change_no_byte(cases, name):
+    survives(cases(name), kills=20, seed=100)
+
+
+def test_a_finished_run_is_left_alone_by_resume(cases):
+    case = cases("intermediate")
+    case.copy("whole", "again")
+    before = {p: p.stat().st_mtime_ns for p in case.folders("again")[0].rglob("*")}
+    case.run("again", "--resume")
+    assert {p: p.stat().st_mtime_ns for p in case.folders("again")[0].rglob("*")} == before
+
+
+def test_resume_with_nothing_there_starts_from_the_beginning(cases):
+    case = cases("intermediate")
+    case.run("fresh", "--resume")
+    case.expect_same("fresh")
+
+
+# ------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(("name", "number", "code"), [
+    ("intermediate", signal.SIGTERM, 143), ("general", signal.SIGINT, 130),
+])  # fmt: skip
+def test_a_signal_writes_a_state_and_prints_the_command_that_continues(cases, name, number, code):
+    case = cases(name)
+    case.remove("signalled")
+    # No state but the signal's; how often they are saved may change from call to call.
+    process = kill.Process(case.command("signalled", "--save_steps", 0, "--save_minutes", 0))
+    assert process.wait_until(lambda log: "step 14 " in log or "step 15 " in log)
+    os.killpg(process.popen.pid, number)  # as a terminal does: every process of the group
+    assert process.end() == code, process.output()
+    lines = process.output().strip().splitlines()
+    assert lines[-1].startswith(f"{case.module.__name__}.py: stopped by {number.name}; ")
+    assert "Traceback" not in process.output()
+    assert len(states(case, "signalled")) == 1
+    words = shlex.split(lines[-1].partition("this continues: ")[2])
+    assert words[0] == "python"
+    assert words[-1] == "--resume"
+    resumed = kill.Process([*case.command("signalled")[:1], *words[1:]])
+    assert resumed.end() == 0, resumed.output()
+    assert "going on from" in resumed.output()
+    case.expect_same("signalled")
+
+
+# ------------------------------------------------------------------ other arguments
+
+
+def test_resume_with_other_arguments_names_those_that_differ_and_changes_nothing(stopped, capsys):
+    stopped.copy("stopped", "other")
+    [folder] = stopped.folders("other")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    message = error_line(capsys, stopped.module, *stopped.arguments(
+        "other", "--resume", "--learning_rate", "0.5", "--seed", "7"))
+    assert "learning_rate" in message
+    assert "0.5" in message
+    assert "0.001" in message
+    assert "--seed 7 (was 42)" in message
+    assert "train_batch_size" not in message
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_with_other_arguments_is_no_finished_run(cases, capsys):
+    case = cases("intermediate")
+    message = error_line(capsys, case.module, *case.arguments("whole", "--resume", "--seed", "7"))
+    assert "--seed 7 (was 42)" in message
+
+
+def test_how_often_states_are_saved_may_change(stopped):
+    stopped.copy("stopped", "sparse")
+    stopped.run("sparse", "--resume", "--save_steps", 50)
+    stopped.expect_same("sparse")
+
+
+# ------------------------------------------------------------------ damaged states and models
+
+
+def same_state(first, second) -> bool:
+    """Say whether two states are equal, down to the bits of their tensors."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(
+            first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            same_state(value, second[key]) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return first == second
+
+
+def damaged(data: bytes, rng: random.Random) -> list[bytes]:
+    """Return a file's bytes cut at every 10 % of their length, and with bytes changed."""
+    versions = [data[: len(data) * tenth // 10] for tenth in range(10)]
+    for _ in range(60):
+        changed = bytearray(data)
+        for _ in range(rng.choice((1, 1, 1, 8))):
+            changed[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+        versions.append(bytes(changed))
+    return versions
+
+
+def test_a_damaged_state_is_never_used(stopped, caplog):
+    stopped.copy("stopped", "damaged")
+    *_, older, newest = states(stopped, "damaged")
+    data, previous, last = newest.read_bytes(), read_tensors(older), read_tensors(newest)
+    taken = []
+    for version in damaged(data, random.Random(0)):
+        newest.write_bytes(version)
+        caplog.clear()
+        state = load_training_state(stopped.folders("damaged")[0])
+        if same_state(state, last):
+            assert version != data[: len(version)]  # a change that no byte of the content has
+        else:
+            assert same_state(state, previous)
+            assert f"{newest}: damaged" in caplog.text
+        taken.append(state["step"])
+    assert taken[:10] == [previous["step"]] * 10
+    assert taken.count(previous["step"]) > 50
+
+
+def test_after_a_damaged_state_the_run_ends_with_the_same_bytes(stopped, caplog):
+    stopped.copy("stopped", "cut")
+    *_, older, newest = states(stopped, "cut")
+    newest.write_bytes(newest.read_bytes()[:-200])
+    with caplog.at_level(logging.INFO):
+        stopped.run("cut", "--resume")
+    assert f"{newest}: damaged" in caplog.text
+    assert f"going on from {older}" in caplog.text
+    stopped.expect_same("cut")
+
+
+def test_with_every_state_damaged_the_run_starts_again(stopped, caplog):
+    stopped.copy("stopped", "lost")
+    for state in states(stopped, "lost"):
+        state.write_bytes(b"no state")
+    stopped.run("lost", "--resume")
+    assert caplog.text.count("damaged") == len(states(stopped))
+    stopped.expect_same("lost")
+
+
+# ------------------------------------------------------------------ losses that are not finite
+
+
+def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_state(tmp_path, capsys):
+    case = task(tmp_path, DROPOUT, rows=120)
+    case.run("whole")
+    teacher = tmp_path / "teacher" / "pytorch_model.bin"
+    good = teacher.read_bytes()
+    # One word is poison, and one sentence has it.
+    train = tmp_path / "SST-2" / "train.tsv"
+    lines = train.read_text().splitlines()
+    state = torch.load(teacher, weights_only=True)
+    vocabulary = (tmp_path / "teacher" / "vocab.txt").read_text().split("\n")
+    state["bert.embeddings.word_embeddings.weight"][vocabulary.index("##ly")] = float("nan")
+    row = lines[30].split("\t")
+    lines[30] = "\t".join(["lovelyly film ." if " " in cell else cell for cell in row])
+    train.write_text("\n".join(lines) + "\n")
+    case.remove("whole")
+    case.run("whole")
+    torch.save(state, teacher)
+    message = error_line(capsys, case.module, *case.arguments("bad", "--eval_step", 1,
+                                                              "--save_steps", 1))
+    [folder] = case.folders("bad")
+    last = max(int(path.stem.removeprefix("step_")) for path in states(case, "bad"))
+    assert f"not finite at step {last + 1}, batch {last % 15 + 1} of pass 1" in message
+    assert f"state of step {last} is kept" in message
+    assert [line["step"] for line in read_log(folder)] == list(range(1, last + 1))
+    # The state is good: with the cause mended the run ends as if nothing had been.
+    teacher.write_bytes(good)
+    case.run("bad", "--resume", "--eval_step", 1)
+    assert (folder / "pytorch_model.bin").read_bytes() == (
+        case.folders("whole")[0] / "pytorch_model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["general", "prediction", "finetune"])
+def test_a_learning_rate_that_is_far_too_large_stops_and_writes_no_broken_model(
+        cases, capsys, name):
+    case = cases(name)
+    rates = [1e30] * case.outputs
+    message = error_line(capsys, case.module, *case.arguments(
+        "far", "--learning_rate", *map(str, rates), "--warmup_proportion", "0"))
+    assert "the loss is not finite at step " in message
+    for folder in case.folders("far"):
+        assert not (folder / "eval_results.json").exists()
+        for file in folder.rglob("*.bin"):
+            for tensor in torch.load(file, weights_only=True).values():
+                assert torch.isfinite(tensor).all(), file
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def close(first, second, tolerance: float) -> bool:
+    """Say whether what two JSON files hold is the same but for a difference of its numbers."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            close(value, second[key], tolerance) for key, value in first.items())
+    if isinstance(first, list):
+        return len(first) == len(second) and all(
+            close(one, other, tolerance) for one, other in zip(first, second, strict=True))
+    if isinstance(first, float):
+        return abs(first - second) <= tolerance
+    return first == second
+
+
+def largest_difference(case: Case, name: str, whole: str = "whole") -> float:
+    """Return the largest difference of any weight between two runs' students."""
+    return max(
+        (value - weights(found)[key]).abs().max().item()
+        for expected, found in zip(case.folders(whole), case.folders(name), strict=True)
+        for key, value in weights(expected).items())
+
+
+SMALLER = {
+    "general": partial(general, rows=400),
+    "one general": partial(general, rows=400, students=1),
+    "intermediate": partial(task, rows=60),
+    "prediction": partial(task, rows=60, more=("--pred_distill",)),
+    "accumulating": partial(task, rows=60, more=("--gradient_accumulation_steps", 2)),
+    "finetune": partial(finetune, rows=60),
+}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name != "general" else [])
+    for name in SMALLER])
+def test_two_processes_end_with_the_student_of_one(tmp_path, name):
+    case = SMALLER[name](tmp_path, {})
+    case.run("whole")
+    process = kill.Process(case.torchrun("two"))
+    assert process.end() == 0, process.output()
+    assert largest_difference(case, "two") <= 1e-5
+    for one, two in zip(case.folders("whole"), case.folders("two"), strict=True):
+        assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+        assert [line["step"] for line in read_log(one)] == [
+            line["step"] for line in read_log(two)]
+        assert close(without_times(one), without_times(two), 1e-4)
+        assert read_json(two / "args.json")["processes"] == 2
+
+
+def workers(process: kill.Process) -> list[int]:
+    """Return the numbers of the processes that torchrun has started, by rank."""
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.popen.pid)],
+                             capture_output=True, text=True, check=True)
+    return sorted(map(int, listing.stdout.split()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Case:
+    """A case long enough to be killed by hand, and its run in two processes."""
+    case = task(tmp_path_factory.mktemp("pair"), DROPOUT)
+    process = kill.Process(case.torchrun("whole"))
+    assert process.end() == 0, process.output()
+    return case
+
+
+def expect_same_student(case: Case, name: str) -> None:
+    """Fail unless the student has the same bytes; logged means are sums over the processes."""
+    [whole], [found] = case.folders("whole"), case.folders(name)
+    assert (found / "pytorch_model.bin").read_bytes() == (whole / "pytorch_model.bin").read_bytes()
+    assert close(without_times(whole), without_times(found), 1e-6)
+    assert close(read_json(whole / "eval_results.json"), read_json(found / "eval_results.json"),
+                 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_promptly_and_resume_mends_it(pair, victim):
+    pair.remove("killed")
+    process = kill.Process(pair.torchrun("killed"))
+    assert process.wait_until(lambda log: log.count("state saved") > 3), process.output()
+    os.kill(workers(process)[victim], signal.SIGKILL)
+    began = time.monotonic()
+    assert process.end() != 0
+    assert time.monotonic() - began < 40
+    assert "another process of this run has ended" in process.output() or (
+        "Signal 9" in process.output() or "SIGKILL" in process.output())
+    assert not (pair.folders("killed")[0] / "eval_results.json").exists()
+    again = kill.Process(pair.torchrun("killed", "--resume"))
+    assert again.end() == 0, again.output()
+    assert "going on from" in again.output()
+    expect_same_student(pair, "killed")
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(pair):
+    pair.remove("killed")
+    process = kill.Process(pair.torchrun("killed", restarts=1))
+    assert process.wait_until(lambda log: log.count("state saved") > 3), process.output()
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert process.end() == 0, process.output()
+    assert "going on from" in process.output()
+    expect_same_student(pair, "killed")
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_a_state(pair):
+    process = kill.Process(pair.torchrun("signalled", "--save_steps", 0))
+    assert process.wait_until(lambda log: "step 15 " in log), process.output()
+    process.send(signal.SIGTERM)
+    assert process.end() != 0
+    assert "stopped by SIGTERM; this continues: torchrun" in process.output()
+    assert len(states(pair, "signalled")) == 1
+    again = kill.Process(pair.torchrun("signalled", "--resume"))
+    assert again.end() == 0, again.output()
+    expect_same_student(pair, "signalled")
+
+
+def test_the_best_score_changes_in_the_runs_that_are_killed(cases):
+    """Else it would not show whether a resumed run knows it."""
+    for name in ("prediction", "finetune"):
+        [folder] = cases(name).folders("whole")
+        scores = [line["metrics"]["acc"] for line in read_log(folder)]
+        assert max(scores[1:]) > scores[0]
