@@ -31,9 +31,8 @@ from transformer.checkpoint import save_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
-    check_heads,
+    check_layer_heads,
     freeze,
-    map_layers,
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError
@@ -174,8 +173,7 @@ def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> n
     start = (TinyBertForPreTraining.from_pretrained if args.continue_train or args.do_eval
              else TinyBertForPreTraining.from_scratch)
     student = start(folder, fit_size=teacher.config.hidden_size)
-    map_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
-    check_heads(teacher.config.num_attention_heads, student.config.num_attention_heads)
+    check_layer_heads(teacher.config, student.config)
     return student
 
 

@@ -32,9 +32,8 @@ from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
-    check_heads,
+    check_layer_heads,
     freeze,
-    map_layers,
     show_nothing,
 )
 from transformer.evaluation import (
@@ -183,8 +182,7 @@ def load_student(args: argparse.Namespace, task: GlueTask, source: str,
         fetch_model(source, args.cache_dir or None), new_head=True, num_labels=task.num_labels,
         fit_size=teacher.config.hidden_size)
     if not args.pred_distill:
-        map_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
-        check_heads(teacher.config.num_attention_heads, student.config.num_attention_heads)
+        check_layer_heads(teacher.config, student.config)
     labels, own = (label_order(task, m.config.id2label) for m in (teacher, student))
     if own != labels and not student.config.id2label[0].startswith("LABEL_"):
         raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")

@@ -101,7 +101,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     load_weights(BertModel(config, has_pooler(state)), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite)
-    config.num_hidden_layers = len(kept)
+    config.keep_layers([number - 1 for number in kept])
     architecture = ("BertForSequenceClassification" if "classifier.weight" in state
                     else "BertForMaskedLM" if "cls.predictions.bias" in state else "BertModel")
     write_json(output_dir / CONFIG_NAME, {"architectures": [architecture], **config.to_dict()})

@@ -21,9 +21,10 @@ def forward_flops(
     """
     lengths = np.asarray(lengths, dtype=np.float64)
     width, layers = config.hidden_size, config.num_hidden_layers
-    per_token = 2 * layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    attended = sum(config.heads) * config.head_width  # of all layers
+    per_token = 2 * width * (4 * attended + 2 * sum(config.neurons))
     per_token += 2 * (layers + 1) * width * fit_size if fit_size else 0
-    per_pair = 4 * layers * width  # scores, and their product with the values
+    per_pair = 4 * attended  # scores, and their product with the values
     return float((per_token * lengths + per_pair * lengths**2).sum())
 
 

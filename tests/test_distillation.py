@@ -14,6 +14,7 @@ from transformer.distillation import (
     IntermediateTeacher,
     PredictionLoss,
     attention_loss,
+    check_layer_heads,
     freeze,
     hidden_loss,
     intermediate_losses,
@@ -315,3 +316,36 @@ def test_teacher_and_losses_compile_as_whole_graphs(prediction):
         torch.testing.assert_close(found[name], value)
     loss.train()(batch, teach(batch))  # with dropout
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------ pruned models
+
+
+def test_a_student_with_fewer_heads_in_any_layer_is_refused_with_both_numbers():
+    teacher = tiny_config(heads_per_layer=[2, 2, 1, 2])
+    check_layer_heads(teacher, tiny_config(num_hidden_layers=2))
+    check_layer_heads(teacher, tiny_config(heads_per_layer=[2, 2, 1, 2]))
+    for heads in ([1, 2], [2, 0]):
+        student = tiny_config(num_hidden_layers=2, heads_per_layer=heads)
+        with pytest.raises(UserError, match=rf"teacher has 2 .* student {min(heads)}"):
+            check_layer_heads(teacher, student)
+    with pytest.raises(UserError, match=r"teacher has 0 .* student 0"):
+        check_layer_heads(tiny_config(heads_per_layer=[0] * 4),
+                          tiny_config(heads_per_layer=[0] * 4))
+
+
+def test_the_loss_refuses_pruned_heads_of_a_layer_that_is_not_the_last():
+    teacher = TinyBertForSequenceClassification(tiny_config())
+    student = TinyBertForSequenceClassification(tiny_config(heads_per_layer=[2, 1, 2, 2]))
+    batch = random_batch()
+    with pytest.raises(UserError, match=r"teacher has 2 attention heads and the student 1"):
+        intermediate_losses(*student(*batch)[1:], *teacher(*batch)[1:], batch[2])
+
+
+def test_a_student_with_fewer_neurons_learns_the_layers():
+    teacher = TinyBertForSequenceClassification(tiny_config())
+    student = TinyBertForSequenceClassification(tiny_config(neurons_per_layer=[24, 0, 3, 7]))
+    batch = random_batch()
+    losses = intermediate_losses(*student(*batch)[1:], *teacher(*batch)[1:], batch[2])
+    sum(losses.values()).backward()
+    assert student.bert.encoder.layer[2].intermediate.dense.weight.grad.abs().sum() > 0

@@ -1,5 +1,7 @@
 """Models that only compute: frozen, low precision, packed weights."""
 
+import copy
+
 import pytest
 import torch
 from helpers import make_model, random_batch, tiny_config
@@ -7,7 +9,11 @@ from torch import nn
 
 from transformer import inference
 from transformer.inference import PackedLinear, can_pack, freeze, inference_copy
-from transformer.modeling import BertModel, TinyBertForSequenceClassification
+from transformer.modeling import (
+    BertForQuestionAnswering,
+    BertModel,
+    TinyBertForSequenceClassification,
+)
 
 CPU = torch.device("cpu")
 packs = pytest.mark.skipif(not can_pack(), reason="this build of torch has no oneDNN")
@@ -85,3 +91,24 @@ def test_scores_of_a_bf16_model_are_not_rounded_to_bf16(device):
     scores = freeze(model, torch.bfloat16, device)(*random_batch(8))[0]
     assert scores.dtype == torch.float32
     assert not torch.equal(scores.bfloat16().float(), scores)
+
+
+@packs
+def test_a_pruned_model_is_packed_but_for_the_layers_that_have_nothing_left():
+    torch.manual_seed(0)
+    shape = {"heads_per_layer": [2, 0, 1, 2], "neurons_per_layer": [24, 5, 0, 0]}
+    plain = TinyBertForSequenceClassification(tiny_config(**shape))
+    packed = freeze(copy.deepcopy(plain), torch.bfloat16, CPU)
+    freeze(plain, torch.bfloat16)
+    assert torch.equal(packed(*random_batch())[0], plain(*random_batch())[0])
+    layer = packed.bert.encoder.layer[2]
+    assert isinstance(layer.attention.output.dense, PackedLinear)
+    assert isinstance(layer.output.dense, nn.Linear)
+
+
+def test_logits_of_a_bf16_question_answerer_are_not_rounded():
+    torch.manual_seed(0)
+    model = freeze(BertForQuestionAnswering(tiny_config()), torch.bfloat16)
+    logits = model(*random_batch())
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits.bfloat16().float(), logits)

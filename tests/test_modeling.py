@@ -1,9 +1,11 @@
 """Our models against Hugging Face's on tiny random configurations, both ways."""
 
+import json
+
 import pytest
 import torch
 import transformers
-from helpers import REPO, make_model, random_batch, tiny_config
+from helpers import REPO, make_model, random_batch, read_json, tiny_config
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -355,3 +357,74 @@ def test_dropout_follows_the_seed_and_is_off_in_eval_mode():
     assert dropout.eval()(x) is x
     assert Dropout(0.0)(x) is x
     assert torch.equal(Dropout(1.0)(x), torch.zeros(50))
+
+
+# ------------------------------------------------------------------ pruned shapes
+
+PRUNED = {"heads_per_layer": [2, 0, 1, 2], "neurons_per_layer": [24, 5, 0, 0]}
+
+
+def test_ordinary_configs_have_no_fields_of_pruned_ones():
+    values = tiny_config().to_dict()
+    assert values["model_type"] == "bert"
+    assert not {"heads_per_layer", "neurons_per_layer", "pooler_act"} & set(values)
+    assert BertConfig.from_dict(values).to_dict() == values
+
+
+def test_a_pruned_config_survives_the_file_and_names_its_kind(tmp_path):
+    config = tiny_config(**PRUNED)
+    make_model(tmp_path, **PRUNED)
+    again = BertConfig.from_json_file(tmp_path / "config.json")
+    assert again.to_dict() == config.to_dict()
+    assert (again.heads, again.neurons) == tuple(PRUNED.values())
+    assert read_json(tmp_path / "config.json")["model_type"] == "pruned_bert"
+    assert again.head_width == 8
+    with pytest.raises(ValueError, match="pruned_bert"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"heads_per_layer": [2, 2, 2]}, {"heads_per_layer": [3, 2, 2, 2]},
+    {"neurons_per_layer": [24, 24, -1, 24]}, {"neurons_per_layer": [24, 24, 1.5, 24]},
+    {"neurons_per_layer": 24}, {"heads_per_layer": [2, 2, True, 2]}, {"heads_per_layer": []},
+])
+def test_a_wrong_number_of_heads_or_neurons_is_refused_by_name(tmp_path, wrong):
+    text = json.dumps({**tiny_config().to_dict(), **wrong})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"config\.json: {next(iter(wrong))} is .*; expected 4"):
+        BertConfig.from_json_file(tmp_path / "config.json")
+
+
+@torch.no_grad()
+def test_layers_without_heads_or_neurons_are_bias_residual_and_norm(tmp_path):
+    model = make_model(tmp_path, **PRUNED)
+    again = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    logits, scores, hidden = again(*random_batch())
+    assert torch.equal(logits, model(*random_batch())[0])
+    assert [s.shape[1] for s in scores] == PRUNED["heads_per_layer"]
+    layer = again.bert.encoder.layer[2]
+    attended, _ = layer.attention(hidden[2], torch.zeros(3, 1, 1, 9), False)
+    close(hidden[3][0], layer.output.LayerNorm(layer.output.dense.bias + attended)[0])
+    attended, scores = again.bert.encoder.layer[1].attention(
+        hidden[1], torch.zeros(3, 1, 1, 9), True)
+    output = again.bert.encoder.layer[1].attention.output
+    close(attended, output.LayerNorm(output.dense.bias + hidden[1]))
+    assert scores.shape == (3, 0, 9, 9)
+
+
+def test_a_pruned_model_trains_with_dropout_and_without_warnings(recwarn):
+    torch.manual_seed(0)
+    model = TinyBertForSequenceClassification(tiny_config(hidden_dropout_prob=0.2, **PRUNED))
+    model(*random_batch())[0].square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert gradients["bert.encoder.layer.1.attention.output.dense.bias"].abs().sum() > 0
+    assert not [w for w in recwarn if "zero-element" in str(w.message)]
+
+
+def test_kept_layers_keep_their_shapes():
+    config = tiny_config(**PRUNED)
+    config.keep_layers([1, 3])
+    assert (config.num_hidden_layers, config.heads, config.neurons) == (2, [0, 2], [5, 0])
+    config = tiny_config()
+    config.keep_layers([1, 3])
+    assert config.to_dict() == tiny_config(num_hidden_layers=2).to_dict()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer.file_utils import UserError
 from transformer.inference import freeze as freeze  # a teacher's first step
-from transformer.modeling import BertModel, BertModelOutput, model_inputs
+from transformer.modeling import BertConfig, BertModel, BertModelOutput, model_inputs
 
 
 def map_layers(teacher_layers: int, student_layers: int) -> tuple[list[int], list[int]]:
@@ -126,17 +126,31 @@ def prediction_loss(
 
 def check_heads(teacher_heads: int, student_heads: int) -> None:
     """Raise a `UserError` that names both numbers of attention heads when they differ."""
-    if student_heads != teacher_heads:
+    if student_heads != teacher_heads or not teacher_heads:
         raise UserError(
             f"the teacher has {teacher_heads} attention heads and the student {student_heads};"
             " the attention loss needs the same number"
         )
 
 
+def check_layer_heads(teacher: BertConfig, student: BertConfig) -> None:
+    """Raise a `UserError` unless each student layer has the heads of the one it learns from.
+
+    They can differ in some layers only where K-prune has removed heads.
+    """
+    attention_map, _ = map_layers(teacher.num_hidden_layers, student.num_hidden_layers)
+    for student_heads, layer in zip(student.heads, attention_map, strict=True):
+        check_heads(teacher.heads[layer], student_heads)
+
+
 def check_shapes(student_scores: Sequence[Tensor], student_hidden: Sequence[Tensor],
                  teacher_scores: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> None:
-    """Raise a `UserError` that names both numbers when heads or widths do not agree."""
-    check_heads(teacher_scores[-1].shape[1], student_scores[-1].shape[1])
+    """Raise a `UserError` that names both numbers when heads or widths do not agree.
+
+    `teacher_scores` are those of the layers that the student's learn from.
+    """
+    for ours, theirs in zip(student_scores, teacher_scores, strict=True):
+        check_heads(theirs.shape[1], ours.shape[1])
     student_width, teacher_width = student_hidden[0].shape[-1], teacher_hidden[0].shape[-1]
     if student_width != teacher_width:
         raise UserError(
@@ -166,10 +180,11 @@ def intermediate_losses(
         UserError: depths that do not divide, or heads or widths that do not agree.
     """
     attention_map, hidden_map = map_layers(len(teacher_scores), len(student_scores))
+    teacher_scores = [teacher_scores[layer] for layer in attention_map]
     check_shapes(student_scores, student_hidden, teacher_scores, teacher_hidden)
     att_loss = sum(
-        attention_loss(ours, teacher_scores[layer], attention_mask, match_original)
-        for ours, layer in zip(student_scores, attention_map, strict=True)
+        attention_loss(ours, theirs, attention_mask, match_original)
+        for ours, theirs in zip(student_scores, teacher_scores, strict=True)
     )
     rep_loss = sum(
         hidden_loss(ours, teacher_hidden[layer], attention_mask, match_original)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HEADS = ("classifier", "qa_outputs")  # whose outputs are scores
+
 
 class PackedLinear(nn.Module):
     """A frozen bfloat16 linear layer whose weight lies as oneDNN's kernels read it.
@@ -38,7 +40,9 @@ def can_pack() -> bool:
 def pack_linears(module: nn.Module) -> None:
     """Replace every bfloat16 linear layer below `module` by a packed one."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16:
+        # A layer all of whose units were pruned has nothing to pack; it is not computed either.
+        if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16 \
+                and child.weight.numel():
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)
@@ -52,15 +56,16 @@ def freeze(
 
     Args:
         model: a teacher, or a model that is evaluated; changed in place.
-        dtype: precision to keep its weights and to compute in, a classifier's own weights apart,
-            so that scores are not rounded; None leaves it.
+        dtype: precision to keep its weights and to compute in, the head's own weights apart, so
+            that scores are not rounded; None leaves it.
         device: where to move it. In bfloat16 on a CPU its linear layers are packed as well, after
             which it can no longer be saved.
         pack: false leaves them, for torch.compile, which does not know packed ones.
     """
     model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    if hasattr(model, "classifier"):
-        model.classifier.float()
+    for name in HEADS:
+        if hasattr(model, name):
+            getattr(model, name).float()
     on_cpu = device is not None and device.type == "cpu"
     if pack and on_cpu and dtype == torch.bfloat16 and can_pack():
         pack_linears(model)

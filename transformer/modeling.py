@@ -5,7 +5,7 @@ Every model returns what distillation needs: raw attention scores and all hidden
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,22 @@ MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the origina
 FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
 
 
+# Fields that an ordinary BERT's config does not have, and what they are there.
+ORDINARY = {"pooler_act": "tanh", "heads_per_layer": None, "neurons_per_layer": None}
+MODEL_TYPES = ("bert", "pruned_bert")
+
+
+def _check_counts(name: str, counts: list[int] | None, layers: int, most: int) -> None:
+    """Raise a `UserError` unless `counts` has one number from 0 to `most` for each layer."""
+    if counts is None:
+        return
+    fits = isinstance(counts, list) and len(counts) == layers and all(
+        type(count) is int and 0 <= count <= most for count in counts)
+    if not fits:
+        raise UserError(
+            f"{name} is {counts!r}; expected {layers} whole numbers from 0 to {most}")
+
+
 class BertConfig:
     """The shape of a BERT model, read from and written to `config.json`.
 
@@ -40,6 +56,9 @@ class BertConfig:
         intermediate_size: width of the feed-forward layer.
         classifier_relu: apply a ReLU between the pooler and the classifier, as the original
             TinyBERT did; false as in every Hugging Face BERT.
+        pooler_act: activation of the pooler; BERT's is tanh, that of a converted DistilBERT relu.
+        heads_per_layer, neurons_per_layer: what pruning left of each layer's attention heads and
+            feed-forward neurons, zero allowed; None: all. A head stays `head_width` wide.
         num_labels, id2label: size and names of the classifier's outputs; names win.
     """
 
@@ -59,6 +78,9 @@ class BertConfig:
         layer_norm_eps: float = 1e-12,
         pad_token_id: int = 0,
         classifier_relu: bool = False,
+        pooler_act: str = "tanh",
+        heads_per_layer: list[int] | None = None,
+        neurons_per_layer: list[int] | None = None,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
         **other: Any,
@@ -77,8 +99,14 @@ class BertConfig:
                 f"hidden_size {hidden_size} is not a multiple of"
                 f" num_attention_heads {num_attention_heads}"
             )
-        if hidden_act not in ACTIVATIONS:
-            raise UserError(f"hidden_act {hidden_act!r}; expected one of {sorted(ACTIVATIONS)}")
+        for name, activation in (("hidden_act", hidden_act), ("pooler_act", pooler_act)):
+            if activation not in ACTIVATIONS:
+                raise UserError(f"{name} {activation!r}; expected one of {sorted(ACTIVATIONS)}")
+        for name, counts, most in (
+            ("heads_per_layer", heads_per_layer, num_attention_heads),
+            ("neurons_per_layer", neurons_per_layer, intermediate_size),
+        ):
+            _check_counts(name, counts, num_hidden_layers, most)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -93,6 +121,9 @@ class BertConfig:
         self.layer_norm_eps = layer_norm_eps
         self.pad_token_id = pad_token_id
         self.classifier_relu = classifier_relu
+        self.pooler_act = pooler_act
+        self.heads_per_layer = heads_per_layer
+        self.neurons_per_layer = neurons_per_layer
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
         self.id2label = {int(i): name for i, name in id2label.items()}
@@ -105,12 +136,40 @@ class BertConfig:
         return len(self.id2label)
 
     @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def heads(self) -> list[int]:
+        """The number of attention heads of each layer."""
+        return self.heads_per_layer or [self.num_attention_heads] * self.num_hidden_layers
+
+    @property
+    def neurons(self) -> list[int]:
+        """The number of feed-forward neurons of each layer."""
+        return self.neurons_per_layer or [self.intermediate_size] * self.num_hidden_layers
+
+    @property
+    def model_type(self) -> str:
+        """The name in `config.json`: `pruned_bert` for what only this package can build."""
+        plain = self.heads_per_layer is None and self.neurons_per_layer is None
+        return "bert" if plain and self.pooler_act == "tanh" else "pruned_bert"
+
+    @property
     def label2id(self) -> dict[str, int]:
         return {name: i for i, name in self.id2label.items()}
 
     def set_labels(self, names: tuple[str, ...]) -> None:
         """Name the classifier's outputs, in their order."""
         self.id2label = dict(enumerate(names))
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Describe a model of these layers of the present one, counted from 0."""
+        if self.heads_per_layer is not None:
+            self.heads_per_layer = [self.heads_per_layer[layer] for layer in layers]
+        if self.neurons_per_layer is not None:
+            self.neurons_per_layer = [self.neurons_per_layer[layer] for layer in layers]
+        self.num_hidden_layers = len(layers)
 
     def check_vocabulary(self, pieces: int, source: Path | str) -> None:
         """Raise a `UserError` unless a vocabulary of `pieces` word pieces fits this model.
@@ -140,7 +199,7 @@ class BertConfig:
         values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a JSON object with the shape of a BERT")
-        if values.get("model_type", "bert") != "bert":
+        if values.get("model_type", "bert") not in MODEL_TYPES:
             raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
         try:
             return cls.from_dict(values)
@@ -149,8 +208,10 @@ class BertConfig:
 
     def to_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in vars(self).items() if k not in ("other", "id2label")}
+        # An ordinary model's config is the one that Hugging Face's classes know.
+        values = {k: v for k, v in values.items() if k not in ORDINARY or v != ORDINARY[k]}
         return {
-            "model_type": "bert",
+            "model_type": self.model_type,
             **self.other,
             **values,
             "num_labels": self.num_labels,
@@ -237,16 +298,36 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
+class EmptyLinear(nn.Linear):
+    """A linear layer without inputs or without outputs, as pruning may leave it."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)  # there is no weight to draw
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear layer, of which pruning may have left no inputs or no outputs."""
+    return nn.Linear(inputs, outputs) if inputs and outputs else EmptyLinear(inputs, outputs)
+
+
+def project(dense: nn.Linear, units: Tensor, residual: Tensor) -> Tensor:
+    """Return the output projection of a sub-layer's units; where it has none, the bias is left.
+
+    Shapes: `units` [batch, length, units], `residual` and the result [batch, length, hidden].
+    """
+    return dense(units) if units.shape[-1] else dense.bias.expand_as(residual)
+
+
 class BertSelfAttention(nn.Module):
     """Multi-head attention that returns its scores before the softmax where they are wanted."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, heads: int) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.head_width = config.hidden_size // config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.heads = heads
+        self.head_width = config.head_width
+        self.query = linear(config.hidden_size, heads * self.head_width)
+        self.key = linear(config.hidden_size, heads * self.head_width)
+        self.value = linear(config.hidden_size, heads * self.head_width)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -256,6 +337,10 @@ class BertSelfAttention(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, need_scores: bool = True
     ) -> tuple[Tensor, Tensor | None]:
+        if not self.heads:  # all were pruned
+            batch, length, _ = hidden.shape
+            no_scores = hidden.new_zeros(batch, 0, length, length)
+            return hidden[..., :0], no_scores if need_scores else None
         query = self.split_heads(self.query(hidden))  # [batch, heads, length, head width]
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
@@ -283,21 +368,21 @@ class BertSelfAttention(nn.Module):
 class BertSelfOutput(nn.Module):
     """Projection of the attention's context, added to its input and normalised."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, heads: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = linear(heads * config.head_width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(context)) + residual)
+        return self.LayerNorm(self.dropout(project(self.dense, context, residual)) + residual)
 
 
 class BertAttention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, heads: int) -> None:
         super().__init__()
-        self.self = BertSelfAttention(config)
-        self.output = BertSelfOutput(config)
+        self.self = BertSelfAttention(config, heads)
+        self.output = BertSelfOutput(config, heads)
 
     def forward(
         self, hidden: Tensor, mask: Tensor, need_scores: bool
@@ -307,34 +392,37 @@ class BertAttention(nn.Module):
 
 
 class BertIntermediate(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, neurons: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.neurons = neurons
+        self.dense = linear(config.hidden_size, neurons)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden))  # [batch, length, intermediate]
+        if not self.neurons:  # all were pruned
+            return hidden[..., :0]
+        return self.activation(self.dense(hidden))  # [batch, length, neurons]
 
 
 class BertOutput(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, neurons: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense = linear(neurons, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, intermediate: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(intermediate)) + residual)
+        return self.LayerNorm(self.dropout(project(self.dense, intermediate, residual)) + residual)
 
 
 class BertLayer(nn.Module):
     """One Transformer layer: attention, then the feed-forward network."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, heads: int, neurons: int) -> None:
         super().__init__()
-        self.attention = BertAttention(config)
-        self.intermediate = BertIntermediate(config)
-        self.output = BertOutput(config)
+        self.attention = BertAttention(config, heads)
+        self.intermediate = BertIntermediate(config, neurons)
+        self.output = BertOutput(config, neurons)
 
     def forward(
         self, hidden: Tensor, mask: Tensor, need_scores: bool
@@ -346,7 +434,9 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(
+            BertLayer(config, heads, neurons)
+            for heads, neurons in zip(config.heads, config.neurons, strict=True))
 
     def forward(
         self, hidden: Tensor, mask: Tensor, score_layers: Collection[int] | None
@@ -366,9 +456,10 @@ class BertPooler(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.pooler_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden[:, 0]))  # [batch, hidden]
+        return self.activation(self.dense(hidden[:, 0]))  # [batch, hidden]
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -667,6 +758,7 @@ class TinyBertForSequenceClassification(_FittedModel):
 
     hugging_face_class = "BertForSequenceClassification"
     head = ("classifier.",)
+    answers_from_first_token = True  # of the last layer's output
 
     def __init__(
         self,
@@ -714,12 +806,47 @@ class TinyBertForSequenceClassification(_FittedModel):
         that of `BertModel`.
         """
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
-        pooled = output.pooled_output
+        hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
+        return self.classify(output.pooled_output), output.attention_scores, hidden
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Return logits [batch, labels] for the pooler's output [batch, hidden]."""
         if self.config.classifier_relu:
             # Kept from the original: only where the config asks for it.
             pooled = torch.relu(pooled)
-        hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
         # In float32 whatever the rest computes in: bfloat16 scores would come in steps of 1/64.
         with torch.autocast(pooled.device.type, enabled=False):
-            logits = self.classifier(pooled.float())
-        return logits, output.attention_scores, hidden
+            return self.classifier(pooled.float())
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        """Return logits [batch, labels] for the last layer's output [batch, length, hidden]."""
+        return self.classify(self.bert.pooler(hidden))
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """BERT that points at the start and the end of an answer in its input (SQuAD)."""
+
+    hugging_face_class = "BertForQuestionAnswering"
+    head = ("qa_outputs.",)
+    answers_from_first_token = False
+
+    def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooler)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.init_weights(self.qa_outputs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of start and end at every position, [batch, length, 2]."""
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
+        return self.answer(output.hidden_states[-1])
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        """Return logits [batch, length, 2] for the last layer's output [batch, length, hidden]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.qa_outputs(hidden.float())

@@ -260,6 +260,14 @@ class BertTokenizer:
         flat = ids.tolist()
         return [flat[start:end] for start, end in pairwise(ends)]
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of one text and, of each, where in the text its characters stand.
+
+        Special tokens that are written in the text count as the characters they consist of.
+        """
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def encode_flat(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of `encode_batch` as one flat array [pieces], and each text's number.
 

@@ -1,0 +1,1 @@
+"""What K-prune reads: a task's rows, and the sample of them on which knowledge is measured."""

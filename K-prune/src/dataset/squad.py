@@ -1,0 +1,123 @@
+"""SQuAD 1.1 and 2.0: questions on paragraphs, cut into windows that a model can read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from transformer.file_utils import UserError, read_json
+from transformer.glue import Features
+from transformer.tokenization import BertTokenizer
+
+SQUAD_FILES = {
+    "squad": {"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
+    "squad_v2": {"train": "train-v2.0.json", "dev": "dev-v2.0.json"},
+}
+MOST_QUESTION_PIECES = 64
+DOC_STRIDE = 128  # word pieces from the start of a window to the start of the next
+
+
+class Question(NamedTuple):
+    """One question; `answers` are the accepted ones and empty where the text holds none."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+
+
+def read_squad(path: Path | str) -> list[Question]:
+    """Read a SQuAD file; whatever is wrong with it is a `UserError` that names the file."""
+    path = Path(path)
+    content = read_json(path)
+    questions = []
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                questions += [_question(entry, paragraph["context"])
+                              for entry in paragraph["qas"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: expected SQuAD's layout (data, paragraphs, context, qas with id, question"
+            f" and answers); {type(error).__name__}: {error}"
+        ) from error
+    if not questions:
+        raise UserError(f"{path}: no questions; expected at least one")
+    return questions
+
+
+def _question(entry: Mapping[str, Any], context: str) -> Question:
+    answers = () if entry.get("is_impossible", False) else tuple(
+        answer["text"] for answer in entry["answers"])
+    return Question(entry["id"], entry["question"], context, answers)
+
+
+def squad_path(task: str, data_dir: Path | str, split: str) -> Path:
+    """Find the file of a split; where it is missing, the `UserError` says what was expected."""
+    path = Path(data_dir) / SQUAD_FILES[task][split]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the {split} file of {task}"
+                        " (--data_dir is the folder that holds it)")
+    return path
+
+
+@dataclass
+class Windows:
+    """Questions with parts of their paragraphs: "[CLS] question [SEP] part [SEP]".
+
+    features: the windows as model input.
+    question: [windows], the place of each window's question in the list it was made from.
+    pieces: for each window the character span in the paragraph of each of its word pieces,
+        int [pieces of the part, 2].
+    """
+
+    features: Features
+    question: np.ndarray
+    pieces: list[np.ndarray]
+
+    def part_start(self, window: int) -> int:
+        """Return where the paragraph's part begins in a window: behind the first [SEP]."""
+        return int(self.features.first_lengths[window])
+
+
+def make_windows(
+    questions: list[Question], tokenizer: BertTokenizer, max_seq_length: int,
+    doc_stride: int = DOC_STRIDE,
+) -> Windows:
+    """Cut each paragraph into windows that overlap, each with its whole question before it.
+
+    A window starts `doc_stride` word pieces after the one before it, or where that one ends if
+    it is shorter. Of a question the first 64 word pieces are kept, fewer where the length
+    leaves no room.
+    """
+    if max_seq_length < 8 or doc_stride < 1:
+        raise UserError(f"--max_seq_length {max_seq_length}, stride {doc_stride}; expected at"
+                        " least 8 and 1")
+    rows, first_lengths, owners, pieces = [], [], [], []
+    spans_of: dict[str, tuple[list[int], np.ndarray]] = {}  # each paragraph has many questions
+    for number, question in enumerate(questions):
+        if question.context not in spans_of:
+            ids, spans = tokenizer.encode_with_spans(question.context)
+            spans_of = {question.context: (ids, np.array(spans).reshape(-1, 2))}
+        ids, spans = spans_of[question.context]
+        most = min(MOST_QUESTION_PIECES, (max_seq_length - 3) // 2)
+        asked = tokenizer.encode_batch([question.question])[0][:most]
+        room = max_seq_length - 3 - len(asked)
+        start = 0
+        while True:
+            part = ids[start : start + room]
+            rows.append([tokenizer.cls_id, *asked, tokenizer.sep_id, *part, tokenizer.sep_id])
+            first_lengths.append(len(asked) + 2)
+            owners.append(number)
+            pieces.append(spans[start : start + room])
+            if start + room >= len(ids):
+                break
+            start += min(room, doc_stride)
+    lengths = [len(row) for row in rows]
+    features = Features(
+        np.concatenate(rows).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]),
+        np.array(first_lengths, dtype=np.int32), torch.zeros(len(rows)), (), tokenizer.pad_id)
+    return Windows(features, np.array(owners), pieces)

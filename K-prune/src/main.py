@@ -1,0 +1,224 @@
+"""Prune a fine-tuned BERT, DistilBERT or student of ours with K-prune.
+
+The pruned model is written as a model directory like any other, which task_distill.py --do_eval,
+further distillation, quantize.py and predict.py take; kprune.json beside it says what was removed
+and what that did to the score, the operations and the latency.
+
+Example:
+    cd K-prune
+    python src/main.py --model_name ../models/distilled_tinybert_4l_sst2 \
+        --ckpt_dir ../models/distilled_tinybert_4l_sst2 --task_name sst2 \
+        --data_dir ../data/glue_data/SST-2 --output_dir ../models/kprune_tinybert_4l_sst2 \
+        --constraint 0.1 --num_tokens 100000 --lam_pred 1.0 --lam_rep 2.5e-4 --mu 64 --T 2 \
+        --sublayerwise_tuning
+"""
+
+import argparse
+import copy
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from dataset.sample import draw_sample, sample_batches
+from dataset.tasks import TASKS, data_folder, default_length, load_data, model_arguments
+from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
+from utils.checkpoint import is_distilbert, load_model
+from utils.latency import ROWS, measure_latency
+
+from transformer.checkpoint import save_pretrained
+from transformer.file_utils import UserError, write_json
+from transformer.inference import freeze
+from transformer.runtime import (
+    check_output_dir,
+    get_device,
+    log_start,
+    prepare_output_dir,
+    run_script,
+    save_arguments,
+    set_seed,
+)
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "main.py", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model_name", type=str, required=True,
+        help="folder with the vocabulary, or the published model that ckpt_dir was made from, such"
+             " as bert-base-uncased or distilbert-base-uncased: its kind and case are checked")
+    add("--task_name", type=str, required=True, choices=TASKS, help="task to prune for")
+    add("--ckpt_dir", type=str, required=True, help="folder of the fine-tuned model")
+    add("--exp_name", type=str, default="test",
+        help="name of the experiment; without --output_dir the folder is outputs/NAME")
+    add("--gpu", type=int, default=0, help="number of the GPU to use, from 0")
+    add("--seed", type=int, default=0, help="seed of the sample's rows")
+    add("--num_tokens", type=int, default=100000, help="word pieces in the sample")
+    add("--constraint", type=float, required=True,
+        help="share of the operations (FLOPs) of all heads and neurons to remove, such as 0.1")
+    add("--lam_pred", type=float, default=1.0, help="weight of predictive knowledge")
+    add("--lam_rep", type=float, default=1e-5, help="weight of representational knowledge")
+    add("--mu", type=float, default=64.0, help="factor on the scores of attention heads")
+    add("--T", type=float, default=2.0, help="temperature of the softmax")
+    add("--sublayerwise_tuning", action="store_true",
+        help="refit each output projection by least squares")
+    add("--data_dir", type=str, default=None,
+        help="the task's folder of TSV or SQuAD JSON files; not given: the one below data/ of"
+             " this repository")
+    add("--output_dir", type=str, default=None,
+        help="folder for the pruned model; not given: outputs/ and --exp_name")
+    add("--no_cuda", action="store_true", help="compute on the CPU")
+    add("--max_seq_length", type=int, default=None,
+        help="longest input in word pieces; not given: the task's (64 for single sentences, 128"
+             " for pairs, 384 for SQuAD)")
+    add("--overwrite_output_dir", action="store_true",
+        help="write into an output folder that is not empty")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a value that makes no sense; fill in what was not given."""
+    check_share(args.constraint)
+    for name, least in (("lam_pred", 0), ("lam_rep", 0), ("mu", 0), ("num_tokens", 1), ("gpu", 0)):
+        value = getattr(args, name)
+        if not least <= value < math.inf:  # also nan
+            raise UserError(f"--{name} {value}; expected at least {least}")
+    if not 0 < args.T < math.inf:
+        raise UserError(f"--T {args.T}; expected a temperature above 0")
+    if args.max_seq_length is None:
+        args.max_seq_length = default_length(args.task_name)
+    if args.data_dir is None:
+        below = Path() if args.task_name.startswith("squad") else Path("glue_data")
+        args.data_dir = str(ROOT / "data" / below / data_folder(args.task_name))
+    if args.output_dir is None:
+        args.output_dir = str(Path("outputs") / args.exp_name)
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """Return the GPU that --gpu names, or the CPU."""
+    if not args.no_cuda and torch.cuda.is_available() and args.gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu {args.gpu}: there are {torch.cuda.device_count()} GPUs,"
+                        " numbered from 0")
+    return get_device(args.no_cuda, args.gpu)
+
+
+def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
+    """Load the vocabulary of --model_name where that is a folder, else that of the checkpoint."""
+    if Path(args.model_name).is_dir():
+        return BertTokenizer.from_pretrained(args.model_name)
+    name = args.model_name.lower()
+    if ("distilbert" in name) != is_distilbert(args.ckpt_dir):
+        found = "a DistilBERT" if is_distilbert(args.ckpt_dir) else "no DistilBERT"
+        raise UserError(f"--model_name {args.model_name}: no such folder, and {args.ckpt_dir}"
+                        f" is {found}")
+    lower = None if "cased" not in name else "uncased" in name
+    return BertTokenizer.from_pretrained(args.ckpt_dir, lower)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def figures(
+    model: nn.Module, metrics: dict[str, dict[str, float]], flops: float, milliseconds: float
+) -> dict[str, Any]:
+    """Return what is printed and saved of a model, before or after."""
+    return {"metrics": metrics["dev"], "all_metrics": metrics, "flops": round(flops),
+            "parameters": parameters(model), "latency_ms": round(milliseconds, 3)}
+
+
+def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> None:
+    """Print the figures of both models side by side, and what survived in each layer."""
+    for split, metrics in before["all_metrics"].items():
+        for name, value in metrics.items():
+            logger.info("%s %s: %.4f before, %.4f after", split, name, value,
+                        after["all_metrics"][split][name])
+    for name, unit in (("flops", "MFLOPs a row"), ("parameters", "million parameters")):
+        logger.info("%.3f %s before, %.3f after (%.1f %% less)", before[name] / 1e6, unit,
+                    after[name] / 1e6, 100 * (1 - after[name] / before[name]))
+    logger.info("latency of %d rows: %.2f ms before, %.2f ms after (%.2f times as fast)", ROWS,
+                before["latency_ms"], after["latency_ms"],
+                before["latency_ms"] / after["latency_ms"])
+    config = pruned.model.config
+    for layer, (heads, neurons) in enumerate(zip(config.heads, config.neurons, strict=True)):
+        logger.info("layer %d: %d of %d heads, %d of %d neurons", layer + 1, heads,
+                    pruned.head_masks.shape[1], neurons, pruned.neuron_masks.shape[1])
+
+
+def main(args: argparse.Namespace) -> None:
+    # Settings
+    check_arguments(args)
+    check_output_dir(args.output_dir, args.overwrite_output_dir)
+    device = choose_device(args)
+    set_seed(args.seed)
+
+    # Model and data
+    model_class, arguments = model_arguments(args.task_name)
+    model = load_model(model_class, args.ckpt_dir, **arguments).to(device)
+    tokenizer = load_tokenizer(args)
+    model.config.check_vocabulary(len(tokenizer), args.model_name)
+    model.config.check_length(args.max_seq_length, args.ckpt_dir)
+    data = load_data(args.task_name, args.data_dir, tokenizer, args.max_seq_length,
+                     model.config.id2label, device)
+    sample = draw_sample(data.train, args.num_tokens, args.seed)
+    seq_len = float(data.train.lengths.mean())
+    check_constraint(args.constraint, model.config, seq_len)
+
+    # Before
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    start = log_start(
+        args, device, None, task=args.task_name, sample_rows=len(sample),
+        sample_tokens=int(sample.lengths.sum()), mean_length=round(seq_len, 2))
+    save_arguments(output_dir, start)
+    freeze(model)
+    score_before = data.score(model)
+    logger.info("before: %s", score_before)
+
+    # Pruning
+    began = time.perf_counter()
+    pruned = kprune(
+        model, sample_batches(sample), constraint=args.constraint, seq_len=seq_len,
+        lam_pred=args.lam_pred, lam_rep=args.lam_rep, mu=args.mu, T=args.T,
+        sublayerwise_tuning=args.sublayerwise_tuning)
+    seconds = time.perf_counter() - began
+    logger.info("pruned in %.1f s", seconds)
+
+    # After
+    smaller = freeze(copy.deepcopy(pruned.model))
+    latency = measure_latency({"before": model, "after": smaller}, max(3, round(seq_len)), device)
+    before = figures(model, score_before, encoder_flops(model.config, seq_len), latency["before"])
+    after = figures(smaller, data.score(smaller), pruned.flops_after, latency["after"])
+    report(before, after, pruned)
+
+    # Results
+    save_pretrained(pruned.model, output_dir, tokenizer)
+    write_json(output_dir / "kprune.json", {
+        "task": args.task_name, "model": args.ckpt_dir, "exp_name": args.exp_name,
+        "constraint": args.constraint, "flops_removed": 1 - after["flops"] / before["flops"],
+        "seq_len": seq_len, "sample_rows": len(sample),
+        "sample_tokens": int(sample.lengths.sum()), "seconds": round(seconds, 2),
+        "latency_rows": ROWS, "latency_length": max(3, round(seq_len)),
+        "before": before, "after": after,
+        "heads_per_layer": pruned.model.config.heads,
+        "neurons_per_layer": pruned.model.config.neurons,
+    })
+    logger.info("written to %s", output_dir)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

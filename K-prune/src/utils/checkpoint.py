@@ -1,0 +1,82 @@
+"""Checkpoints of BERT, of our students and of DistilBERT, as one kind of model."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, zeros
+
+from transformer.checkpoint import load_state, load_weights
+from transformer.file_utils import UserError, read_json
+from transformer.modeling import BertConfig, BertPreTrainedModel, find_config
+
+# DistilBERT's names of what BERT has as well.
+CONFIG_NAMES = {
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size",
+    "activation": "hidden_act", "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob", "pad_token_id": "pad_token_id",
+    "max_position_embeddings": "max_position_embeddings", "id2label": "id2label",
+    "num_labels": "num_labels", "initializer_range": "initializer_range",
+}
+WEIGHT_NAMES = {
+    "attention.q_lin": "attention.self.query", "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value", "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm", "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense", "output_layer_norm": "output.LayerNorm",
+}
+DISTILBERT_ACTIVATION = "relu"  # between `pre_classifier` and `classifier`, where BERT has tanh
+
+
+def convert_config(values: dict[str, Any], source: Path) -> BertConfig:
+    """Return the shape of a DistilBERT as that of a BERT whose pooler has a ReLU."""
+    known = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in values}
+    try:
+        return BertConfig(**known, pooler_act=DISTILBERT_ACTIVATION)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def convert_weights(state: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+    """Return a DistilBERT's weights under BERT's names; its segment embeddings are zeros."""
+    converted = {"bert.embeddings.token_type_embeddings.weight":
+                 zeros(config.type_vocab_size, config.hidden_size)}
+    for key, tensor in state.items():
+        name = key.removeprefix("distilbert.")
+        layer = re.fullmatch(r"transformer\.(layer\.\d+)\.(.+)\.(weight|bias)", name)
+        if layer:
+            part = WEIGHT_NAMES.get(layer[2], layer[2])
+            name = f"bert.encoder.{layer[1]}.{part}.{layer[3]}"
+        elif name.startswith("embeddings."):
+            name = f"bert.{name}"
+        elif name.startswith("pre_classifier."):
+            name = name.replace("pre_classifier", "bert.pooler.dense")
+        converted[name] = tensor
+    return converted
+
+
+def is_distilbert(folder: Path | str) -> bool:
+    """Say whether the `config.json` of a model directory is a DistilBERT's."""
+    values = read_json(find_config(folder))
+    return isinstance(values, dict) and values.get("model_type") == "distilbert"
+
+
+def load_model(
+    model_class: type[BertPreTrainedModel], folder: Path | str, **kwargs: Any
+) -> BertPreTrainedModel:
+    """Load a BERT, a student of ours or a DistilBERT strictly, its head included.
+
+    Args:
+        kwargs: passed on to the class.
+
+    Raises:
+        UserError: missing or damaged files, or a checkpoint that does not fill the model.
+    """
+    if not is_distilbert(folder):
+        return model_class.from_pretrained(folder, **kwargs)
+    path = find_config(folder)
+    config = convert_config(read_json(path), path)
+    state = convert_weights(load_state(folder), config)
+    model = model_class(config, **model_class.constructor_arguments(config, state, folder, kwargs))
+    load_weights(model, state, folder, model_class.optional)
+    return model
