@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from transformer import distributed
 from transformer.checkpoint import fetch_model
+from transformer.classifiers import load_classifier
 from transformer.distillation import (
     Batch,
     IntermediateLoss,
@@ -222,11 +223,10 @@ def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
 
 def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
                   dtype: torch.dtype | None) -> None:
-    """Measure each student on the dev sets of the task and write the results."""
+    """Measure each student, PyTorch or ONNX, on the dev sets of the task; write the results."""
     for source, folder in zip(args.student_model, args.output_dir, strict=True):
         student_dir = fetch_model(source, args.cache_dir or None)
-        student = TinyBertForSequenceClassification.from_pretrained(
-            student_dir, num_labels=task.num_labels)
+        student = load_classifier(student_dir, task.num_labels, device)
         tokenizer = BertTokenizer.from_pretrained(student_dir, args.do_lower_case or None)
         check_fit(args, student, tokenizer, student_dir)
         labels = label_order(task, student.config.id2label)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 REPO = kill.REPO
 # The files whose tests inject faults; what is measured here is left out.
-TESTS = ["test_resume_training.py", "test_resume_data.py", "test_faults.py", "test_downloads.py",
+TESTS = ["test_resume_training.py", "test_parts.py", "test_faults.py", "test_downloads.py",
          "test_distributed.py", "test_reproduction.py"]
 LEFT_OUT = "not (twenty_kills or small_demo)"
 

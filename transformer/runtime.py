@@ -568,8 +568,10 @@ def commit_id() -> str:
 
 
 def parameter_count(model: torch.nn.Module) -> str:
-    """Return the number of parameters in millions, such as `14.5M`."""
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+    """Return the number of parameters in millions, such as `14.5M`; a quantised model's, too."""
+    total = getattr(model, "parameter_total", None)
+    total = sum(p.numel() for p in model.parameters()) if total is None else total
+    return f"{total / 1e6:.1f}M"
 
 
 def log_start(

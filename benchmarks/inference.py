@@ -1,0 +1,443 @@
+"""Measure what a user gains: latency, throughput and size of each model in each engine.
+
+Every model (BERT-base, TinyBERT6, TinyBERT4, a pruned BERT-base) runs in PyTorch (fp32, bf16) and
+ONNX Runtime (fp32, int8), with 1 and 2 threads, batches of 1 and 32, at length 128 and on rows of
+GLUE dev sets. Within one setting the candidates take turns, so that a busy machine slows all of
+them. Random weights of the right shape serve: they are as fast as trained ones. Writes
+inference.json and inference.md to --output_dir and prints the table.
+
+Examples:
+    python benchmarks/inference.py --glue_dir data/glue_data --output_dir results/inference
+    python benchmarks/inference.py --models tinybert4 bert_base --lengths 128 --batches 1
+    python benchmarks/inference.py --models bert_base mine=models/distilled_tinybert_4l_rte
+    python benchmarks/inference.py --device cuda --output_dir results/inference_gpu
+"""
+
+import argparse
+import copy
+import logging
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.run import machine
+from quantize import RECORD_NAME
+from transformer.checkpoint import save_pretrained
+from transformer.classifiers import load_classifier
+from transformer.file_utils import (
+    ONNX_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    read_json,
+    write_json,
+    write_text,
+)
+from transformer.glue import Features, get_task, load_features, split_path
+from transformer.inference import freeze
+from transformer.int8 import CpuClassifier
+from transformer.modeling import BertConfig, TinyBertForSequenceClassification, model_inputs
+from transformer.runtime import prepare_output_dir, run_script
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+# The pruned shape keeps three tenths of BERT-base's FLOPs, the lower layers more of them.
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert_base": {},
+    "tinybert6": {"num_hidden_layers": 6},
+    "tinybert4": {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200},
+    "pruned": {"heads_per_layer": [4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 2, 2],
+               "neurons_per_layer": [1200, 1200, 1100, 1100, 1000, 1000, 900, 900, 800, 700, 600,
+                                     500]},
+}
+ENGINES = ("torch fp32", "torch bf16", "onnx fp32", "onnx int8")
+BASELINE = ("bert_base", "torch fp32")
+# What the project must reach at length 128: this candidate is so many times as fast as that one.
+TARGETS = ((("tinybert4", "torch fp32"), BASELINE, 9.4),
+           (("tinybert4", "onnx fp32"), ("bert_base", "onnx fp32"), 9.4),
+           (("tinybert4", "onnx int8"), BASELINE, 20.0))
+FIRST_WORD, PAD_ID = 1000, 0
+ROWS_OF_A_TASK = 256
+MOST_REPEATS = 50
+SEED = 0
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks/inference.py", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(SHAPES),
+        help=f"of {', '.join(SHAPES)}, or NAME=FOLDER for a model directory; what quantize.py made"
+             " for a CPU is measured as it is, whatever --engines says")
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES),
+        help="what computes, and in which precision")
+    add("--lengths", nargs="+", default=["128", "sst-2", "mrpc"],
+        help="word pieces, or a task for rows of its dev set; tasks that are not there are left"
+             " out")
+    add("--glue_dir", type=Path, default=None, help="folder with a folder for each GLUE task")
+    add("--vocab_dir", type=Path, default=None,
+        help="model directory whose vocabulary encodes the rows; not given: the first FOLDER of"
+             " --models")
+    add("--batches", nargs="+", type=int, default=[1, 32], help="rows a batch")
+    add("--threads", nargs="+", type=int, default=[1, 2], help="threads of the CPU")
+    add("--seconds", type=float, default=0.4,
+        help="seconds for each candidate in each setting; the slowest take two calls' time")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the models run")
+    add("--output_dir", type=str, required=True, help="folder for the tables")
+    add("--overwrite_output_dir", action="store_true",
+        help="write into an output folder that is not empty")
+    return parser
+
+
+# ------------------------------------------------------------------ candidates
+
+
+@dataclass
+class Candidate:
+    """A model in one engine. `parameters` are counted, `megabytes` those of its file."""
+
+    model: str
+    engine: str
+    parameters: int
+    megabytes: float
+    words: int  # of its vocabulary
+    load: Callable[[], torch.nn.Module]  # with as many threads as PyTorch is set to
+
+
+def make_model(name: str) -> torch.nn.Module | CpuClassifier:
+    """Return a model of a known shape with random weights, or the one of NAME=FOLDER."""
+    folder = name.partition("=")[2]
+    if not folder and name not in SHAPES:
+        raise UserError(f"--models {name}: expected NAME=FOLDER or one of {', '.join(SHAPES)}")
+    if folder:
+        model = load_classifier(folder)
+        if isinstance(model, CpuClassifier):
+            return model
+    else:
+        torch.manual_seed(SEED)
+        model = TinyBertForSequenceClassification(BertConfig(**SHAPES[name]))
+    del model.fit_dense  # only distillation uses it
+    return freeze(model)
+
+
+def load_torch(model: torch.nn.Module, dtype: torch.dtype | None,
+               device: torch.device) -> torch.nn.Module:
+    return freeze(copy.deepcopy(model), dtype, device)
+
+
+def make_candidates(name: str, engines: list[str], folder: Path,
+                    device: torch.device) -> Iterator[Candidate]:
+    """Write a model for each engine below `folder`, and yield what was made."""
+    from transformer.onnx_model import build, fuse, quantize  # here: a second to load
+
+    model = make_model(name)
+    short, _, source = name.partition("=")
+    if isinstance(model, CpuClassifier):
+        yield as_it_is(short, Path(source), model, device)
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    for engine in engines:
+        place = folder / f"{short}_{engine.replace(' ', '_')}"
+        place.mkdir()
+        kind, precision = engine.split()
+        if kind == "torch":
+            dtype = torch.bfloat16 if precision == "bf16" else None
+            save_pretrained(copy.deepcopy(model).to(dtype), place)
+            path, load = place / WEIGHTS_NAME, partial(load_torch, model, dtype, device)
+        else:
+            save_pretrained(model, place)
+            (place / WEIGHTS_NAME).unlink()
+            path = place / ONNX_NAME
+            int8 = precision == "int8"
+            fused = fuse(build(model, even=int8), attention=not int8)
+            if int8:
+                quantize(fused.model, path, reduce_range=False)
+            else:
+                path.write_bytes(fused.model.SerializeToString())
+            load = partial(load_classifier, place, None, device)
+        yield Candidate(short, engine, parameters, path.stat().st_size / 1e6,
+                        model.config.vocab_size, load)
+
+
+def as_it_is(name: str, folder: Path, model: CpuClassifier, device: torch.device) -> Candidate:
+    """Return the candidate that quantize.py has made, its engine by the name of the method."""
+    made = read_json(folder / RECORD_NAME)
+    path = folder / (ONNX_NAME if made["format"] == "onnx" else WEIGHTS_NAME)
+    return Candidate(name, f"{made['format']} {made['method']}", model.parameter_total,
+                     path.stat().st_size / 1e6, model.config.vocab_size,
+                     partial(load_classifier, folder, None, device))
+
+
+def usable_engines(engines: list[str], device: torch.device) -> list[str]:
+    """Return the engines that run on the device; says which do not."""
+    import onnxruntime
+
+    if device.type == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return engines
+    left_out = [engine for engine in engines if engine.startswith("onnx")]
+    if left_out:
+        logger.warning("this ONNX Runtime has no CUDA; left out: %s", ", ".join(left_out))
+    return [engine for engine in engines if engine not in left_out]
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def fixed_batches(length: int, batch: int, words: int) -> list[Inputs]:
+    """Return one batch of full rows of random words, [batch, length]."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(min(FIRST_WORD, words - 1), words, (batch, length), generator=generator)
+    return [(ids, torch.zeros_like(ids), torch.ones_like(ids))]
+
+
+def task_rows(args: argparse.Namespace, name: str) -> Features | None:
+    """Return rows of a task's dev set; None where it is not there."""
+    task = get_task(name)
+    folder = args.vocab_dir or next(
+        (model.partition("=")[2] for model in args.models if "=" in model), None)
+    if args.glue_dir is None or folder is None:
+        logger.warning("%s is left out: its rows need --glue_dir and --vocab_dir", name)
+        return None
+    try:
+        split_path(task, args.glue_dir / task.folder, "dev")
+    except UserError as error:
+        logger.warning("%s is left out: %s", name, error)
+        return None
+    return load_features(task, args.glue_dir / task.folder, "dev",
+                         BertTokenizer.from_pretrained(folder), task.max_seq_length,
+                         task.labels)
+
+
+def task_batches(rows: Features, batch: int, words: int) -> list[Inputs]:
+    """Return batches as evaluation makes them: rows of similar length, padded to the longest.
+
+    Those of middle length come first: slow candidates see few batches, and all see the same.
+    """
+    chosen = np.random.default_rng(SEED).permutation(len(rows))[:ROWS_OF_A_TASK]
+    chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
+    batch = min(batch, len(chosen))
+    groups = [chosen[begin : begin + batch]
+              for begin in range(0, len(chosen) - batch + 1, batch)]
+    order = sorted(range(len(groups)), key=lambda place: abs(place - (len(groups) - 1) / 2))
+    return [tuple(x.clamp(max=words - 1) for x in model_inputs(rows.collate(groups[place])))
+            for place in order]
+
+
+# ------------------------------------------------------------------ measuring
+
+
+@dataclass
+class Row:
+    """One line of the table: times in milliseconds a batch."""
+
+    model: str
+    engine: str
+    threads: int
+    batch: int
+    length: str
+    median: float
+    p95: float
+    rows_per_second: float
+    repeats: int
+    megabytes: float
+    parameters: int
+    speedup: float | None = None  # over BERT-base in PyTorch fp32, same setting
+
+
+def take_turns(calls: list[Callable[[int], None]], seconds: float) -> list[list[float]]:
+    """Call each candidate in turn until its time is used up; returns the seconds of each call.
+
+    The first call of each is the warm-up and does not count; each has at least two that do.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call(0)
+    for number in range(MOST_REPEATS):
+        for call, taken in zip(calls, times, strict=True):
+            if number < 2 or sum(taken) < seconds:
+                began = time.perf_counter()
+                call(number)
+                taken.append(time.perf_counter() - began)
+    return times
+
+
+def caller(model: torch.nn.Module, batches: list[Inputs],
+           device: torch.device) -> Callable[[int], None]:
+    """Return what computes batch `number`, from inputs on the CPU to logits on the CPU."""
+
+    def call(number: int) -> None:
+        inputs = [tensor.to(device) for tensor in batches[number % len(batches)]]
+        model(*inputs, score_layers=())[0].cpu()
+
+    return call
+
+
+@torch.inference_mode()
+def measure(candidates: list[Candidate], args: argparse.Namespace,
+            settings: list[tuple[str, int, list[Inputs]]], device: torch.device) -> Iterator[Row]:
+    """Yield a row for each candidate in each setting (length, batch, its inputs)."""
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        models = [candidate.load() for candidate in candidates]
+        for length, batch, inputs in settings:
+            times = take_turns([caller(model, inputs, device) for model in models], args.seconds)
+            rows = [summary(candidate, threads, batch, length, taken)
+                    for candidate, taken in zip(candidates, times, strict=True)]
+            base = next((row for row in rows if (row.model, row.engine) == BASELINE), None)
+            for row in rows:
+                row.speedup = None if base is None else base.median / row.median
+            logger.info("measured: %d threads, batch %d, length %s", threads, batch, length)
+            yield from rows
+
+
+def summary(candidate: Candidate, threads: int, batch: int, length: str,
+            taken: list[float]) -> Row:
+    median = statistics.median(taken)
+    return Row(candidate.model, candidate.engine, threads, batch, length, 1e3 * median,
+               1e3 * float(np.percentile(taken, 95)), batch / median, len(taken),
+               candidate.megabytes, candidate.parameters)
+
+
+# ------------------------------------------------------------------ results
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = ["| threads | batch | length | model | engine | median ms | p95 ms | rows/s | MB |"
+             " parameters | speed-up |", "|" + "---:|" * 2 + "---|" * 3 + "---:|" * 6]
+    for row in rows:
+        speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
+        lines.append(
+            f"| {row.threads} | {row.batch} | {row.length} | {row.model} | {row.engine} |"
+            f" {row.median:.2f} | {row.p95:.2f} | {row.rows_per_second:.1f} |"
+            f" {row.megabytes:.1f} | {row.parameters / 1e6:.1f}M | {speedup} |")
+    return "\n".join(lines)
+
+
+def check_targets(rows: list[Row]) -> list[dict[str, Any]]:
+    """Compare what was measured at length 128 with what must be reached."""
+    found = {(row.model, row.engine, row.threads, row.batch): row.median
+             for row in rows if row.length == "128"}
+    checks = []
+    for fast, slow, least in TARGETS:
+        for (model, engine, threads, batch), milliseconds in found.items():
+            other = found.get((*slow, threads, batch))
+            if (model, engine) == fast and other is not None:
+                ratio = other / milliseconds
+                checks.append({"fast": " ".join(fast), "slow": " ".join(slow), "threads": threads,
+                               "batch": batch, "speedup": ratio, "least": least,
+                               "reached": ratio >= least})
+    return checks
+
+
+def target_lines(checks: list[dict[str, Any]]) -> str:
+    """Return the checks as lines of Markdown."""
+    return "\n".join(
+        f"- {check['fast']} over {check['slow']}, {check['threads']} threads, batch"
+        f" {check['batch']}: {check['speedup']:.1f}x, at least {check['least']}x:"
+        f" {'reached' if check['reached'] else 'MISSED'}" for check in checks)
+
+
+def draw_tradeoff(points: list[dict[str, Any]], path: Path | str, metric: str = "accuracy") -> None:
+    """Draw accuracy against latency: a colour a group, a shape a name, both in a key at the side.
+
+    Args:
+        points: each has `name`, `latency` (milliseconds) and `accuracy` (a fraction of 1), and may
+            have `group`; not given: the name.
+        path: the picture, a PNG.
+        metric: what to call the vertical axis.
+    """
+    import matplotlib  # here: a second to load
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    names = list(dict.fromkeys(point["name"] for point in points))
+    groups = list(dict.fromkeys(point.get("group", point["name"]) for point in points))
+    shapes = {name: "osD^vP*X<>hp"[i % 12] for i, name in enumerate(names)}
+    colours = {group: f"C{i % 10}" for i, group in enumerate(groups)}
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for point in points:
+        axes.plot(point["latency"], 100 * point["accuracy"], linestyle="", markersize=9, alpha=0.75,
+                  marker=shapes[point["name"]], color=colours[point.get("group", point["name"])])
+    axes.set(xscale="log", xlabel="median latency in milliseconds (smaller is better)",
+             ylabel=f"{metric} in per cent (larger is better)")
+    # Whole decades alone would leave most pictures with a single number.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    keys = [Line2D([], [], linestyle="", marker="o", markersize=9, color=colours[group],
+                   label=group) for group in groups]
+    if groups != names:
+        keys += [Line2D([], [], linestyle="", marker=shapes[name], markersize=8, color="black",
+                        fillstyle="none", label=name) for name in names]
+    figure.legend(handles=keys, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
+
+
+def main(args: argparse.Namespace) -> None:
+    # Settings
+    for name in ("batches", "threads"):
+        if min(getattr(args, name)) < 1:
+            raise UserError(f"--{name} {min(getattr(args, name))}; expected at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU; expected one, or --device cpu")
+    device = torch.device(args.device)
+    args.threads = args.threads if args.device == "cpu" else args.threads[:1]
+    engines = usable_engines(args.engines, device)
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+
+    with ExitStack() as stack:
+        # Candidates and inputs
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="inference_")))
+        candidates = [candidate for name in args.models
+                      for candidate in make_candidates(name, engines, folder, device)]
+        words = min(candidate.words for candidate in candidates)
+        settings = []
+        for length in args.lengths:
+            rows = None if length.isdigit() else task_rows(args, length)
+            if rows is None and not length.isdigit():
+                continue
+            settings += [(length, batch, fixed_batches(int(length), batch, words)
+                          if rows is None else task_batches(rows, batch, words))
+                         for batch in args.batches]
+
+        # Measurements
+        began = time.monotonic()
+        measured = list(measure(candidates, args, settings, device))
+
+    # Results
+    checks = check_targets(measured)
+    facts = {**machine(device), "command": shlex.join(sys.argv),
+             "minutes": (time.monotonic() - began) / 60}
+    text = f"{table(measured)}\n\n{target_lines(checks)}".strip()
+    write_json(output_dir / "inference.json",
+               {**facts, "targets": checks, "rows": [asdict(row) for row in measured]})
+    write_text(output_dir / "inference.md", f"{text}\n\nMade by `{facts['command']}`.\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

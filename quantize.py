@@ -1,0 +1,279 @@
+"""Make a task's classifier smaller and faster: half precision or 8-bit integers, PyTorch or ONNX.
+
+The output folder is a model directory: `task_distill.py --do_eval` and `predict.py` take it, and
+`quantization.json` says how it was made. Which method fits which format:
+
+    fp32          onnx          the graph, fused
+    fp16          torch, onnx   weights in 16 bits; on a CPU computed in 32
+    bf16          torch         weights in 16 bits; computed so where the processor can
+    int8-dynamic  torch, onnx   8-bit weights, inputs rounded as they come
+    int8-static   torch, onnx   the same, within ranges measured once on training rows
+
+Examples:
+    python quantize.py --model models/distilled_tinybert_4l_rte --method int8-dynamic \
+        --format onnx --output_dir models/int8_tinybert_4l_rte \
+        --do_eval --task_name RTE --data_dir data/glue_data/RTE
+    python quantize.py --model models/distilled_tinybert_4l_rte --method int8-static \
+        --format onnx --output_dir models/static_tinybert_4l_rte \
+        --task_name RTE --data_dir data/glue_data/RTE --calibration_rows 128
+"""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transformer.checkpoint import fetch_model, save_config, save_pretrained, weights_path
+from transformer.classifiers import load_classifier
+from transformer.evaluation import evaluate, write_results
+from transformer.file_utils import (
+    ONNX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    atomic_path,
+    cache_root,
+    file_sha256,
+    write_json,
+)
+from transformer.glue import GLUE_TASKS, Features, GlueTask, get_task, label_order, load_features
+from transformer.inference import freeze
+from transformer.int8 import CpuClassifier, cpu_has_vnni, input_ranges, to_int8
+from transformer.modeling import TinyBertForSequenceClassification, model_inputs
+from transformer.runtime import commit_id, get_device, prepare_output_dir, run_script
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+METHODS = {"fp32": ("onnx",), "fp16": ("torch", "onnx"), "bf16": ("torch",),
+           "int8-dynamic": ("torch", "onnx"), "int8-static": ("torch", "onnx")}
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CALIBRATION_BATCH = 8
+RECORD_NAME = "quantization.json"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "quantize.py", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=str, required=True,
+        help="classifier to make smaller: folder or URL of a PyTorch model")
+    add("--output_dir", type=str, required=True, help="folder for the model that is made")
+    add("--method", choices=METHODS, required=True,
+        help="precision of the weights; fp32 only exports to ONNX")
+    add("--format", choices=["torch", "onnx"], default="onnx",
+        help="a PyTorch checkpoint, or a model.onnx for ONNX Runtime")
+    add("--task_name", type=str, default=None,
+        help="for --do_eval and int8-static; any case, one of: " + ", ".join(GLUE_TASKS))
+    add("--data_dir", type=str, default=None, help="the task's folder of TSV files")
+    add("--calibration_rows", type=int, default=128,
+        help="training rows on which int8-static measures its ranges")
+    add("--reduce_range", action=argparse.BooleanOptionalAction, default=None,
+        help="ONNX weights of 7 bits, for CPUs without VNNI; not given: where this one has none")
+    add("--do_eval", action="store_true",
+        help="measure the model before and after on the dev set; a model that has come to predict"
+             " one class only is an error")
+    add("--max_seq_length", type=int, default=128,
+        help="longest input in word pieces; not given: the task's (64 for single sentences)")
+    add("--eval_batch_size", type=int, default=32, help="rows a batch on dev")
+    add("--do_lower_case", action="store_true",
+        help="lower-case the text; without it the model's own setting holds")
+    add("--cache_dir", type=str, default="",
+        help="folder for models given as URLs; empty: .cache/models")
+    add("--no_cuda", action="store_true", help="evaluate on the CPU")
+    add("--seed", type=int, default=42, help="seed of the choice of calibration rows")
+    add("--overwrite_output_dir", action="store_true",
+        help="write into an output folder that is not empty")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> GlueTask | None:
+    """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
+    if args.format not in METHODS[args.method]:
+        reasons = {"fp32": "an fp32 PyTorch model is what --model already is",
+                   "bf16": "ONNX Runtime computes no bfloat16 on a CPU"}
+        raise UserError(f"--method {args.method} --format {args.format}: {reasons[args.method]};"
+                        f" expected --format {' or '.join(METHODS[args.method])}")
+    needs = [flag for flag, needed in (("--do_eval", args.do_eval),
+                                       ("--method int8-static", args.method == "int8-static"))
+             if needed]
+    missing = [flag for flag in ("task_name", "data_dir") if getattr(args, flag) is None]
+    if needs and missing:
+        raise UserError(f"{needs[0]} reads rows of a task; --{missing[0]} is missing")
+    for name, least in (("calibration_rows", 1), ("eval_batch_size", 1), ("max_seq_length", 3)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
+    task = None if args.task_name is None else get_task(args.task_name)
+    if task is not None and "max_seq_length" not in args.given:
+        args.max_seq_length = task.max_seq_length
+    return task
+
+
+def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
+        Path, TinyBertForSequenceClassification, BertTokenizer]:
+    """Load the model in float32, with its vocabulary."""
+    folder = fetch_model(args.model, args.cache_dir or None)
+    model = load_classifier(folder, None if task is None else task.num_labels)
+    if isinstance(model, CpuClassifier):
+        raise UserError(f"{folder}: is made by quantize.py already; expected the model before")
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    model.config.check_vocabulary(len(tokenizer), folder)
+    if task is not None:
+        model.config.check_length(args.max_seq_length, "the model")
+    del model.fit_dense  # only distillation uses it
+    return folder, freeze(model), tokenizer
+
+
+def load_rows(args: argparse.Namespace, task: GlueTask, split: str, model: nn.Module,
+              tokenizer: BertTokenizer) -> Features:
+    labels = label_order(task, model.config.id2label)
+    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                         cache_dir=cache_root() / "features")
+
+
+def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield `count` rows at random as inputs of the model, a few at a time."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    for begin in range(0, len(chosen), CALIBRATION_BATCH):
+        yield model_inputs(rows.collate(chosen[begin : begin + CALIBRATION_BATCH]))
+
+
+def write_torch(model: nn.Module, method: str, folder: Path, tokenizer: BertTokenizer,
+                calibration: Iterator[tuple[Tensor, ...]] | None) -> dict[str, Any]:
+    """Write a PyTorch checkpoint; returns what is to be said about it."""
+    if method in HALF:
+        made = model.to(HALF[method])
+    else:
+        made = to_int8(model, None if calibration is None else input_ranges(model, calibration))
+    save_pretrained(made, folder, tokenizer)
+    return {}
+
+
+def write_onnx(model: nn.Module, method: str, folder: Path, tokenizer: BertTokenizer,
+               calibration: Iterator[tuple[Tensor, ...]] | None,
+               reduce_range: bool) -> dict[str, Any]:
+    """Write a model.onnx; returns its opset, its fused nodes and the versions that made it."""
+    import onnx  # here, as onnx_model: a second to load
+    import onnxruntime
+
+    from transformer.onnx_model import OPSET, build, fuse, fused_nodes, quantize
+
+    int8 = method.startswith("int8")
+    fused = fuse(build(model, even=int8), attention=not int8)
+    facts = {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
+             "fused_nodes": fused_nodes(fused.model)}
+    logger.info("fused nodes: %s", facts["fused_nodes"])
+    save_config(model, folder, tokenizer)
+    with atomic_path(folder / ONNX_NAME) as temporary:
+        if int8:
+            quantize(fused.model, temporary, reduce_range, calibration)
+            facts["reduce_range"] = reduce_range
+        else:
+            if method == "fp16":
+                fused.convert_float_to_float16(keep_io_types=True)
+            onnx.save(fused.model, temporary)
+    return facts
+
+
+def remove_other_format(folder: Path, kind: str) -> None:
+    """Remove what an earlier call wrote in the other format: a folder holds one model."""
+    others = (ONNX_NAME,) if kind == "torch" else (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+    for name in others:
+        (folder / name).unlink(missing_ok=True)
+
+
+def single_class(result: dict[str, Any]) -> bool:
+    """Say whether all predictions (classes, or scores) of an evaluation are the same."""
+    return len(np.unique(result["predictions"])) == 1  # also where they are not numbers
+
+
+def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict[str, dict],
+            dev: dict[str, Features]) -> None:
+    """Evaluate the model that was written, from its files, beside the one before it.
+
+    Writes both results; raises a `UserError` if it predicts one class where the other did not.
+    """
+    device = get_device(args.no_cuda)
+    model = load_classifier(folder, task.num_labels, device)
+    # A CPU computes float16 too slowly to be of use; its weights are rounded all the same.
+    dtype = HALF.get(args.method) if args.method == "bf16" or device.type == "cuda" else None
+    freeze(model, dtype, device)
+    after = {split: evaluate(model, rows, task, device, args.eval_batch_size, dtype)
+             for split, rows in dev.items()}
+    metrics = {split: result["metrics"] for split, result in after.items()}
+    changed = {split: int((after[split]["predictions"] != before[split]["predictions"]).sum())
+               for split in dev}
+    collapsed = [split for split in dev if single_class(after[split])
+                 and not single_class(before[split])]
+    write_results(folder, {
+        "task": task.name, "split": "dev", "model": str(folder), "method": args.method,
+        "format": args.format, "metrics": metrics["dev"], "all_metrics": metrics,
+        "before": {split: result["metrics"] for split, result in before.items()},
+        "rows": len(dev["dev"]), "single_class": bool(collapsed),
+        **({} if task.is_regression else {"changed_predictions": changed}),
+        "selection": "none: this checkpoint as it is",
+    })
+    for split, rows in dev.items():
+        print(f"{task.name} {split} ({len(rows)} rows)  before {shown(before[split])}"
+              f"  after {shown(after[split])}")
+    if collapsed:
+        what = "score" if task.is_regression else "class"
+        raise UserError(
+            f"{folder}: predicts a single {what} for all rows of {collapsed[0]}, which the model"
+            " before did not; expected one that still works: do not use it")
+
+
+def shown(result: dict[str, Any]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+
+
+def main(args: argparse.Namespace) -> None:
+    # Settings and model
+    task = check_arguments(args)
+    source, model, tokenizer = load_source(args, task)
+    calibration, dev, before = None, {}, {}
+    if args.method == "int8-static":
+        train = load_rows(args, task, "train", model, tokenizer)
+        calibration = calibration_batches(train, args.calibration_rows, args.seed)
+    if args.do_eval:
+        dev = {split: load_rows(args, task, split, model, tokenizer) for split in task.dev_files}
+        before = {split: evaluate(model, rows, task, "cpu", args.eval_batch_size)
+                  for split, rows in dev.items()}
+
+    # The smaller model
+    folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    reduce_range = not cpu_has_vnni() if args.reduce_range is None else args.reduce_range
+    weights = weights_path(source)
+    size = weights.stat().st_size
+    record = {"method": args.method, "format": args.format, "source": args.model,
+              "source_sha256": file_sha256(weights)}
+    facts = (write_torch(model, args.method, folder, tokenizer, calibration)
+             if args.format == "torch" else
+             write_onnx(model, args.method, folder, tokenizer, calibration, reduce_range))
+    remove_other_format(folder, args.format)
+
+    # How it was made
+    made = folder / (ONNX_NAME if args.format == "onnx" else WEIGHTS_NAME)
+    made_size = made.stat().st_size
+    write_json(folder / RECORD_NAME, {
+        **record, "sha256": file_sha256(made), "bytes_before": size, "bytes_after": made_size,
+        "commit": commit_id(), "torch": torch.__version__, **facts,
+        **({} if calibration is None else {
+            "calibration": {"task": task.name, "split": "train", "seed": args.seed,
+                            "rows": min(args.calibration_rows, len(train)),
+                            "max_seq_length": args.max_seq_length}}),
+    })
+    print(f"{made}: {made_size / 1e6:.1f} MB, {100 * made_size / size:.1f} % of {size / 1e6:.1f}")
+    if args.do_eval:
+        compare(args, task, folder, before, dev)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser())

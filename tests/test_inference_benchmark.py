@@ -1,0 +1,94 @@
+"""benchmarks/inference.py: every candidate in every setting, and what is made of the times."""
+
+import pytest
+from helpers import error_line, make_glue, make_model, read_json, run
+
+import quantize
+from benchmarks import inference
+
+
+def test_a_run_measures_every_candidate_in_every_setting(tmp_path, capsys):
+    make_model(tmp_path / "small", num_hidden_layers=1)
+    make_model(tmp_path / "pruned", heads_per_layer=[2, 0, 1, 2], neurons_per_layer=[24, 0, 1, 3])
+    make_glue(tmp_path / "glue" / "SST-2", "SST-2", dev_rows=20)
+    run(inference, "--models", f"small={tmp_path / 'small'}", f"bert_base={tmp_path / 'pruned'}",
+        "--lengths", "8", "sst-2", "rte", "--glue_dir", tmp_path / "glue", "--batches", "1", "3",
+        "--threads", "1", "2", "--seconds", "0.01", "--output_dir", tmp_path / "out")
+    result = read_json(tmp_path / "out" / "inference.json")
+    rows = result["rows"]
+    settings = {(row["model"], row["engine"], row["threads"], row["batch"], row["length"])
+                for row in rows}
+    # RTE is not there and left out.
+    assert len(settings) == len(rows) == 2 * len(inference.ENGINES) * 2 * 2 * 2
+    assert all(0 < row["median"] <= row["p95"] and row["repeats"] >= 2 for row in rows)
+    assert all(row["speedup"] == 1 for row in rows
+               if (row["model"], row["engine"]) == inference.BASELINE)
+    for row in rows:
+        assert row["rows_per_second"] == pytest.approx(1e3 * row["batch"] / row["median"])
+    table = (tmp_path / "out" / "inference.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") >= len(rows)
+    assert "| small | onnx int8 |" in capsys.readouterr().out
+
+
+def test_what_quantize_made_is_measured_as_it_is(tmp_path):
+    make_model(tmp_path / "small", num_hidden_layers=1)
+    for kind in ("torch", "onnx"):
+        run(quantize, "--model", tmp_path / "small", "--method", "int8-dynamic", "--format", kind,
+            "--output_dir", tmp_path / kind)
+    names = ("small", "torch", "onnx")
+    run(inference, "--models", *(f"{name}={tmp_path / name}" for name in names), "--engines",
+        "torch fp32", "--lengths", "8", "--batches", "1", "--threads", "1", "--seconds", "0.01",
+        "--output_dir", tmp_path / "out")
+    rows = read_json(tmp_path / "out" / "inference.json")["rows"]
+    assert [(row["model"], row["engine"]) for row in rows] == [
+        ("small", "torch fp32"), ("torch", "torch int8-dynamic"), ("onnx", "onnx int8-dynamic")]
+    assert len({row["parameters"] for row in rows}) == 1
+    onnx = (tmp_path / "onnx" / "model.onnx").stat().st_size
+    assert rows[2]["megabytes"] == onnx / 1e6
+
+
+def test_the_known_shapes_have_the_parameters_of_the_paper():
+    millions = {name: sum(p.numel() for p in inference.make_model(name).parameters()) / 1e6
+                for name in ("tinybert4", "tinybert6", "pruned")}
+    assert millions["tinybert4"] == pytest.approx(14.4, abs=0.1)
+    assert millions["tinybert6"] == pytest.approx(67.0, abs=0.1)
+    shape = inference.SHAPES["pruned"]
+    kept = (sum(shape["heads_per_layer"]) / 144 + 2 * sum(shape["neurons_per_layer"])
+            / (12 * 3072)) / 3
+    assert kept == pytest.approx(0.3, abs=0.02)
+
+
+def test_candidates_take_turns_and_the_first_call_does_not_count():
+    order = []
+    times = inference.take_turns([lambda number: order.append(("a", number)),
+                                  lambda number: order.append(("b", number))], 0.0)
+    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [len(taken) for taken in times] == [2, 2]
+
+
+def test_targets_compare_candidates_of_the_same_setting():
+    def row(model, engine, threads, median, length="128"):
+        return inference.Row(model, engine, threads, 1, length, median, median, 1.0, 3, 1.0, 1)
+
+    checks = inference.check_targets([
+        row("bert_base", "torch fp32", 1, 100.0), row("bert_base", "torch fp32", 2, 60.0),
+        row("tinybert4", "onnx int8", 1, 4.0), row("tinybert4", "onnx int8", 2, 4.0),
+        row("tinybert4", "torch fp32", 1, 1.0, length="64")])
+    assert [(c["threads"], c["speedup"], c["reached"]) for c in checks] == [
+        (1, 25.0, True), (2, 15.0, False)]
+    assert "MISSED" in inference.target_lines(checks)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    inference.draw_tradeoff(
+        [{"name": "teacher", "latency": 100.0, "accuracy": 0.9},
+         {"name": "student", "latency": 10.0, "accuracy": 0.8, "group": "ours"},
+         {"name": "int8", "latency": 3.0, "accuracy": 0.79, "group": "ours"}],
+        tmp_path / "tradeoff.png")
+    assert (tmp_path / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    out = ["--output_dir", tmp_path / "out"]
+    assert "expected NAME=FOLDER" in error_line(capsys, inference, "--models", "gpt", *out)
+    assert "--batches 0" in error_line(capsys, inference, "--batches", "0", *out)

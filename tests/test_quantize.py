@@ -1,0 +1,252 @@
+"""quantize.py, int8 and ONNX models: what they compute, what they weigh, what they refuse."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import error_line, make_glue, make_model, random_batch, read_json, run, weights
+
+import quantize
+from transformer.classifiers import load_classifier
+from transformer.evaluation import evaluate
+from transformer.file_utils import UserError
+from transformer.glue import get_task, label_order, load_features
+from transformer.inference import freeze
+from transformer.int8 import CpuClassifier
+from transformer.onnx_model import build, fuse, fused_nodes
+from transformer.tokenization import BertTokenizer
+
+MADE = [(method, form) for method, forms in quantize.METHODS.items() for form in forms]
+# Of the logits' spread; random weights of width 16 are the hardest there are.
+TOLERANCE = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05, "int8-dynamic": 0.2, "int8-static": 0.2}
+PRUNED = {"heads_per_layer": [2, 0, 1, 0], "neurons_per_layer": [24, 5, 0, 0]}
+
+
+@pytest.fixture
+def glue(tmp_path):
+    return make_glue(tmp_path / "glue", "SST-2")
+
+
+def make(tmp_path, method, form, *more, model="model", output="out"):
+    run(quantize, "--model", tmp_path / model, "--output_dir", tmp_path / output, "--method",
+        method, "--format", form, *more)
+    return tmp_path / output
+
+
+def task_flags(glue, name="SST-2"):
+    return ["--task_name", name, "--data_dir", glue]
+
+
+def difference(model, made, seed=0, rows=16) -> float:
+    """The largest difference of logits, as a share of their spread."""
+    inputs = random_batch(rows, 11, seed=seed)
+    with torch.inference_mode():
+        expected = model(*inputs)[0]
+        return float((made(*inputs)[0] - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize(("method", "form"), MADE)
+@pytest.mark.parametrize("shape", [{}, PRUNED], ids=["whole", "pruned"])
+def test_every_method_gives_the_logits_of_the_model_before(tmp_path, glue, method, form, shape):
+    model = make_model(tmp_path / "model", **shape)
+    folder = make(tmp_path, method, form, *task_flags(glue))
+    made = load_classifier(folder)
+    assert difference(model, made) < TOLERANCE[method]
+    assert difference(model, made, seed=1, rows=1) < TOLERANCE[method]
+    record = read_json(folder / "quantization.json")
+    assert (record["method"], record["format"]) == (method, form)
+    assert record["bytes_after"] == max(
+        file.stat().st_size for file in folder.iterdir() if file.suffix in (".bin", ".onnx"))
+    assert ("calibration" in record) == (method == "int8-static")
+    assert BertTokenizer.from_pretrained(folder).vocab
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+def test_the_onnx_graph_computes_every_activation(tmp_path, activation):
+    model = make_model(tmp_path / "model", hidden_act=activation, classifier_relu=True)
+    assert difference(model, load_classifier(make(tmp_path, "fp32", "onnx"))) < 1e-5
+
+
+def test_onnx_runtime_fuses_every_layer(tmp_path):
+    model = make_model(tmp_path / "model")
+    counts = fused_nodes(fuse(build(model)).model)
+    assert counts == {"Attention": 4, "BiasGelu": 4, "SkipLayerNormalization": 9}
+    pruned = make_model(tmp_path / "pruned", **PRUNED)
+    assert fused_nodes(fuse(build(pruned)).model)["Attention"] == 2
+    assert read_json(make(tmp_path, "fp32", "onnx") / "quantization.json")["fused_nodes"] == counts
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
+def test_an_int8_file_is_at_most_30_per_cent_of_the_fp32_file(tmp_path, glue, method, form):
+    make_model(tmp_path / "model", hidden_size=256, num_hidden_layers=4, intermediate_size=1024)
+    record = read_json(make(tmp_path, method, form, *task_flags(glue)) / "quantization.json")
+    assert record["bytes_after"] <= 0.3 * record["bytes_before"]
+
+
+def test_int8_weights_are_stored_as_bytes_embeddings_included(tmp_path):
+    make_model(tmp_path / "model")
+    state = weights(make(tmp_path, "int8-dynamic", "torch"))
+    assert state["bert.embeddings.word_embeddings.weight"].dtype == torch.int8
+    assert state["bert.encoder.layer.3.output.dense.weight"].dtype == torch.int8
+    proto = onnx.load(make(tmp_path, "int8-dynamic", "onnx", output="onnx") / "model.onnx")
+    large = [w for w in proto.graph.initializer if np.prod(w.dims) >= 16 * 16
+             and not w.name.startswith(("positions", "pooler"))]
+    assert len(large) == 1 + 4 * 6
+    assert {w.data_type for w in large} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+
+
+def test_static_ranges_come_from_the_calibration_rows(tmp_path, glue):
+    make_model(tmp_path / "model")
+    state = weights(make(tmp_path, "int8-static", "torch", *task_flags(glue)))
+    ranges = [value for key, value in state.items() if key.endswith("input_range")]
+    assert len(ranges) == 4 * 6
+    assert all(-1 <= least <= 0 <= largest <= 1 for least, largest in ranges)
+    # After a GELU no value is below -0.17, so the range is not just everything from -1.
+    assert any(least > -0.9 for least, _ in ranges)
+
+
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
+def test_a_torch_int8_answer_does_not_depend_on_the_rest_of_the_batch(tmp_path, glue, method):
+    make_model(tmp_path / "model")
+    made = load_classifier(make(tmp_path, method, "torch", *task_flags(glue)))
+    inputs = random_batch(16, 11)
+    together = made(*inputs)[0]
+    alone = made(*(x[:1] for x in inputs))[0]
+    torch.testing.assert_close(alone, together[:1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "labels"), [("STS-B", 1), ("MNLI", 3)])
+def test_do_eval_measures_before_and_after_on_the_same_rows(tmp_path, capsys, name, labels):
+    make_model(tmp_path / "model", num_labels=labels)
+    glue = make_glue(tmp_path / "glue", name)
+    folder = make(tmp_path, "int8-static", "onnx", "--do_eval", *task_flags(glue, name))
+    result = read_json(folder / "eval_results.json")
+    task = get_task(name)
+    assert set(result["before"]) == set(result["all_metrics"]) == set(task.dev_files)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    model = freeze(load_classifier(folder, labels), torch.bfloat16, torch.device("cpu"))
+    rows = load_features(task, glue, "dev", tokenizer, 128,
+                         label_order(task, model.config.id2label))
+    found = evaluate(model, rows, task, "cpu")["metrics"]
+    assert found == pytest.approx(result["metrics"])
+    assert result["rows"] == len(rows)
+    assert f"{task.name} dev (12 rows)  before" in capsys.readouterr().out
+
+
+def test_a_model_that_came_to_predict_one_class_is_an_error(tmp_path, glue, capsys):
+    model = make_model(tmp_path / "model", num_labels=2)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "model")
+    rows = load_features("SST-2", glue, "dev", tokenizer, 128, ("0", "1"))
+    with torch.no_grad():
+        margin = torch.from_numpy(evaluate(model, rows, "SST-2", "cpu")["logits"]).diff(dim=1)
+        model.classifier.bias[1] -= margin.median() - 1e-3  # so that it predicts both classes
+        for parameter in model.classifier.parameters():
+            parameter.mul_(1e7)  # beyond what float16 can hold
+    quantize.save_pretrained(model, tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--format", "torch", "--do_eval", *task_flags(glue)]
+    run(quantize, *flags, "--method", "bf16", "--output_dir", tmp_path / "good")
+    message = error_line(capsys, quantize, *flags, "--method", "fp16", "--output_dir",
+                         tmp_path / "bad").replace("\n", " ")
+    assert "predicts a single class" in message and str(tmp_path / "bad") in message
+    assert read_json(tmp_path / "bad" / "eval_results.json")["single_class"] is True
+    assert read_json(tmp_path / "good" / "eval_results.json")["single_class"] is False
+
+
+def test_int8_and_onnx_models_keep_their_precision_wherever_they_are_moved(tmp_path):
+    model = make_model(tmp_path / "model")
+    for form in ("torch", "onnx"):
+        made = load_classifier(make(tmp_path, "int8-dynamic", form, output=form))
+        before = difference(model, made)
+        assert isinstance(made, CpuClassifier)
+        assert difference(model, freeze(made, torch.bfloat16, torch.device("cpu"))) == before
+        assert made.parameter_total == sum(p.numel() for n, p in model.named_parameters()
+                                           if "fit_dense" not in n)
+
+
+def test_another_format_replaces_the_one_before(tmp_path):
+    make_model(tmp_path / "model")
+    for form, name in (("torch", "pytorch_model.bin"), ("onnx", "model.onnx"),
+                       ("torch", "pytorch_model.bin")):
+        folder = make(tmp_path, "fp16", form, "--overwrite_output_dir")
+        assert [file.name for file in folder.iterdir()
+                if file.suffix in (".bin", ".onnx")] == [name]
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
+    make_model(tmp_path / "model")
+    base = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    for more, expected in (
+        (["--method", "bf16", "--format", "onnx"], "bfloat16"),
+        (["--method", "fp32", "--format", "torch"], "--format onnx"),
+        (["--method", "int8-static"], "--task_name is missing"),
+        (["--method", "fp16", "--do_eval", "--task_name", "RTE"], "--data_dir is missing"),
+        (["--method", "int8-static", "--calibration_rows", "0", *task_flags(glue)],
+         "--calibration_rows 0"),
+        (["--method", "fp16", *task_flags(glue, "MNLI")], "expected 3"),
+    ):
+        assert expected in error_line(capsys, quantize, *base, *more)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_classifier_or_made_here_is_refused(tmp_path, capsys):
+    from transformer.modeling import TinyBertForPreTraining
+
+    make_model(tmp_path / "general", TinyBertForPreTraining)
+    make_model(tmp_path / "model")
+    made = make(tmp_path, "int8-dynamic", "torch")
+    for source, expected in ((tmp_path / "general", "no trained classifier"),
+                             (made, "already"), (tmp_path / "none", "no such")):
+        assert expected in error_line(capsys, quantize, "--model", source, "--output_dir",
+                                      tmp_path / "new", "--method", "fp16")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    make_model(tmp_path / "model")
+    return make(tmp_path, "fp32", "onnx")
+
+
+def rewrite_config(folder, **changes):
+    values = read_json(folder / "config.json") | changes
+    quantize.write_json(folder / "config.json", values)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_truncated_onnx_file_is_refused(exported, size):
+    path = exported / "model.onnx"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"model\.onnx: damaged, or not an ONNX model"):
+        load_classifier(exported)
+
+
+def test_an_onnx_file_that_does_not_fit_its_config_is_refused(exported):
+    rewrite_config(exported, id2label={"0": "a", "1": "b", "2": "c"})
+    with pytest.raises(UserError, match="puts out 2 numbers a row; its config.json has 3 labels"):
+        load_classifier(exported)
+    rewrite_config(exported, id2label={"0": "a", "1": "b"}, vocab_size=99)
+    with pytest.raises(UserError, match="word embeddings; its config.json has a vocabulary of 99"):
+        load_classifier(exported)
+
+
+def test_an_onnx_file_with_other_inputs_is_refused(exported):
+    proto = onnx.load(exported / "model.onnx")
+    for node in proto.graph.node:
+        node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
+    proto.graph.input[0].name = "ids"
+    onnx.save(proto, exported / "model.onnx")
+    with pytest.raises(UserError, match="expected input_ids, token_type_ids, attention_mask"):
+        load_classifier(exported)
+
+
+def test_a_folder_without_a_model_or_for_another_task_is_refused(exported):
+    with pytest.raises(UserError, match="has 2 labels; expected 3"):
+        load_classifier(exported, 3)
+    with pytest.raises(UserError, match="129; the model has 128 positions"):
+        load_classifier(exported)(torch.ones(1, 129, dtype=torch.long))
+    (exported / "model.onnx").unlink()
+    with pytest.raises(UserError, match=r"no weights; expected .* or model\.onnx"):
+        load_classifier(exported)

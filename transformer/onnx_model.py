@@ -1,0 +1,417 @@
+"""Classifiers as ONNX files: the graph, its fusion and quantization, and the model that runs it.
+
+The graph is written node by node from the weights, in the pattern that ONNX Runtime's optimizer
+knows as BERT. No exporter stands between: PyTorch's older one is deprecated, the newer one needs
+more packages, and each of its versions traces another graph, which the optimizer then fuses or
+not. So every version of torch gives the same file, and layers of any pruned shape need no care.
+
+Attention is fused in floating point. The 8-bit models keep its matrix products apart: ONNX
+Runtime's quantized attention has one scale for the features of all tokens, and what that costs
+(see `transformer.int8`) is more than its fusion saves.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from transformer.file_utils import ONNX_NAME, UserError
+from transformer.int8 import SMALLEST, CpuClassifier, even_rows
+from transformer.modeling import MASKED_SCORE, BertConfig, BertLayer, find_config
+
+OPSET = 17  # the first with LayerNormalization
+IR_VERSION = 8  # what came with it
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+OUTPUT = "logits"
+FUSED = ("Attention", "BiasGelu", "Gelu", "FastGelu", "SkipLayerNormalization",
+         "LayerNormalization")
+WORDS = "words"
+INNER = "layer_"  # what the names of the Transformer layers' nodes begin with
+
+
+# ------------------------------------------------------------------ the graph, parts before whole
+
+
+class Graph:
+    """An ONNX graph that grows node by node; every value is known by its name.
+
+    Args:
+        even: for quantization, divide each row of the word embeddings and of the inner
+            linear layers' inputs by its largest magnitude, and multiply what is looked up or
+            computed by it (see `transformer.int8`).
+    """
+
+    def __init__(self, even: bool) -> None:
+        self.even = even
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, onnx.TensorProto] = {}
+        self.evened: set[str] = set()
+
+    def weight(self, name: str, values: Tensor | np.ndarray) -> str:
+        """Add a constant."""
+        if isinstance(values, Tensor):
+            values = values.detach().float().cpu().numpy()
+        self.weights[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
+        return name
+
+    def number(self, value: float) -> str:
+        """Add a constant number, once."""
+        return self.weight(f"number_{value!r}", np.array(value, dtype=np.float32))
+
+    def places(self, *values: int) -> str:
+        """Add constant sizes or places, once."""
+        return self.weight("_".join(map(str, ("places", *values))), np.array(values, np.int64))
+
+    def place(self, value: int) -> str:
+        """Add a constant place, once."""
+        return self.weight(f"place_{value}", np.array(value, np.int64))
+
+    def add(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output of its own name; returns the name."""
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    def linear(self, name: str, x: str, layer: nn.Linear) -> str:
+        """Add a linear layer; one whose inputs were all pruned leaves its bias, [outputs]."""
+        bias = self.weight(f"{name}.bias", layer.bias)
+        if not layer.in_features:
+            return bias
+        weight = self.weight(f"{name}.weight", layer.weight.T)
+        if not self.even or not name.startswith(INNER):
+            return self.add("Add", name, self.add("MatMul", f"{name}.product", x, weight), bias)
+        if x not in self.evened:
+            largest = self.add("ReduceMax", f"{x}.largest", self.add("Abs", f"{x}.abs", x),
+                               axes=[-1])
+            self.add("Add", f"{x}.size", largest, self.number(SMALLEST))
+            self.add("Div", f"{x}.even", x, f"{x}.size")
+            self.evened.add(x)
+        product = self.add("MatMul", f"{name}.even_product", f"{x}.even", weight)
+        return self.add("Add", name, self.add("Mul", f"{name}.product", product, f"{x}.size"), bias)
+
+    def layer_norm(self, name: str, x: str, layer: nn.LayerNorm) -> str:
+        """Add a layer normalisation over the last axis."""
+        return self.add(
+            "LayerNormalization", name, x, self.weight(f"{name}.weight", layer.weight),
+            self.weight(f"{name}.bias", layer.bias), axis=-1, epsilon=layer.eps)
+
+    def activate(self, name: str, x: str, activation: str) -> str:
+        """Add one of `modeling.ACTIVATIONS`."""
+        if activation == "gelu":
+            scaled = self.add("Div", f"{name}.scaled", x, self.number(math.sqrt(2)))
+            gate = self.add("Add", f"{name}.gate", self.add("Erf", f"{name}.erf", scaled),
+                            self.number(1.0))
+            return self.add("Mul", name, self.add("Mul", f"{name}.twice", x, gate),
+                            self.number(0.5))
+        if activation in ("gelu_new", "gelu_pytorch_tanh"):
+            cube = self.add("Pow", f"{name}.cube", x, self.number(3.0))
+            bent = self.add("Add", f"{name}.bent", x, self.add(
+                "Mul", f"{name}.part", cube, self.number(0.044715)))
+            scaled = self.add("Mul", f"{name}.scaled", bent, self.number(math.sqrt(2 / math.pi)))
+            gate = self.add("Add", f"{name}.gate", self.add("Tanh", f"{name}.tanh", scaled),
+                            self.number(1.0))
+            return self.add("Mul", name, self.add("Mul", f"{name}.half", x, self.number(0.5)),
+                            gate)
+        if activation in ("silu", "swish"):
+            return self.add("Mul", name, x, self.add("Sigmoid", f"{name}.gate", x))
+        return self.add({"relu": "Relu", "tanh": "Tanh"}[activation], name, x)
+
+
+def add_embeddings(graph: Graph, part: nn.Module) -> str:
+    """Add the sum of the three embeddings, normalised: [batch, length, hidden]."""
+    length = graph.add("Gather", "length", graph.add("Shape", "shape", "input_ids"), graph.place(1))
+    numbers = graph.add("Range", "numbers", graph.place(0), length, graph.place(1))
+    positions, segments = (
+        graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
+        for name, embedding, index in (
+            ("positions", part.position_embeddings, numbers),
+            ("segments", part.token_type_embeddings, "token_type_ids")))
+    weight = part.word_embeddings.weight.detach()
+    if graph.even:
+        rows, size = even_rows(weight)
+        words = graph.add("Gather", WORDS, graph.weight(f"{WORDS}.weight", rows), "input_ids")
+        sizes = graph.add("Gather", f"{WORDS}.size", graph.weight(f"{WORDS}.sizes", size),
+                          "input_ids")
+        words = graph.add("Mul", f"{WORDS}.product", words, sizes)
+    else:
+        words = graph.add("Gather", WORDS, graph.weight(f"{WORDS}.weight", weight), "input_ids")
+    total = graph.add("Add", "embeddings.part", words, positions)
+    total = graph.add("Add", "embeddings.sum", total, segments)
+    return graph.layer_norm("embeddings", total, part.LayerNorm)
+
+
+def add_mask(graph: Graph) -> str:
+    """Add what the mask adds to the scores: [batch, 1, 1, length]."""
+    mask = graph.add("Unsqueeze", "mask.heads", "attention_mask", graph.places(1))
+    mask = graph.add("Unsqueeze", "mask.queries", mask, graph.places(2))
+    mask = graph.add("Cast", "mask.float", mask, to=TensorProto.FLOAT)
+    mask = graph.add("Sub", "mask.padding", graph.number(1.0), mask)
+    return graph.add("Mul", "mask", mask, graph.number(MASKED_SCORE))
+
+
+def add_attention(graph: Graph, name: str, hidden: str, mask: str, part: nn.Module) -> str:
+    """Add multi-head attention up to its context: [batch, length, heads x head width]."""
+    heads, width = part.heads, part.head_width
+    if not heads:
+        return ""  # nothing that the output projection would read
+
+    def split(which: str, order: list[int]) -> str:
+        x = graph.linear(f"{name}.{which}", hidden, getattr(part, which))
+        x = graph.add("Reshape", f"{name}.{which}.heads", x, graph.places(0, 0, heads, width))
+        return graph.add("Transpose", f"{name}.{which}.split", x, perm=order)
+
+    scores = graph.add("MatMul", f"{name}.product", split("query", [0, 2, 1, 3]),
+                       split("key", [0, 2, 3, 1]))  # [batch, heads, length, length]
+    scores = graph.add("Div", f"{name}.scaled", scores, graph.number(math.sqrt(width)))
+    attention = graph.add("Softmax", f"{name}.probabilities",
+                          graph.add("Add", f"{name}.scores", scores, mask), axis=-1)
+    context = graph.add("MatMul", f"{name}.split", attention, split("value", [0, 2, 1, 3]))
+    context = graph.add("Transpose", f"{name}.joined", context, perm=[0, 2, 1, 3])
+    return graph.add("Reshape", f"{name}.context", context, graph.places(0, 0, heads * width))
+
+
+def add_layer(
+    graph: Graph, name: str, hidden: str, mask: str, layer: BertLayer, activation: str,
+    is_last: bool,
+) -> str:
+    """Add one Transformer layer; of the last, only [CLS] passes through the feed-forward part."""
+    context = add_attention(graph, f"{name}.attention", hidden, mask, layer.attention.self)
+    output = graph.linear(f"{name}.attention.dense", context, layer.attention.output.dense)
+    total = graph.add("Add", f"{name}.attention.sum", output, hidden)
+    attended = graph.layer_norm(f"{name}.attended", total, layer.attention.output.LayerNorm)
+    if is_last:  # the pooler reads nothing else; this saves two thirds of the layer
+        attended = graph.add("Slice", f"{name}.first", attended, graph.places(0),
+                             graph.places(1), graph.places(1))
+    inner = ""
+    if layer.intermediate.neurons:
+        inner = graph.linear(f"{name}.intermediate", attended, layer.intermediate.dense)
+        inner = graph.activate(f"{name}.neurons", inner, activation)
+    output = graph.linear(f"{name}.dense", inner, layer.output.dense)
+    total = graph.add("Add", f"{name}.sum", output, attended)
+    return graph.layer_norm(name, total, layer.output.LayerNorm)
+
+
+def build(model: nn.Module, even: bool = False) -> onnx.ModelProto:
+    """Write a `TinyBertForSequenceClassification` as an ONNX graph in float32.
+
+    Inputs are `input_ids`, `token_type_ids` and `attention_mask`, int64 [batch, length], both of
+    any size; the output is `logits`, float32 [batch, labels].
+    """
+    config, graph = model.config, Graph(even)
+    hidden = add_embeddings(graph, model.bert.embeddings)
+    mask = add_mask(graph)
+    last = config.num_hidden_layers - 1
+    for number, layer in enumerate(model.bert.encoder.layer):
+        hidden = add_layer(graph, f"{INNER}{number}", hidden, mask, layer, config.hidden_act,
+                           number == last)
+    first = graph.add("Gather", "first", hidden, graph.place(0), axis=1)  # [batch, hidden]
+    pooled = graph.activate("pooled", graph.linear("pooler", first, model.bert.pooler.dense),
+                            config.pooler_act)
+    if config.classifier_relu:
+        pooled = graph.add("Relu", "pooled.relu", pooled)
+    graph.linear(OUTPUT, pooled, model.classifier)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
+              for name in INPUTS]
+    outputs = [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT,
+                                             ["batch", config.num_labels])]
+    proto = helper.make_model(
+        helper.make_graph(graph.nodes, "classifier", inputs, outputs, [*graph.weights.values()]),
+        opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    # The loader compares these with config.json: nothing else in the file tells them.
+    helper.set_model_props(proto, {"vocab_size": str(config.vocab_size)})
+    return proto
+
+
+# ------------------------------------------------------------------ ONNX Runtime's tools
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep ONNX Runtime's tools from logging what no user can act upon."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def fuse(proto: onnx.ModelProto, attention: bool = True) -> Any:
+    """Have ONNX Runtime's optimizer join nodes to its own kernels; returns its model.
+
+    The embeddings stay apart, because their fused kernel quantizes the layer normalisation's
+    weights as well.
+    """
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    options.enable_embed_layer_norm = False
+    options.enable_attention = attention
+    options.use_raw_attention_mask(True)  # padding may stand anywhere
+    with quiet():
+        fused = optimize_model(proto, "bert", num_heads=0, hidden_size=0,
+                               optimization_options=options, opt_level=0)
+    fused.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    fused.topological_sort()
+    return fused
+
+
+def fused_nodes(proto: onnx.ModelProto) -> dict[str, int]:
+    """Count the nodes that `fuse` makes, by kind."""
+    kinds = [node.op_type for node in proto.graph.node]
+    return {kind: kinds.count(kind) for kind in FUSED if kind in kinds}
+
+
+class _Calibration:
+    """Batches of inputs, as ONNX Runtime's calibration reads them."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        inputs = next(self.batches, None)
+        return None if inputs is None else {
+            name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
+
+
+def name_types(proto: onnx.ModelProto) -> None:
+    """Say that the linear layers' inputs and outputs are float32.
+
+    The quantizer asks for it, and shape inference stops at ONNX Runtime's own nodes.
+    """
+    graph = proto.graph
+    names = {value for node in quantized_products(proto) for value in (node.input[0],
+                                                                       node.output[0])}
+    graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+                            for name in sorted(names))
+
+
+def quantized_products(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the inner linear layers' matrix products."""
+    weights = {weight.name for weight in proto.graph.initializer}
+    return [node for node in proto.graph.node if node.op_type == "MatMul"
+            and node.name.startswith(INNER) and node.input[1] in weights]
+
+
+def quantize(
+    proto: onnx.ModelProto, path: Path, reduce_range: bool,
+    calibration: Iterable[tuple[Tensor, ...]] | None = None,
+) -> None:
+    """Have ONNX Runtime's quantizer write a graph with 8-bit weights to `path`.
+
+    The word embeddings and the inner linear layers are quantized, these with a scale for each
+    output. The others (positions, segments, pooler, classifier) are not, as in `transformer.int8`:
+    they are 2 % of a model, and their errors reach every token or the logits at full size.
+
+    Args:
+        proto: a fused graph with even rows.
+        path: the file.
+        reduce_range: weights of 7 bits, for CPUs whose kernels would overflow (without VNNI).
+        calibration: inputs of the model, whose ranges all later ones get; None: each batch's own.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    name_types(proto)
+    options = {
+        "per_channel": True, "reduce_range": reduce_range, "weight_type": QuantType.QInt8,
+        "nodes_to_quantize": [WORDS, *(node.name for node in quantized_products(proto))],
+        "op_types_to_quantize": ["MatMul", "Gather"],
+    }
+    extra = {"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT}
+    with TemporaryDirectory(dir=path.parent) as folder, quiet():
+        source = Path(folder, "float.onnx")
+        onnx.save(proto, source)
+        if calibration is None:
+            quantize_dynamic(source, path, extra_options=extra, **options)
+            return
+        # Products go on in float32: rounding them again would only add to the error.
+        extra["OpTypesToExcludeOutputQuantization"] = ["MatMul"]
+        quantize_static(source, path, _Calibration(calibration), QuantFormat.QDQ,
+                        activation_type=QuantType.QUInt8, extra_options=extra, **options)
+
+
+# ------------------------------------------------------------------ running a file
+
+
+def open_session(path: Path, device: torch.device | None = None) -> onnxruntime.InferenceSession:
+    """Open an ONNX file with as many threads as PyTorch is set to.
+
+    A GPU runs it where this ONNX Runtime can, the CPU otherwise. Raises `UserError` for a missing
+    or damaged file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an ONNX model")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    providers = ["CPUExecutionProvider"]
+    if device is not None and device.type == "cuda":
+        providers = [name for name in ("CUDAExecutionProvider", *providers)
+                     if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # its classes have no common one of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged, or not an ONNX model ({reason[:120]})") from error
+
+
+def check_session(
+    path: Path, session: onnxruntime.InferenceSession, config: BertConfig
+) -> None:
+    """Raise a `UserError` unless inputs, outputs and vocabulary are those of `config.json`."""
+    inputs = {value.name: value.type for value in session.get_inputs()}
+    if inputs != dict.fromkeys(INPUTS, "tensor(int64)"):
+        raise UserError(f"{path}: its inputs are {inputs}; expected {', '.join(INPUTS)}, int64")
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    if list(outputs) != [OUTPUT]:
+        raise UserError(f"{path}: its outputs are {list(outputs)}; expected {OUTPUT}")
+    labels = outputs[OUTPUT][-1]
+    if labels != config.num_labels:
+        raise UserError(f"{path}: puts out {labels} numbers a row; its config.json has"
+                        f" {config.num_labels} labels")
+    words = session.get_modelmeta().custom_metadata_map.get("vocab_size")
+    if words is not None and words != str(config.vocab_size):
+        raise UserError(f"{path}: has {words} word embeddings; its config.json has a vocabulary of"
+                        f" {config.vocab_size}")
+
+
+class OnnxClassifier(CpuClassifier):
+    """A classifier that ONNX Runtime computes from the `model.onnx` of a model directory.
+
+    Args:
+        folder: the model directory.
+        num_labels: how many outputs the task needs; None: as many as there are.
+        device: see `open_session`.
+
+    Raises:
+        UserError: a missing or damaged file, or one that does not fit `config.json`.
+    """
+
+    def __init__(
+        self, folder: Path, num_labels: int | None = None, device: torch.device | None = None
+    ) -> None:
+        path = folder / ONNX_NAME
+        config = BertConfig.from_json_file(find_config(folder))
+        session = open_session(path, device)
+        check_session(path, session, config)
+        if num_labels is not None and num_labels != config.num_labels:
+            raise UserError(
+                f"{path}: its classifier has {config.num_labels} labels; expected {num_labels}")
+        super().__init__(config)
+        self.session = session
+
+    def logits(self, ids: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
+        """Return logits [batch, labels]."""
+        feed = {name: tensor.numpy() for name, tensor in
+                zip(INPUTS, (ids, segments, mask), strict=True)}
+        return torch.from_numpy(self.session.run([OUTPUT], feed)[0])
