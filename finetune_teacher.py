@@ -16,7 +16,6 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer import distributed
 from transformer.distillation import Batch, show_nothing
 from transformer.evaluation import Selection, evaluate_splits
 from transformer.file_utils import UserError
@@ -50,6 +49,7 @@ from transformer.training_run import (
     Run,
     check_training_room,
     finished_before,
+    goes_on,
     open_output_dirs,
 )
 
@@ -138,10 +138,10 @@ def main(args: argparse.Namespace) -> None:
     check_numbers(args)
     task = find_task(args.task_name, args.data_dir)
     device = get_device(args.no_cuda)
-    args.resume = distributed.agree(args.resume)
-    check_output_dir(args.output_dir, args.overwrite_output_dir or args.resume)
+    args.resume = goes_on(args)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume)
     dtype = resolve_precision(args.precision, device)
-    if finished_before(args, [args.output_dir]):
+    if finished_before(args, [args.bert_model]):
         return
     set_seed(args.seed)
 
@@ -167,12 +167,12 @@ def main(args: argparse.Namespace) -> None:
     learner = Learner(model, loss, optimizer, device, dtype)
 
     # Output
+    check_training_room([learner], [args.output_dir], args.train_batch_size,
+                        int(train_rows.lengths.max()), models_written=3)
     [folder] = open_output_dirs(args, [args.bert_model], log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
     output = Output(learner, folder, tokenizer, Selection(task))
-    check_training_room(
-        [output], args.train_batch_size, int(train_rows.lengths.max()), models_written=3)
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
     multiple = padding_multiple(device)

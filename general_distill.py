@@ -61,6 +61,7 @@ from transformer.training_run import (
     Run,
     check_training_room,
     finished_before,
+    goes_on,
     open_output_dirs,
     uploads,
 )
@@ -266,11 +267,11 @@ def main(args: argparse.Namespace) -> None:
     training_steps(args.num_train_epochs, 1)
     batch_size = min(args.train_batch_size)
     device = get_device(args.no_cuda, args.local_rank)
-    args.resume = distributed.agree(args.resume)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
+    args.resume = goes_on(args)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir, args.resume)
     dtype = resolve_precision(args.precision, device, args.fp16)
     address = s3_address(args.data_url)
-    if finished_before(args, args.output_dir):
+    if finished_before(args, args.student_model):
         uploads(address, args.output_dir).close()
         return
 
@@ -286,6 +287,12 @@ def main(args: argparse.Namespace) -> None:
         encoder, [learner.student.config.num_hidden_layers for learner in learners])
     compiled = compile_models(args.compile, device, teacher, *(x.loss for x in learners))
 
+    # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
+    accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
+    if not args.do_eval:
+        check_training_room(learners, args.output_dir, -(-batch_size // accumulation),
+                            args.max_seq_length, models_written=2 + total_steps // args.eval_step)
+
     # Output; every step_N_pytorch_model.bin is a model beside this config and vocabulary
     folders = open_output_dirs(args, args.student_model, log_start(
         args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
@@ -299,10 +306,6 @@ def main(args: argparse.Namespace) -> None:
                for learner, folder in zip(learners, folders, strict=True)]
     for output in outputs:
         save_config(output.learner.student, output.folder, tokenizer)
-    # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
-    accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
-    check_training_room(outputs, -(-batch_size // accumulation), args.max_seq_length,
-                        models_written=2 + total_steps // args.eval_step)
 
     # Distillation
     multiple = padding_multiple(device)

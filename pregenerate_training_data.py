@@ -364,6 +364,8 @@ def main(args: argparse.Namespace) -> None:
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
     distributed.connect()
+    folder = WorkFolder.of_folder(args.output_dir)
+    args.resume = folder.resumes(args)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, args.resume)
     masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
@@ -371,7 +373,6 @@ def main(args: argparse.Namespace) -> None:
     settings = EpochSettings(args.seed, args.max_seq_len, args.short_seq_prob, args.one_seq)
 
     # All work is done in a folder of its own, so that only a whole run leaves files behind.
-    folder = WorkFolder.of_folder(output_dir)
     work = Work(args.train_corpus, folder, tokenizer, settings, masking, args.format)
     if begin(work, args):
         with folder:

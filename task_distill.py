@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transformer import distributed
 from transformer.checkpoint import fetch_model
 from transformer.classifiers import load_classifier
 from transformer.distillation import (
@@ -79,6 +78,7 @@ from transformer.training_run import (
     Run,
     check_training_room,
     finished_before,
+    goes_on,
     open_output_dirs,
     uploads,
 )
@@ -255,15 +255,15 @@ def main(args: argparse.Namespace) -> None:
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     device = get_device(args.no_cuda)
-    args.resume = distributed.agree(args.resume)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir or args.resume)
+    args.resume = goes_on(args)
+    check_output_dirs(args.output_dir, students, args.overwrite_output_dir, args.resume)
     dtype = resolve_precision(args.precision, device)
     address = s3_address(args.data_url)
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
         uploads(address, args.output_dir).close()
         return
-    if finished_before(args, args.output_dir):
+    if finished_before(args, args.student_model):
         uploads(address, args.output_dir).close()
         return
 
@@ -285,15 +285,15 @@ def main(args: argparse.Namespace) -> None:
                               *([] if args.pred_distill else [teach]))
 
     # Output
+    check_training_room(
+        learners, args.output_dir, -(-args.train_batch_size // args.gradient_accumulation_steps),
+        int(train_rows.lengths.max()), models_written=3)
     folders = open_output_dirs(args, args.student_model, log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         batch=args.train_batch_size, teacher=teacher_size,
         students=" ".join(parameter_count(learner.student) for learner in learners)))
     outputs = [Output(learner, folder, tokenizer, Selection(task) if args.pred_distill else None)
                for learner, folder in zip(learners, folders, strict=True)]
-    check_training_room(
-        outputs, -(-args.train_batch_size // args.gradient_accumulation_steps),
-        int(train_rows.lengths.max()), models_written=3)
 
     # Distillation: in the intermediate stage the newest student is kept, in the other the best
     multiple = padding_multiple(device)

@@ -406,6 +406,11 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, caplog):
     newest.write_bytes(content)
     assert load_training_state(tmp_path)["step"] == 1
     assert "step_0000000002.pt: damaged" in caplog.text
+    # It is no longer the newest: those that follow are kept, although their steps may be fewer.
+    save_training_state(tmp_path, 1, {"step": 1})
+    assert load_training_state(tmp_path)["step"] == 1
+    remove_training_states(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_weights_are_the_same_bytes_whatever_the_file_is_called(tmp_path):

@@ -33,6 +33,7 @@ import general_distill
 import task_distill
 from transformer.checkpoint import load_training_state, read_tensors
 from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
+from transformer.training_run import Run
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 TIMES = ("rows_per_second", "waiting")  # of a log's line, they differ from run to run
@@ -516,3 +517,69 @@ def test_the_best_score_changes_in_the_runs_that_are_killed(cases):
         [folder] = cases(name).folders("whole")
         scores = [line["metrics"]["acc"] for line in read_log(folder)]
         assert max(scores[1:]) > scores[0]
+
+
+# ------------------------------------------------------------------ what a resumed run must not do
+
+
+def stop_in_the_middle(case: Case) -> None:
+    """Run in this process, and send it SIGTERM after its first saved state."""
+    save, earlier = Run.save, signal.getsignal(signal.SIGTERM)
+
+    def save_and_stop(self: Run) -> None:
+        save(self)
+        self.signal = signal.SIGTERM
+
+    Run.save = save_and_stop
+    try:
+        case.run("out")
+    finally:
+        Run.save = save
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def test_a_finished_run_is_not_trained_again_whatever_a_kill_left_of_its_states(tmp_path, caplog):
+    case = task(tmp_path, {}, rows=40)
+    case.run("whole")
+    case.run("out")
+    (tmp_path / "out" / "training_state").mkdir()
+    with caplog.at_level(logging.INFO):
+        case.run("out", "--resume")
+    assert "nothing to resume" in caplog.text
+    case.expect_same("out")
+
+
+def test_somebody_elses_folder_is_not_resumed_into(tmp_path, capsys):
+    case = task(tmp_path, {}, rows=40)
+    shutil.copytree(tmp_path / "teacher", tmp_path / "other")
+    before = (tmp_path / "other" / "pytorch_model.bin").read_bytes()
+    message = error_line(capsys, task_distill, *case.arguments("other", "--resume"))
+    assert "no args.json of a run that was stopped" in message
+    assert (tmp_path / "other" / "pytorch_model.bin").read_bytes() == before
+
+
+def test_the_folder_of_another_student_is_not_resumed_into(tmp_path, capsys):
+    case = task(tmp_path, {}, rows=40)
+    case.run("out")
+    args = tmp_path / "out" / "args.json"
+    args.write_text(args.read_text().replace('"student": "', '"student": "another/'))
+    message = error_line(capsys, task_distill, *case.arguments("out", "--resume"))
+    assert "is the folder of student another/" in message
+
+
+def test_rows_that_came_or_went_since_are_not_resumed_with(tmp_path, capsys):
+    case = task(tmp_path, {}, rows=80)
+    with pytest.raises(SystemExit):
+        stop_in_the_middle(case)
+    make_glue(tmp_path / "SST-2", rows=120, dev_rows=24)
+    message = error_line(capsys, task_distill, *case.arguments("out", "--resume"))
+    assert "60 steps in all" in message and "begun with 40" in message
+
+
+def test_states_come_as_often_as_asked_for_beside_larger_batches(tmp_path, caplog):
+    case = general(tmp_path, {}, rows=320)  # 5 steps a pass; every second one ends both students'
+    case.flags[case.flags.index("--save_steps") + 1] = 3
+    with caplog.at_level(logging.INFO):
+        case.run("out")
+    saved = [int(r.message.split()[1][:-1]) for r in caplog.records if "state saved" in r.message]
+    assert saved == [4, 7, 10, 14]

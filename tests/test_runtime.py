@@ -31,7 +31,9 @@ from transformer.runtime import (
     parameter_count,
     prepare_output_dir,
     resolve_precision,
+    resumes,
     run_script,
+    save_arguments,
     set_seed,
     training_steps,
 )
@@ -289,6 +291,14 @@ def test_a_log_that_is_cut_goes_on_at_that_place(tmp_path):
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "again": True}]
 
 
+def test_a_log_that_lost_its_end_is_not_filled_with_nothing(tmp_path, caplog):
+    log = JsonLog(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    size = log.size
+    log.cut(size + 100)
+    assert log.size == size and "expected at least" in caplog.text
+
+
 def test_the_log_has_one_json_object_a_line(tmp_path):
     log = JsonLog(tmp_path / "log.jsonl")
     log.write({"step": 1})
@@ -362,12 +372,24 @@ def test_a_lost_process_is_one_line(capsys, monkeypatch):
     assert message.startswith("X.py (process 1): error: another process of this run has ended")
 
 
-def test_torchruns_second_try_resumes(monkeypatch):
+def test_torchruns_second_try_goes_on_with_what_its_first_began_and_nothing_else(
+        tmp_path, monkeypatch):
+    record, args = tmp_path / "args.json", resumable(resume=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7f3")
+    save_arguments(tmp_path, {"arguments": {}})
+    assert not resumes(args, record), "the first try"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with_resume, seen = parser(), []
-    runtime.add_resume_argument(with_resume)
-    run_script(seen.append, with_resume, ["--name", "x"])
-    assert seen[0].resume
+    assert resumes(args, tmp_path / "none.json", record)
+    assert not resumes(args, tmp_path / "none.json")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
+    assert not resumes(args, record) and resumes(resumable(), record)
+
+
+def test_resume_refuses_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_text("somebody's model")
+    with pytest.raises(UserError, match=r"--resume finds files, but no args.json"):
+        prepare_output_dir(tmp_path, resume=True)
+    assert (tmp_path / "pytorch_model.bin").is_file()
 
 
 def test_resuming_with_other_arguments_names_those_that_differ(tmp_path):
@@ -383,12 +405,14 @@ def test_a_resumed_run_keeps_its_states_and_clears_what_was_being_written(tmp_pa
     state = tmp_path / "training_state" / "step_0000000003.pt"
     state.parent.mkdir()
     state.write_text("x")
+    (tmp_path / "args.json").write_text("{}")
     (tmp_path / ".pytorch_model.bin.99.tmp").write_text("half")
     (state.parent / ".step_0000000006.pt.99.tmp").write_text("half")
     prepare_output_dir(tmp_path, resume=True)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [state]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        "args.json", state.name}
     prepare_output_dir(tmp_path, overwrite=True)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
 def test_too_little_disk_or_memory_is_an_error_before_work_starts(tmp_path, caplog):

@@ -235,6 +235,7 @@ def save_pretrained(
 
 STATE_FOLDER = "training_state"
 KEPT_STATES = 2
+DAMAGED_SUFFIX = ".damaged"
 
 
 def _states(output_dir: Path | str) -> list[Path]:
@@ -266,6 +267,7 @@ def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
         except Exception as error:  # a damaged file raises almost anything
             logger.warning("%s: damaged (%s); taking the one before it", path,
                            str(error).strip().split("\n")[0][:120])
+            path.replace(path.with_suffix(DAMAGED_SUFFIX))  # so that it does not count as newest
             continue
         logger.info("going on from %s", path)
         return state
@@ -274,8 +276,8 @@ def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
 
 def remove_training_states(output_dir: Path | str) -> None:
     """Delete the states of a run that has ended."""
-    for path in _states(output_dir):
-        path.unlink()
     folder = Path(output_dir, STATE_FOLDER)
+    for path in [*_states(output_dir), *folder.glob(f"*{DAMAGED_SUFFIX}")]:
+        path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 # connection; this bounds how long one may tokenize while the others wait.
 LONGEST_WAIT = timedelta(hours=12)
 # How the libraries say that the other end has gone.
-LOST_PEER_SIGNS = ("gloo", "connection closed by peer", "connection reset by peer", "nccl",
-                   "broken pipe")
+LOST_PEER_SIGNS = ("connection closed by peer", "connection reset by peer", "broken pipe",
+                   "remote process exited", "ncclremoteerror")
 
 
 def rank() -> int:
@@ -49,6 +49,13 @@ def is_restart() -> bool:
     The machines of several count apart: `agree` on it.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch() -> str | None:
+    """Return what tells this call of torchrun from others, the same when it starts again."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without a rendezvous of its own a call is named "none"; the process that waits for it stays.
+    return f"none-{os.getppid()}" if name == "none" else name
 
 
 def connect(use_gpu: bool = False) -> None:

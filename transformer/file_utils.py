@@ -55,19 +55,21 @@ class UnreachableError(UserError):
 
 
 @contextmanager
-def atomic_path(target: Path | str) -> Iterator[Path]:
+def atomic_path(target: Path | str, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `target` that replaces it when the block succeeds.
 
     A block that raises leaves `target` as it was and removes the temporary file, so a reader
-    never meets a half-written file under its final name, nor after a power failure. A process
-    that is killed leaves the temporary file. Missing parent folders are made.
+    never meets a half-written file under its final name; nor after a power failure, for which
+    `durable` waits for the disk. A process that is killed leaves the temporary file. Missing
+    parent folders are made.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

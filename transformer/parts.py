@@ -27,14 +27,19 @@ from typing import Any, TypeVar
 
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, file_sha256, read_json, write_json
-from transformer.runtime import argument_values, check_same_arguments
+from transformer.runtime import (
+    ARGUMENTS_NAME,
+    UNFINISHED,
+    argument_values,
+    check_same_arguments,
+    resumes,
+)
 
 logger = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 
-UNFINISHED = ".unfinished"
-ARGUMENTS_NAME, PLAN_NAME = "args.json", "publish.json"
+PLAN_NAME = "publish.json"
 FILE_SUFFIX, MARK_SUFFIX = ".part", ".mark.json"  # after the name of a part, which has no dot
 COPIED_BYTES = 1 << 20  # at once
 HASHED_BYTES = 1 << 28  # of inputs, which takes a second or less
@@ -60,12 +65,9 @@ class PartFile:
         self.length += memoryview(content).nbytes
         self.checksum = zlib.crc32(content, self.checksum)
 
-    def close(self, lasting: bool) -> None:
-        """Close the file; a lasting one is brought to the disk itself."""
-        with self._file:
-            self._file.flush()
-            if lasting:
-                os.fsync(self._file.fileno())
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class NewPart:
@@ -155,9 +157,14 @@ class WorkFolder:
         Raises:
             UserError: --resume with other arguments, or other inputs.
         """
+        args.resume = self.resumes(args)
         state = self._begin(args, inputs, taken) if distributed.is_main() else None
         self.going_on, whole = distributed.from_main(state)
         return not whole
+
+    def resumes(self, args: argparse.Namespace) -> bool:
+        """Say whether to go on with what is there; the processes ask together."""
+        return resumes(args, self.path / ARGUMENTS_NAME, self.record)
 
     def _begin(
         self, args: argparse.Namespace, inputs: Mapping[str, str], taken: str | None
@@ -184,7 +191,8 @@ class WorkFolder:
                            " would have gone on with it", self.path)
         self._remove()
         self.path.mkdir(parents=True)
-        write_json(arguments, {"arguments": argument_values(args), "inputs": dict(inputs)})
+        write_json(arguments, {"arguments": argument_values(args), "inputs": dict(inputs),
+                               "launch": distributed.launch()})
         return False, False
 
     def _check_same(
@@ -257,15 +265,17 @@ class WorkFolder:
         with ExitStack() as stack:
             files = []
             for suffix in suffixes:
-                path = stack.enter_context(atomic_path(self.file(name, suffix)))
+                path = stack.enter_context(atomic_path(self.file(name, suffix), lasting))
                 files.append(PartFile(path))
-                stack.callback(files[-1].close, lasting)
+                stack.callback(files[-1].close)
             part = NewPart(files)
             yield part
         written = {suffix: [file.length, file.checksum]
                    for suffix, file in zip(suffixes, files, strict=True)}
         note = {"files": written, "facts": part.facts}
-        write_json(self._mark(name), {**note, "crc32": _note_checksum(note)})
+        with atomic_path(self._mark(name), lasting) as temporary:
+            temporary.write_text(json.dumps({**note, "crc32": _note_checksum(note)}),
+                                 encoding="utf-8")
 
     def joined(
         self, name: str, suffixes: Sequence[str], parts: Sequence[str],

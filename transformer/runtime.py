@@ -75,8 +75,6 @@ def run_script(
     """
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
-    if hasattr(args, "resume") and distributed.is_restart():
-        args.resume = True
     setup_logging()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _raise_stopped)
@@ -99,8 +97,10 @@ def run_script(
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise
+        reason = str(error).strip().splitlines()[0]
         _complain(parser.prog, "error: another process of this run has ended, so this one ends"
-                  " too; the first message of the others says why" + how_to_continue(args))
+                  f" too; the first message of the others says why ({reason})"
+                  + how_to_continue(args))
         sys.exit(2)
     finally:
         distributed.disconnect()
@@ -114,7 +114,7 @@ def _complain(program: str, message: str) -> None:
 
 def how_to_continue(args: argparse.Namespace) -> str:
     """Return the end of a sentence with the command that goes on; nothing where none does."""
-    if not hasattr(args, "resume"):
+    if not hasattr(args, "resume") or getattr(args, "do_eval", False):
         return ""
     words = [word for word in sys.argv if not word.startswith(("--resume", "--overwrite"))]
     launcher = "torchrun ..." if distributed.world_size() > 1 else "python"
@@ -315,8 +315,14 @@ def training_steps(epochs: float, steps_per_epoch: int) -> int:
 # ------------------------------------------------------------------ output and logs
 
 
-def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
+ARGUMENTS_NAME = "args.json"  # what a run was begun with, in its output folder
+UNFINISHED = ".unfinished"  # the folder, or how it begins, of parts of an unfinished output
+
+
+def check_output_dir(path: Path | str, overwrite: bool = False, resume: bool = False) -> None:
     """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`.
+
+    With `resume` it may hold those of an earlier run, by its `args.json`, but no others.
 
     Of several processes the first looks: it may have written something already.
     """
@@ -325,7 +331,17 @@ def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
         return
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if not path.is_dir() or overwrite:
+        return
+    if resume and ((path / ARGUMENTS_NAME).is_file() or (path / UNFINISHED).exists()):
+        return
+    files = [file for file in path.iterdir() if not (resume and file.name.endswith(".tmp"))]
+    if files and resume:
+        raise UserError(
+            f"{path}: --resume finds files, but no {ARGUMENTS_NAME} of a run that was stopped;"
+            " choose another folder or pass --overwrite_output_dir"
+        )
+    if files:
         raise UserError(
             f"{path}: exists and is not empty; choose another folder"
             " or pass --resume or --overwrite_output_dir"
@@ -341,10 +357,11 @@ def prepare_output_dir(
     """
     path = Path(path)
     if distributed.is_main():
-        check_output_dir(path, overwrite or resume)
+        check_output_dir(path, overwrite, resume)
         path.mkdir(parents=True, exist_ok=True)
         for unfinished in path.rglob(".*.tmp"):
-            unfinished.unlink(missing_ok=True)
+            if unfinished.is_file():
+                unfinished.unlink(missing_ok=True)
         if not resume:
             remove_training_states(path)
     return path
@@ -364,6 +381,23 @@ def argument_values(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
+def resumes(args: argparse.Namespace, *records: Path) -> bool:
+    """Say whether a run goes on: as --resume says, or as torchrun has started it again.
+
+    The second only where one of `records`, each an `args.json`, was written by this very call of
+    torchrun: what an earlier one has left is not touched without --resume. The processes ask
+    together.
+    """
+    if distributed.agree(args.resume):
+        return True
+    if not distributed.agree(distributed.is_restart()):
+        return False
+    own = distributed.is_main() and any(
+        path.is_file() and read_json(path).get("launch") == distributed.launch()
+        for path in records)
+    return distributed.from_main(own)
+
+
 def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
     """Say whether `args.json`, which an earlier call wrote, is there; it must hold these arguments.
 
@@ -373,9 +407,10 @@ def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
     if not Path(path).is_file():
         return False
     saved, values = read_json(path).get("arguments", {}), argument_values(args)
-    differing = [f"--{name} {values.get(name)} (was {saved.get(name)})"
-                 for name in sorted({*values, *saved} - FREE_ARGUMENTS)
-                 if values.get(name) != saved.get(name)]
+    # A flag that is newer than the saved ones is passed over.
+    differing = [f"--{name} {values.get(name)} (was {saved[name]})"
+                 for name in sorted({*saved} - FREE_ARGUMENTS)
+                 if values.get(name) != saved[name]]
     if differing:
         raise UserError(
             f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same;"
@@ -404,9 +439,11 @@ def free_memory() -> int | None:
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
     group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # of a container, if this is one with a limit
+    with suppress(OSError, ValueError, KeyError):  # of a container, if this is one with a limit
+        figures = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(figures["inactive_file"]) + int(figures["active_file"])  # given up on demand
         limits.append(int((group / "memory.max").read_text())
-                      - int((group / "memory.current").read_text()))
+                      - int((group / "memory.current").read_text()) + cached)
     return min(limits) if limits else None
 
 
@@ -452,7 +489,9 @@ def one_each(flag: str, values: float | list[float], students: int) -> list[floa
     return values if len(values) == students else values * students
 
 
-def check_output_dirs(paths: list[str], students: int, overwrite: bool = False) -> None:
+def check_output_dirs(
+    paths: list[str], students: int, overwrite: bool = False, resume: bool = False
+) -> None:
     """Raise a `UserError` unless there is an output folder of its own for each student."""
     if len(paths) != students:
         raise UserError(
@@ -462,7 +501,7 @@ def check_output_dirs(paths: list[str], students: int, overwrite: bool = False) 
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise UserError(f"--output_dir {' '.join(paths)}: expected a folder of its own for each")
     for path in paths:
-        check_output_dir(path, overwrite)
+        check_output_dir(path, overwrite, resume)
 
 
 class RunningMean:
@@ -546,8 +585,16 @@ class JsonLog:
     def cut(self, size: int) -> None:
         """Keep the first `size` bytes: what followed is written again."""
         if distributed.is_main():
+            if size > self.size:
+                logger.warning("%s: %d bytes; expected at least %d", self.path, self.size, size)
             with self.path.open("ab") as file:
-                file.truncate(size)
+                file.truncate(min(size, self.size))
+
+    def sync(self) -> None:
+        """Have the disk hold what was written."""
+        if distributed.is_main():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line."""
@@ -597,4 +644,4 @@ def log_start(
 def save_arguments(output_dir: Path, start: dict[str, Any]) -> None:
     """Write what `log_start` returned to `args.json`."""
     if distributed.is_main():
-        write_json(output_dir / "args.json", start)
+        write_json(output_dir / ARGUMENTS_NAME, {**start, "launch": distributed.launch()})

@@ -29,8 +29,9 @@ from transformer.checkpoint import (
     save_weights,
 )
 from transformer.evaluation import Selection, write_results
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, read_json
 from transformer.runtime import (
+    ARGUMENTS_NAME,
     JsonLog,
     Pace,
     RunningMean,
@@ -38,7 +39,9 @@ from transformer.runtime import (
     check_room,
     check_same_arguments,
     prepare_output_dir,
+    resumes,
     save_arguments,
+    size_text,
 )
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, Step, train
@@ -53,23 +56,41 @@ NOTHING, SAVE, STOP = 0, 1, 2
 # ------------------------------------------------------------------ output folders
 
 
-def finished_before(args: argparse.Namespace, folders: Sequence[Path | str]) -> bool:
-    """Say whether --resume finds that an earlier call has done everything.
+def goes_on(args: argparse.Namespace) -> bool:
+    """Say whether this run goes on with what lies in its output folders (`runtime.resumes`)."""
+    return resumes(args, *(Path(path) / ARGUMENTS_NAME for path in as_list(args.output_dir)))
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return several values of a flag as they are, a single one as a list of it."""
+    return value if isinstance(value, list) else [value]
+
+
+def finished_before(args: argparse.Namespace, sources: Sequence[str]) -> bool:
+    """Say whether a resumed run finds that everything was done.
+
+    Args:
+        sources: what each student starts from.
 
     Raises:
-        UserError: the earlier call had other arguments.
+        UserError: the earlier call had other arguments, or other folders for its students.
     """
     if not args.resume:
         return False
-    finished = []
+    folders, finished = [Path(path) for path in as_list(args.output_dir)], []
     if distributed.is_main():
-        for folder in map(Path, folders):
-            check_same_arguments(folder / "args.json", args)
-            # The results come last, and then the states go.
-            finished.append((folder / "eval_results.json").is_file()
-                            and not (folder / STATE_FOLDER).exists())
+        for folder, source in zip(folders, sources, strict=True):
+            if check_same_arguments(folder / ARGUMENTS_NAME, args):
+                was = read_json(folder / ARGUMENTS_NAME).get("student")
+                if was != source:
+                    raise UserError(f"--resume: {folder} is the folder of student {was}; expected"
+                                    f" that of {source}")
+            # Written last, and removed first when a run starts.
+            finished.append((folder / "eval_results.json").is_file())
     if not distributed.from_main(bool(finished) and all(finished)):
         return False
+    if distributed.is_main():
+        remove_training_states(folders[0])
     logger.info("%s: finished by an earlier call; nothing to resume", " ".join(map(str, folders)))
     return True
 
@@ -79,8 +100,7 @@ def open_output_dirs(
 ) -> list[Path]:
     """Make each student's output folder and its `args.json`: `start` and the student's source."""
     folders = []
-    paths = args.output_dir if isinstance(args.output_dir, list) else [args.output_dir]
-    for path, source in zip(paths, sources, strict=True):
+    for path, source in zip(as_list(args.output_dir), sources, strict=True):
         folder = prepare_output_dir(path, args.overwrite_output_dir, args.resume)
         if distributed.is_main():
             (folder / "eval_results.json").unlink(missing_ok=True)  # says that a run has finished
@@ -159,17 +179,19 @@ class Output:
 
 
 def check_training_room(
-    outputs: Sequence[Output], rows: int, length: int, models_written: int
+    learners: Sequence[Learner], folders: Sequence[Path | str], rows: int, length: int,
+    models_written: int,
 ) -> None:
     """Say what disk and memory the run will need, and raise a `UserError` where there is less.
 
     Args:
-        outputs: the students, made already.
+        learners: the students, made already.
+        folders: their output folders, made or not.
         rows, length: of the largest micro-batch.
         models_written: models that each student's folder will hold at once.
     """
     disk = memory = 0
-    for learner in (output.learner for output in outputs):
+    for learner in learners:
         config = learner.student.config
         parameters = sum(parameter.numel() for parameter in learner.student.parameters())
         # Weights and Adam's two moments, in two states that are kept and one that is written.
@@ -180,11 +202,24 @@ def check_training_room(
             34 * config.hidden_size + 5 * config.num_attention_heads * length)
         memory += parameters * 4 * 4 + values * (2 if learner.dtype is None else 1)
     # What a resumed run finds of its own is part of that.
-    disk -= sum(path.stat().st_size for output in outputs for path in output.folder.rglob("*")
-                if path.is_file())
-    on_gpu = outputs[0].learner.device.type == "cuda"
-    check_room("training", outputs[0].folder, max(0, disk), 0 if on_gpu else memory)
+    disk -= sum(file.stat().st_size for folder in map(Path, folders)
+                for file in [*folder.rglob("*.bin"), *folder.glob(f"{STATE_FOLDER}/*")])
+    device = learners[0].device
+    check_room("training", folders[0], max(0, disk), 0 if device.type == "cuda" else memory)
+    if device.type == "cuda":
+        check_gpu_memory(device, memory)
 
+
+def check_gpu_memory(device: torch.device, memory: int) -> None:
+    """Say what a GPU has for so many bytes; more than it has in all is a `UserError`."""
+    free, total = torch.cuda.mem_get_info(device)
+    logger.info("training needs about %s of the GPU's memory (%s free)", size_text(memory),
+                size_text(free))
+    if memory > total:
+        raise UserError(
+            f"the GPU has {size_text(total)} of memory; training needs about {size_text(memory)};"
+            " expected a smaller --train_batch_size, or more --gradient_accumulation_steps"
+        )
 
 
 @torch.no_grad()
@@ -317,7 +352,7 @@ class Run:
     def _wish(self, saved_at: float) -> int:
         if self.signal is not None:
             return STOP
-        by_steps = self.save_steps and self.step % self.save_steps == 0
+        by_steps = self.save_steps and self.step - self.saved_step >= self.save_steps
         minutes = (time.monotonic() - saved_at) / 60
         by_time = self.save_minutes and minutes >= self.save_minutes and distributed.is_main()
         return SAVE if by_steps or by_time else NOTHING
@@ -347,7 +382,10 @@ class Run:
         """Save the run's state; the processes do it together."""
         random_states = distributed.gather(
             [output.learner.random_state.state for output in self.outputs])
-        state = {"step": self.step, "outputs": [output.state() for output in self.outputs],
+        for output in self.outputs:
+            output.log.sync()  # a state says how long it is
+        state = {"step": self.step, "total_steps": self.total_steps,
+                 "outputs": [output.state() for output in self.outputs],
                  "random_states": random_states}
         if distributed.is_main():
             path = save_training_state(self.outputs[0].folder, self.step, state)
@@ -363,6 +401,11 @@ class Run:
         if state is None:
             logger.info("%s: no saved state; starting from the beginning", folder)
             return False
+        if state["total_steps"] != self.total_steps:
+            raise UserError(
+                f"--resume: {self.total_steps} steps in all; {folder} was begun with"
+                f" {state['total_steps']}; expected the same data"
+            )
         self.step = self.saved_step = state["step"]
         own = (state["random_states"] + [None] * distributed.world_size())[distributed.rank()]
         for number, output in enumerate(self.outputs):
