@@ -10,7 +10,7 @@ set -euo pipefail
 
 STAGES="environment inputs glove glue wikipedia models pregenerate general augment repair teachers
 distill evaluate smart_init smart_direct smart_general smart_distill smart_evaluate baselines
-report"
+prune quantize latency report"
 
 title() {
   case $1 in
@@ -33,6 +33,9 @@ title() {
     smart_distill) echo "Smart initialisation, general then task distillation" ;;
     smart_evaluate) echo "Evaluation of the smart students" ;;
     baselines) echo "Students trained without distillation" ;;
+    prune) echo "Pruned students (K-prune)" ;;
+    quantize) echo "Quantized students" ;;
+    latency) echo "Latency of one task's models" ;;
     report) echo "Report: table and pictures" ;;
   esac
 }
@@ -294,7 +297,9 @@ can_resume() {
 on_all_gpus() {
   ((GPUS > 1)) && can_resume || return 0
   [[ ${cmd[1]} == p* ]] || # pregenerate and prepare: the CPU's
-    cmd=(python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "${cmd[@]:1}")
+    cmd=(python -m torch.distributed.run --standalone --nproc_per_node "$GPUS" --max-restarts 3
+      "${cmd[@]:1}")
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110} # to write a state
 }
 
 # take_folders: keeps other drivers from this run's folders until this one and all that it started
@@ -519,7 +524,7 @@ interrupted() {
 # ---------------------------------------------------------------- stages: data and models
 
 RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub nltk tqdm requests boto3
-scipy sklearn matplotlib wikiextractor"
+scipy sklearn matplotlib wikiextractor onnx onnxruntime"
 TEST_MODULES="transformers pytest xdist hypothesis ruff"
 
 # has_modules PYTHON MODULE...: whether that interpreter can import them all.
@@ -1103,7 +1108,7 @@ stage_smart_evaluate() {
   wait_for_all
 }
 
-# ---------------------------------------------------------------- stages: comparison and report
+# ---------------------------------------------------------------- stages: comparison
 
 # baseline KIND STUDENT TASK: the student trained on the task's labels alone.
 baseline() {
@@ -1142,13 +1147,122 @@ stage_baselines() {
   wait_for_all
 }
 
+# ---------------------------------------------------------------- stages: smaller students, report
+
+# finished_students SETTING TASK: a line "student folder" for each trained student of the run that
+# the setting names (all: every one).
+finished_students() {
+  local wanted student folder name smart=$SMART_STUDENT _
+  name=$(slug "$2")
+  setting "$1" "$name"
+  wanted=" $REPLY "
+  {
+    for student in $STUDENTS; do echo "$student distilled_${student}_$name"; done
+    [[ -z $smart ]] || echo "${smart}_direct ${smart}_direct_${name}_tsd"
+    [[ -z $smart || $SMART_GENERAL != yes ]] || echo "$smart ${smart}_$name"
+  } | while read -r student folder; do
+    [[ $wanted == " all " || $wanted == *" $student "* ]] || continue
+    variants "$2" "$STUDENTS_DIR/$folder" | while read -r _ _ folder; do
+      echo "$student $folder"
+    done
+  done
+}
+
+# smaller KIND STUDENTS CHOICES FUNCTION: has the function make each task's finished students
+# smaller, once for each choice; STUDENTS and CHOICES are settings.
+smaller() {
+  local task
+  for task in $TASKS; do side_by_side smaller_on_task "$@" "$task"; done
+  wait_for_all
+}
+
+# smaller_on_task KIND STUDENTS CHOICES FUNCTION TASK: calls FUNCTION CHOICE TASK FOLDER OUTPUT for
+# each, then measures all outputs on dev; in fp32, so that what pruning and rounding change is seen
+# alone.
+smaller_on_task() {
+  local PRECISION=fp32 task=$5 student folder choice chosen kinds=() models=() folders=()
+  setting "$3" "$(slug "$task")"
+  chosen=$REPLY
+  while read -r student folder <&3; do
+    for choice in $chosen; do
+      evaluated "$1" "$student" "${folder}_$1_$choice"
+      "$4" "$choice" "$task" "$folder" "${folder}_$1_$choice"
+    done
+  done 3< <(finished_students "$2" "$task")
+  ((${#folders[@]} == 0)) || evaluation "eval_$1_$(slug "$task")" "$task"
+}
+
+stage_prune() { smaller pruned PRUNE_STUDENTS PRUNE_CONSTRAINTS pruning; }
+
+# pruning CONSTRAINT TASK FOLDER OUTPUT
+pruning() {
+  local name
+  name=$(slug "$2")
+  script K-prune/src/main.py --model_name "$3" --ckpt_dir "$3" --task_name "$name" \
+    --data_dir "$GLUE_DIR/$2" --output_dir "$4" --constraint "$1" --sublayerwise_tuning
+  option --num_tokens PRUNE_TOKENS "$name"
+  option --lam_pred PRUNE_LAM_PRED "$name"
+  option --lam_rep PRUNE_LAM_REP "$name"
+  option --mu PRUNE_MU "$name"
+  option --T PRUNE_T "$name"
+  option --max_seq_length MAX_SEQ_LENGTH "$name"
+  option --seed SEED
+  run "${4##*/}" "$4"
+}
+
+stage_quantize() { smaller quantized QUANTIZE_STUDENTS QUANTIZE_METHODS quantization; }
+
+# quantization METHOD TASK FOLDER OUTPUT
+quantization() {
+  local name
+  name=$(slug "$2")
+  script quantize.py --model "$3" --method "$1" --task_name "$2" --data_dir "$GLUE_DIR/$2" \
+    --output_dir "$4"
+  option --format QUANTIZE_FORMAT "$name"
+  option --calibration_rows QUANTIZE_CALIBRATION_ROWS "$name"
+  [[ -z $LOWER_CASE_FLAG ]] || cmd+=("$LOWER_CASE_FLAG")
+  option --max_seq_length MAX_SEQ_LENGTH "$name"
+  option --seed SEED
+  run "${4##*/}" "$4"
+}
+
+# The teacher of one task and its students that were made smaller, before and after, in one run: a
+# row at a time, on one thread.
+stage_latency() {
+  local task=$LATENCY_TASK line kind model its_task folder _ read=() folders=()
+  local -A before=()
+  [[ " $TASKS " == *" $task "* ]] || task=${TASKS%% *}
+  for kind in PRUNE_STUDENTS QUANTIZE_STUDENTS; do
+    while read -r _ folder; do before[$folder]=yes; done < <(finished_students "$kind" "$task")
+  done
+  ((${#before[@]} > 0)) || return 0
+  for line in "${records[@]}"; do
+    IFS=$'\t' read -r kind model its_task _ folder <<<"$line"
+    [[ $its_task == "$task" ]] || continue
+    case $kind in
+      student) [[ -n ${before[$folder]-} ]] || continue ;;
+      teacher | pruned | quantized) ;;
+      *) continue ;;
+    esac
+    read+=("$folder") folders+=("${folder##*/}=$folder")
+  done
+  script benchmarks/inference.py --models "${folders[@]}" --engines "torch fp32" --batches 1 \
+    --threads 1 --seconds 2 --lengths "$task" --glue_dir "$GLUE_DIR" --vocab_dir "$BASE_MODEL" \
+    --output_dir "$RESULTS_DIR/latency"
+  needs=("${read[@]}")
+  run latency "$RESULTS_DIR/latency"
+  record latency - "$task" "$RESULTS_DIR/latency" "$RESULTS_DIR/latency"
+}
+
 # evaluations: every result that is there, as one number.
 evaluations() {
-  local line kind model task folder rest
+  local line kind model task folder rest file
   for line in "${records[@]}"; do
     IFS=$'\t' read -r kind model task folder rest <<<"$line"
     echo "$kind $model $task $rest"
-    [[ ! -f $folder/eval_results.json ]] || cat "$folder/eval_results.json"
+    for file in "$folder"/{eval_results,inference}.json; do
+      [[ ! -f $file ]] || cat "$file"
+    done
   done | cksum
 }
 

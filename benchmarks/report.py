@@ -1,8 +1,10 @@
-"""Gathers every score and loss curve of a run into a table, a JSON file and two pictures.
+"""Gathers every score, loss curve and latency of a run into tables, a JSON file and pictures.
 
 `reproduction.sh` lists the run's model folders in a manifest, one line each, separated by tabs:
-kind, model, task, folder with eval_results.json, folder with log.jsonl. Writes results.json,
-results.md, loss_curves.png and scores.png to --results_dir and prints the table.
+kind, model, task, folder with eval_results.json (kind latency: with inference.json), folder with
+log.jsonl (smaller students: with kprune.json or quantization.json). Writes results.json,
+results.md, loss_curves.png, scores.png and, where latencies were measured, tradeoff.png to
+--results_dir and prints the table.
 
 Example:
     python benchmarks/report.py --manifest results/manifest.tsv --glue_dir data/glue_data \
@@ -25,6 +27,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.inference import draw_tradeoff
 from transformer.evaluation import majority_baseline
 from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
 from transformer.glue import Features, GlueTask, get_task, load_examples
@@ -46,6 +49,10 @@ CURVES = {
     "intermediate": [("intermediate: attention + hidden", ["att_loss", "rep_loss"])],
     "prediction": [("prediction: logits", ["cls_loss"])],
 }
+
+# What the smaller students of a kind have beside their weights.
+SMALLER = {"pruned": "kprune.json", "quantized": "quantization.json"}
+ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
 
 PAPER, SEED = "paper", "seed"
 # Numbers as published, in percent: model, source, split, column: score. MRPC and QQP are F1.
@@ -116,6 +123,7 @@ class Score(NamedTuple):
     """The dev scores of one model on one task, as fractions of 1, by split and metric."""
 
     name: str
+    model: str
     kind: str
     task: str
     best: dict[str, dict[str, float]]
@@ -162,9 +170,29 @@ def read_score(entry: Entry) -> Score | None:
     if last and not isinstance(next(iter(last.values())), dict):
         last = {"dev": last}
     return Score(
-        entry.model + SUFFIX.get(entry.kind, ""), entry.kind, get_task(entry.task).folder,
+        full_name(entry), entry.model, entry.kind, get_task(entry.task).folder,
         result.get("all_metrics") or {"dev": result["metrics"]}, last,
         training.get("selection", result.get("selection", "")), result["rows"], str(entry.folder))
+
+
+def full_name(entry: Entry) -> str:
+    """Return the name of an entry's row in the table."""
+    if entry.kind not in SMALLER:
+        return entry.model + SUFFIX.get(entry.kind, "")
+    made = read_json(entry.training_folder / SMALLER[entry.kind])
+    if entry.kind == "pruned":
+        return f"{entry.model}, K-prune {100 * made['constraint']:g} % removed"
+    return f"{entry.model}, {made['method']} {ENGINE_NAME[made['format']]}"
+
+
+def under_their_students(scores: list[Score]) -> list[Score]:
+    """Put the smaller students below the ones that they were made from."""
+    ordered = [score for score in scores if score.kind not in SMALLER]
+    for score in (score for score in scores if score.kind in SMALLER):
+        places = [i for i, other in enumerate(ordered)
+                  if other.model == score.model and other.kind in ("student", *SMALLER)]
+        ordered.insert(places[-1] + 1 if places else len(ordered), score)
+    return ordered
 
 
 def best_of_settings(scores: list[Score]) -> list[Score]:
@@ -281,10 +309,55 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+class Speed(NamedTuple):
+    """What one model of the latency run takes; `accuracy` is its score, a fraction of 1."""
+
+    name: str
+    model: str
+    engine: str
+    megabytes: float
+    parameters: int
+    median: float  # milliseconds a row, as p95
+    p95: float
+    accuracy: float
+
+
+def read_speeds(entry: Entry, scores: list[Score], column: Column) -> list[Speed]:
+    """Join the latencies of an entry with the scores of the same models, in their order."""
+    path = entry.folder / "inference.json"
+    if not path.is_file():
+        logger.warning("%s: not there yet, no latencies", path)
+        return []
+    rows = {row["model"]: row for row in read_json(path)["rows"]}
+    speeds = []
+    for score in scores:
+        row = rows.get(Path(score.folder).name)
+        if row is not None and score.task == column.task.folder:
+            speeds.append(Speed(
+                score.name, score.model, row["engine"], row["megabytes"], row["parameters"],
+                row["median"], row["p95"], score.best[column.split][column.metric]))
+    return speeds
+
+
+def speed_section(speeds: list[Speed], column: Column) -> str:
+    """Return the part of results.md on size and latency."""
+    first = speeds[0]
+    header = ["model", "engine", "MB", "parameters", "median ms", "p95 ms",
+              f"speed-up over {first.name}", f"{column.title} {column.metric}"]
+    rows = [[speed.name, speed.engine, f"{speed.megabytes:.1f}", f"{speed.parameters / 1e6:.1f}M",
+             f"{speed.median:.2f}", f"{speed.p95:.2f}", f"{first.median / speed.median:.1f}",
+             f"{100 * speed.accuracy:.1f}"] for speed in speeds]
+    return (f"## Size and latency\n\nMilliseconds for one row of the {column.title} dev set at a"
+            " time, on one thread of this machine's CPU, all in one run. Smaller students are"
+            " scored in fp32 or what they were quantized to, the others in the run's precision.\n\n"
+            + markdown_table(header, rows) + "\n![Accuracy against latency](tradeoff.png)\n\n")
+
+
 def results_page(
-    header: list[str], rows: list[list[str]], scores: list[Score], published: list[list[str]]
+    header: list[str], rows: list[list[str]], scores: list[Score], published: list[list[str]],
+    speeds: str,
 ) -> str:
-    """Return results.md: the table, the published numbers, and every score in full."""
+    """Return results.md: the table, published numbers, `speeds`, and every score in full."""
     page = [
         "# Results", "",
         "Scores on the GLUE **dev** sets in percent, `best / last`: the checkpoint that was best "
@@ -294,7 +367,7 @@ def results_page(
         "## Published numbers", "",
         markdown_table(header, published) if published else NOT_COMPARABLE + "\n",
         "![Scores](scores.png)", "", "![Loss curves](loss_curves.png)", "",
-        "## Every score", "", "",
+        speeds + "## Every score", "", "",
     ]  # fmt: skip
     details = []
     for score in scores:
@@ -346,7 +419,11 @@ def draw_losses(entries: list[Entry], path: Path) -> dict[str, Any]:
 def draw_scores(
     scores: list[Score], columns: list[Column], majority: dict[str, Any], path: Path
 ) -> None:
-    """Draw a group of bars for each column, a bar a model, a dashed line at the majority class."""
+    """Draw a group of bars for each column, a bar a model, a dashed line at the majority class.
+
+    Smaller students have a picture of their own.
+    """
+    scores = [score for score in scores if score.kind not in SMALLER]
     names = list(dict.fromkeys(score.name for score in scores))
     by_name = {(score.name, score.task): score for score in scores}
     figure, axis = plt.subplots(figsize=(12, 6), layout="constrained")
@@ -371,6 +448,17 @@ def draw_scores(
     save_figure(figure, path)
 
 
+def draw_speeds(speeds: list[Speed], column: Column, path: Path) -> None:
+    """Draw accuracy against latency: a colour for each student, a shape for each way to run it."""
+    points = []
+    for speed in speeds:
+        way = speed.name.removeprefix(speed.model).strip(", ") or speed.engine
+        points.append({"group": speed.model, "name": way, "latency": speed.median,
+                       "accuracy": speed.accuracy})
+    with atomic_path(path) as temporary:
+        draw_tradeoff(points, temporary, f"{column.title} dev {column.metric}")
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
@@ -383,8 +471,9 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     # What the run left behind
     entries = read_manifest(args.manifest)
-    scored = [e for e in entries if e.kind in ("teacher", "student") or e.kind in SUFFIX]
-    scores = best_of_settings([s for s in map(read_score, scored) if s is not None])
+    scored = [e for e in entries if e.kind in ("teacher", "student", *SUFFIX, *SMALLER)]
+    found = [score for score in map(read_score, scored) if score is not None]
+    scores = best_of_settings(under_their_students(found))
     if not scores:
         raise UserError(f"{args.manifest}: none of its folders has eval_results.json yet")
     columns = make_columns(list(dict.fromkeys(entry.task for entry in scored)))
@@ -394,16 +483,26 @@ def main(args: argparse.Namespace) -> None:
     header = ["dev, best / last", *(f"{c.title} {c.metric}" for c in columns)]
     rows = table_rows(scores, columns, majority)
     published = published_rows(columns) if args.published_numbers else []
-    write_text(args.results_dir / "results.md", results_page(header, rows, scores, published))
+    timed = next((entry for entry in entries if entry.kind == "latency"), None)
+    speeds: list[Speed] = []
+    if timed is not None:
+        column = make_columns([timed.task])[0]
+        speeds = read_speeds(timed, scores, column)
+    page = results_page(header, rows, scores, published,
+                        speed_section(speeds, column) if speeds else "")
+    write_text(args.results_dir / "results.md", page)
 
     # Pictures
     curves = draw_losses(entries, args.results_dir / "loss_curves.png")
     draw_scores(scores, columns, majority, args.results_dir / "scores.png")
+    if speeds:
+        draw_speeds(speeds, column, args.results_dir / "tradeoff.png")
 
     # Last, because the driver takes this file for the sign that the report is finished
     write_json(args.results_dir / "results.json", {
         "commit": commit_id(), "split": "dev", "scores": [score._asdict() for score in scores],
         "majority_class": majority, "losses": curves,
+        "speeds": [speed._asdict() for speed in speeds],
         "published": [dict(zip(("model", "source", "split", "percent"), row, strict=True))
                       for row in PUBLISHED] if args.published_numbers else None,
     })  # fmt: skip

@@ -9,6 +9,7 @@ import matplotlib.image
 import pytest
 
 from transformer.evaluation import write_results
+from transformer.file_utils import write_json
 from transformer.glue import write_tsv
 from transformer.runtime import run_script
 
@@ -120,6 +121,58 @@ def test_baselines_are_named_for_what_they_lack(run):
     run.report()
     assert "| tinybert_4l, labels only, random start | 10.0 |" in run.page
     assert "| tinybert_6l_smart_init_direct, no task distillation | 5.0 |" in run.page
+
+
+@pytest.fixture
+def smaller(run) -> Run:
+    """A run with smaller students, and latencies of some of its models."""
+    run.add("student", "tinybert_6l", "CoLA", {"mcc": 0.45})
+    for kind, name, score, fact in (
+        ("pruned", "a", 0.39, {"constraint": 0.1}), ("pruned", "b", 0.35, {"constraint": 0.3}),
+        ("quantized", "c", 0.4, {"method": "int8-dynamic", "format": "onnx"}),
+    ):  # fmt: skip
+        run.add(kind, "tinybert_4l", "CoLA", {"mcc": score}, name=name)
+        write_json(run.root / f"{name}_{kind}_CoLA_training" / report.SMALLER[kind], fact)
+    times = {"teacher_teacher_CoLA": 40, "tinybert_4l_student_CoLA": 8, "a_pruned_CoLA": 7,
+             "c_quantized_CoLA": 2}
+    engines = {"c_quantized_CoLA": "onnx int8-dynamic"}
+    write_json(run.root / "latency" / "inference.json", {"rows": [
+        {"model": name, "engine": engines.get(name, "torch fp32"), "median": float(time),
+         "p95": 1.5 * time, "megabytes": 50.0, "parameters": 14_500_000}
+        for name, time in times.items()]})
+    run.lines.append(f"latency\t-\tCoLA\t{run.root / 'latency'}\t{run.root / 'latency'}")
+    return run
+
+
+def test_smaller_students_stand_below_the_student_they_were_made_from(smaller):
+    smaller.report()
+    table = [line for line in smaller.page.partition("## ")[0].splitlines() if "|" in line]
+    assert table[3:] == [
+        "| teacher | 50.0 / 48.0 |", "| tinybert_4l | 40.1 / 39.0 |",
+        "| tinybert_4l, K-prune 10 % removed | 39.0 |",
+        "| tinybert_4l, K-prune 30 % removed | 35.0 |",
+        "| tinybert_4l, int8-dynamic ONNX | 40.0 |", "| tinybert_6l | 45.0 |",
+    ]  # fmt: skip
+
+
+def test_latencies_stand_beside_the_scores_of_the_same_models_and_in_a_picture(smaller):
+    result = smaller.report()
+    assert [(speed["name"], speed["median"], speed["accuracy"]) for speed in result["speeds"]] == [
+        ("teacher", 40, 0.5), ("tinybert_4l", 8, 0.401),
+        ("tinybert_4l, K-prune 10 % removed", 7, 0.39),
+        ("tinybert_4l, int8-dynamic ONNX", 2, 0.4)]  # fmt: skip
+    row = ("| tinybert_4l, int8-dynamic ONNX | onnx int8-dynamic | 50.0 | 14.5M | 2.00 | 3.00 |"
+           " 20.0 | 40.0 |")
+    assert row in smaller.page
+    assert "tradeoff.png" in smaller.page
+    assert matplotlib.image.imread(smaller.root / "out" / "tradeoff.png").std() > 0.05
+
+
+def test_without_latencies_there_is_no_section_on_them(run):
+    run.lines.append("latency\t-\tCoLA\tnowhere\tnowhere")
+    assert run.report()["speeds"] == []
+    assert "Size and latency" not in run.page
+    assert not (run.root / "out" / "tradeoff.png").exists()
 
 
 def test_a_run_that_is_not_finished_yet_is_reported_as_far_as_it_went(run, caplog):

@@ -30,7 +30,8 @@ RUNS = [
 STAGES = [
     "environment", "inputs", "glove", "glue", "wikipedia", "models", "pregenerate", "general",
     "augment", "repair", "teachers", "distill", "evaluate", "smart_init", "smart_direct",
-    "smart_general", "smart_distill", "smart_evaluate", "baselines", "report",
+    "smart_general", "smart_distill", "smart_evaluate", "baselines",
+    "prune", "quantize", "latency", "report",
 ]  # fmt: skip
 
 
@@ -144,6 +145,10 @@ READS = {
     "task_distill.py": lambda a: [
         a.data_dir, *a.student_model, *([] if a.do_eval else [a.teacher_model]),
         *([f"{a.data_dir}/train_aug.tsv"] if a.aug_train else [])],
+    "K-prune/src/main.py": lambda a: [a.model_name, a.ckpt_dir, a.data_dir],
+    "quantize.py": lambda a: [a.model, a.data_dir],
+    "benchmarks/inference.py": lambda a: [
+        a.glue_dir, a.vocab_dir, *(model.partition("=")[2] for model in a.models)],
     "benchmarks/report.py": lambda a: [a.glue_dir],
 }  # fmt: skip
 WRITES = {
@@ -264,7 +269,9 @@ def test_only_and_from_select_stages():
     assert [c[1] for c in dry_run("--only", "pregenerate")] == ["pregenerate_training_data.py"]
     scripts = [c[1] for c in dry_run("--from", "smart_evaluate")]
     assert scripts[-1] == "benchmarks/report.py"
-    assert set(scripts[:-1]) == {"task_distill.py"}
+    assert set(scripts[:-1]) == {
+        "task_distill.py", "K-prune/src/main.py", "quantize.py", "benchmarks/inference.py"}
+    assert {c[1] for c in dry_run("--only", "smart_evaluate")} == {"task_distill.py"}
 
 
 def test_the_environment_wins_over_profile_and_recipe():
@@ -302,7 +309,8 @@ def test_a_setting_for_one_task_stands_in_the_command_that_continues(folders):
 
 
 def test_with_several_gpus_training_runs_under_torchrun():
-    launcher = "python -m torch.distributed.run --standalone --nproc_per_node 4".split()
+    launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
+                "--max-restarts", "3"]
     one, four = dry_run("--demo"), dry_run("--demo", GPUS="4")
     shared = {"general_distill.py", "task_distill.py", "finetune_teacher.py",
               "data_augmentation.py"}
@@ -311,8 +319,39 @@ def test_with_several_gpus_training_runs_under_torchrun():
             assert spread == [*launcher, *alone[1:]]
         else:
             assert spread == alone
-    assert {command[6] for command in four if command[1] == "-m" and len(command) > 6} >= shared
+    assert {command[8] for command in four if command[1] == "-m" and len(command) > 8} >= shared
     assert "GPUS=many: expected a number of GPUs" in drive("--dry-run", GPUS="many").stderr
+
+
+def test_students_are_made_smaller_and_measured_as_the_settings_say():
+    commands = dry_run("--from", "prune", TASKS="RTE SST-2", PRUNE_CONSTRAINTS_rte="0.2")
+    pruned = [given(c) for c in commands if c[1].startswith("K-prune")]
+    students = ["distilled_tinybert_4l", "distilled_tinybert_4l_low_lr", "distilled_tinybert_6l",
+                "tinybert_6l_smart_init_direct", "tinybert_6l_smart_init"]
+    finals = {task: [f"models/{name}_{task}{'_tsd' * name.endswith('direct')}" for name in students]
+              for task in ("rte", "sst2")}
+    assert [(f["ckpt_dir"], f["constraint"]) for f in pruned] == [
+        *((folder, 0.2) for folder in finals["rte"]),
+        *((folder, share) for folder in finals["sst2"] for share in (0.1, 0.3))]
+    made = [given(c) for c in commands if c[1] == "quantize.py"]
+    assert [(f["model"], f["method"]) for f in made] == [
+        (folder, method) for task in finals for folder in finals[task]
+        for method in ("fp32", "int8-dynamic", "int8-static")]
+    outputs = [str(flags["output_dir"]) for flags in pruned + made]
+    assert len(set(outputs)) == len(outputs)
+    evaluations = [c for c in commands if c[1] == "task_distill.py"]
+    assert {given(c)["precision"] for c in evaluations} == {"fp32"}
+    assert sorted(m for c in evaluations for m in given(c)["student_model"]) == sorted(outputs)
+    (latency,) = (given(c) for c in commands if c[1] == "benchmarks/inference.py")
+    timed = [model.partition("=")[2] for model in latency["models"]]
+    assert latency["lengths"] == ["SST-2"]
+    assert sorted(timed) == sorted(["models/final_sst2_teacher", *finals["sst2"],
+                                    *(path for path in outputs if "_sst2_" in path)])
+
+
+def test_without_students_to_make_smaller_nothing_is_pruned_quantized_or_timed():
+    commands = dry_run("--from", "prune", PRUNE_STUDENTS="", QUANTIZE_STUDENTS="of_another_run")
+    assert [c[1] for c in commands] == ["benchmarks/report.py"]
 
 
 def test_folder_names_with_spaces_reach_the_scripts_whole():
@@ -568,7 +607,10 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert {("teacher", "CoLA"), ("tinybert_4l", "CoLA"),
             ("tinybert_6l_smart_init", "CoLA")} <= names  # fmt: skip
     assert "tinybert_4l" in (results / "results.md").read_text()
-    for picture in ("scores.png", "loss_curves.png"):
+    assert {("tinybert_4l, K-prune 30 % removed", "CoLA"),
+            ("tinybert_4l, int8-dynamic ONNX", "CoLA")} <= names  # fmt: skip
+    assert len(report["speeds"]) == 4
+    for picture in ("scores.png", "loss_curves.png", "tradeoff.png"):
         assert (results / picture).read_bytes().startswith(b"\x89PNG")
 
     # A second call has nothing to do, and prints the table again.
@@ -579,11 +621,16 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert "majority class" in again.stdout
 
     # Changed settings run again what depends on them, and only that.
+    smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py"}
     changed = dry_run("--demo", **{**settings, "PREDICTION_EPOCHS": "1"})
-    assert {c[1] for c in changed} == {"task_distill.py", "benchmarks/report.py"}
-    assert all({"--pred_distill", "--do_eval"} & set(c) for c in changed[:-1])
+    assert {c[1] for c in changed} == {"task_distill.py", "benchmarks/report.py", *smaller}
+    assert all({"--pred_distill", "--do_eval"} & set(c) for c in changed
+               if c[1] == "task_distill.py")
+    changed = {c[1] for c in dry_run("--demo", **{**settings, "PRUNE_MU": "32"})}
+    assert changed == {"K-prune/src/main.py", "task_distill.py", "benchmarks/inference.py",
+                       "benchmarks/report.py"}
     changed = {c[1] for c in dry_run("--demo", **{**settings, "GENERAL_EPOCHS": "0.03"})}
-    assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py"}
+    assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py", *smaller}
 
     # A step whose mark of having finished was taken away is run again, its leftovers are gone.
     (tmp_path / "models" / ".state" / "prediction_cola").unlink()
