@@ -34,7 +34,7 @@ from helpers import BAD, GOOD, NEUTRAL, SPECIAL, make_glue, make_model
 from test_resume_training import CASES, DROPOUT, damaged, same_state, without_times
 
 from benchmarks.run import machine
-from transformer.checkpoint import load_state, load_training_state, read_tensors
+from transformer.checkpoint import load_state, load_training_state, read_state
 from transformer.file_utils import UserError, write_text
 from transformer.modeling import BertForMaskedLM
 from transformer.runtime import run_script
@@ -207,7 +207,7 @@ def damage_states(root: Path, rounds: int, seed: int) -> Counter:
     process.kill()
     folder = case.folders("stopped")[0]
     *_, older, newest = sorted((folder / "training_state").glob("step_*.pt"))
-    data, previous, last = newest.read_bytes(), read_tensors(older), read_tensors(newest)
+    data, previous, last = newest.read_bytes(), read_state(older), read_state(newest)
 
     def outcome() -> str:
         state = load_training_state(folder)

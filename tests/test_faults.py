@@ -16,7 +16,7 @@ from test_resume_training import DROPOUT, Case, damaged, states, task
 
 import finetune_teacher
 from transformer import checkpoint
-from transformer.checkpoint import load_state, load_training_state, read_tensors
+from transformer.checkpoint import load_state, load_training_state, read_state
 from transformer.file_utils import UserError
 
 # ------------------------------------------------------------------ the disk is full
@@ -70,7 +70,7 @@ def test_a_filesystem_that_fills_up_keeps_the_last_state_and_room_lets_the_run_e
     assert "Traceback" not in process.output()
     saved = process.output().count("state saved")
     assert saved >= 2
-    assert read_tensors(states(case, "small/out")[-1])["step"] == 3 * saved
+    assert read_state(states(case, "small/out")[-1])["step"] == 3 * saved
     # With the disk still full, the same line again.
     again = kill.Process(case.command("small/out", "--resume"))
     assert again.end() == 2
@@ -104,7 +104,7 @@ def test_a_quota_met_in_any_write_of_tensors_costs_nothing(case, capsys, monkeyp
     monkeypatch.undo()
     [folder] = case.folders("quota")
     for state in states(case, "quota"):
-        read_tensors(state)
+        read_state(state)
     if (folder / "pytorch_model.bin").exists():
         load_state(folder)
     case.run("quota", "--resume")

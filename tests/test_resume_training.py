@@ -31,7 +31,7 @@ from helpers import (
 import finetune_teacher
 import general_distill
 import task_distill
-from transformer.checkpoint import load_training_state, read_tensors
+from transformer.checkpoint import load_training_state, read_state
 from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
 from transformer.training_run import Run
 
@@ -308,7 +308,7 @@ def damaged(data: bytes, rng: random.Random) -> list[bytes]:
 def test_a_damaged_state_is_never_used(stopped, caplog):
     stopped.copy("stopped", "damaged")
     *_, older, newest = states(stopped, "damaged")
-    data, previous, last = newest.read_bytes(), read_tensors(older), read_tensors(newest)
+    data, previous, last = newest.read_bytes(), read_state(older), read_state(newest)
     taken = []
     for version in damaged(data, random.Random(0)):
         newest.write_bytes(version)

@@ -4,6 +4,8 @@ A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `py
 (or `model.safetensors` when reading) and `vocab.txt`.
 """
 
+import hashlib
+import io
 import logging
 import os
 import re
@@ -81,12 +83,17 @@ def weights_path(model_dir: Path | str) -> Path:
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
 
 
+ZIP_FOLDER = 0x10  # the attribute of a zip archive's part that says that it is a folder
+
+
 def read_tensors(path: Path) -> Any:
     """Read what `torch.save` wrote, onto the CPU; a damaged file raises, whatever is wrong."""
     if zipfile.is_zipfile(path):  # PyTorch's older format is none, and has no check sums
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load leaves the check sums alone
                 raise ValueError(f"the check sum of its part {damaged} does not agree")
+            if any(part.external_attr & ZIP_FOLDER for part in archive.infolist()):
+                raise ValueError("its directory is damaged")  # torch.load would read nothing
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -254,16 +261,27 @@ def save_training_state(output_dir: Path | str, step: int, state: dict[str, Any]
     path = Path(output_dir, STATE_FOLDER, f"step_{step:010}.pt")
     with atomic_path(path) as temporary:
         write_tensors(state, temporary)
+        with temporary.open("r+b") as file:  # its own check sum, at its end
+            file.write(hashlib.file_digest(file, "sha256").digest())
     for old in _states(output_dir)[KEPT_STATES:]:
         old.unlink()
     return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a state, whatever byte of it has changed: a damaged one raises."""
+    content = path.read_bytes()
+    length = hashlib.sha256().digest_size
+    if hashlib.sha256(content[:-length]).digest() != content[-length:]:
+        raise ValueError("its check sum does not agree")
+    return torch.load(io.BytesIO(content[:-length]), map_location="cpu", weights_only=True)
 
 
 def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
     """Read the newest sound state of a run; None if there is none. Damaged ones are warned of."""
     for path in _states(output_dir):
         try:
-            state = read_tensors(path)
+            state = read_state(path)
         except Exception as error:  # a damaged file raises almost anything
             logger.warning("%s: damaged (%s); taking the one before it", path,
                            str(error).strip().split("\n")[0][:120])
