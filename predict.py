@@ -98,9 +98,11 @@ def parse_json(name: str, number: int, text: str) -> tuple[str, str | None]:
         if isinstance(value, dict):
             texts = ((value["sentence"], None) if "sentence" in value
                      else (value["sentence1"], value["sentence2"]))
-            if all(isinstance(part, str) for part in texts if part is not None):
-                return texts
-    except (json.JSONDecodeError, KeyError):
+            needed = texts[:1] if "sentence" in value else texts
+            if all(isinstance(part, str) for part in needed):
+                # JSON can spell half a surrogate pair, which UTF-8 can not.
+                return tuple(part and part.encode("utf-8", "replace").decode() for part in texts)
+    except (json.JSONDecodeError, KeyError, RecursionError):
         pass
     raise UserError(f'{name}, line {number}: {text[:60]!r}; expected {{"sentence": "..."}} or'
                     ' {"sentence1": "...", "sentence2": "..."}')
@@ -214,7 +216,10 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
     path = args.input_file
     if path is not None and not path.is_file():
-        raise UserError(f"--input_file {path}: no such file")
+        raise UserError(f"--input_file {path}: no such file, or a folder; expected a file of lines")
+    if path is None and sys.stdin is None:
+        raise UserError("standard input is closed; expected sentences on it, or --input_file")
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's: the texts are
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     folder = fetch_model(args.model, args.cache_dir or None)

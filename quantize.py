@@ -96,6 +96,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> GlueTask | None:
     """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
+    if Path(args.model).resolve() == Path(args.output_dir).resolve():
+        raise UserError(f"--output_dir {args.output_dir}: is --model; expected another folder")
     if args.format not in METHODS[args.method]:
         reasons = {"fp32": "an fp32 PyTorch model is what --model already is",
                    "bf16": "ONNX Runtime computes no bfloat16 on a CPU"}
@@ -182,10 +184,10 @@ def write_onnx(model: nn.Module, method: str, folder: Path, tokenizer: BertToken
     return facts
 
 
-def remove_other_format(folder: Path, kind: str) -> None:
-    """Remove what an earlier call wrote in the other format: a folder holds one model."""
-    others = (ONNX_NAME,) if kind == "torch" else (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
-    for name in others:
+def clear(folder: Path) -> None:
+    """Remove the model that is to be overwritten, and what was said of it."""
+    for name in (ONNX_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, RECORD_NAME, "kprune.json",
+                 "eval_results.json", "eval_results.txt", "log.jsonl"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -249,6 +251,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The smaller model
     folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    clear(folder)
     reduce_range = not cpu_has_vnni() if args.reduce_range is None else args.reduce_range
     weights = weights_path(source)
     size = weights.stat().st_size
@@ -257,7 +260,6 @@ def main(args: argparse.Namespace) -> None:
     facts = (write_torch(model, args.method, folder, tokenizer, calibration)
              if args.format == "torch" else
              write_onnx(model, args.method, folder, tokenizer, calibration, reduce_range))
-    remove_other_format(folder, args.format)
 
     # How it was made
     made = folder / (ONNX_NAME if args.format == "onnx" else WEIGHTS_NAME)

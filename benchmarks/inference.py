@@ -8,8 +8,10 @@ inference.json and inference.md to --output_dir and prints the table.
 
 Examples:
     python benchmarks/inference.py --glue_dir data/glue_data --output_dir results/inference
-    python benchmarks/inference.py --models tinybert4 bert_base --lengths 128 --batches 1
-    python benchmarks/inference.py --models bert_base mine=models/distilled_tinybert_4l_rte
+    python benchmarks/inference.py --models tinybert4 bert_base --lengths 128 --batches 1 \
+        --output_dir results/inference_small
+    python benchmarks/inference.py --models bert_base mine=models/distilled_tinybert_4l_rte \
+        --output_dir results/inference_mine
     python benchmarks/inference.py --device cuda --output_dir results/inference_gpu
 """
 
@@ -402,6 +404,11 @@ def main(args: argparse.Namespace) -> None:
     for name in ("batches", "threads"):
         if min(getattr(args, name)) < 1:
             raise UserError(f"--{name} {min(getattr(args, name))}; expected at least 1")
+    names = [name.partition("=")[0] for name in args.models]
+    if len(set(names)) < len(names) or any("/" in name for name in names):
+        raise UserError(f"--models {' '.join(args.models)}: expected different names without /")
+    if any(length.isdigit() and int(length) < 3 for length in args.lengths):
+        raise UserError(f"--lengths {' '.join(args.lengths)}: expected at least 3 word pieces")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU; expected one, or --device cpu")
     device = torch.device(args.device)
@@ -423,6 +430,10 @@ def main(args: argparse.Namespace) -> None:
             settings += [(length, batch, fixed_batches(int(length), batch, words)
                           if rows is None else task_batches(rows, batch, words))
                          for batch in args.batches]
+
+        if not settings:
+            raise UserError(f"--lengths {' '.join(args.lengths)}: no rows to measure with; expected"
+                            " a number, or a task of --glue_dir")
 
         # Measurements
         began = time.monotonic()

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "K-prune" / "src"))
 
 from prune import divergence, head_flops, kprune, neuron_flops
 
+from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, TinyBertForSequenceClassification, model_inputs
 from transformer.runtime import run_script
 
@@ -176,7 +177,7 @@ def random_batches(rows: int, length: int, vocab_size: int, size: int = 32) -> l
     for start in range(0, rows, size):
         count = min(size, rows - start)
         ids = torch.randint(5, vocab_size, (count, length))
-        lengths = torch.randint(length // 2, length + 1, (count, 1))
+        lengths = torch.randint(max(1, length // 2), length + 1, (count, 1))
         mask = (torch.arange(length) < lengths).long()
         batches.append({"input_ids": ids * mask, "token_type_ids": torch.zeros_like(ids),
                         "attention_mask": mask})
@@ -197,6 +198,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    for name in ("rows", "length", "layers"):
+        if (value := getattr(args, name)) < 1:
+            raise UserError(f"--{name} {value}; expected at least 1")
     config = BertConfig(
         vocab_size=2000, hidden_size=312, num_hidden_layers=args.layers, num_attention_heads=12,
         intermediate_size=1200)

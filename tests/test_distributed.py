@@ -107,7 +107,7 @@ everyone = distributed.gather(next(student.parameters()).detach())
 assert torch.equal(*everyone), "the processes' students differ"
 if distributed.is_main():
     print("reductions", len(reductions))
-distributed.disconnect()
+distributed.leave()
 """
 
 

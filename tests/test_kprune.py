@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from helpers import (
     GOLDEN,
+    PIECES,
     REPO,
     ScriptSetup,
     error_line,
@@ -23,10 +25,13 @@ from helpers import (
     same_weights,
     tiny_config,
     weights,
+    write_vocab,
 )
 
+import quantize
 import task_distill
 import tinybert_6_from_bert
+from benchmarks import kprune as benchmark
 from benchmarks.kprune import (
     random_batches,
     random_model,
@@ -47,6 +52,7 @@ kprune_main = importlib.import_module("main")
 prune = importlib.import_module("prune")
 from dataset.sample import draw_sample, sample_batches  # noqa: E402
 from utils.checkpoint import load_model  # noqa: E402
+from utils.latency import measure_latency  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SETTINGS = {"constraint": 0.4, "seq_len": 8.0, "lam_pred": 1.0, "lam_rep": 2.5e-4, "mu": 64.0,
@@ -369,6 +375,33 @@ def test_a_model_with_broken_weights_is_one_clear_error():
         prune.kprune(model, random_batches(4, 9, 20), **SETTINGS)
 
 
+def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(caplog):
+    model, batches = random_model(tiny_config()), random_batches(16, 9, 20)
+    prune.kprune(model, batches, **SETTINGS)
+    assert not caplog.records
+    found = prune.kprune(model, batches, **{**SETTINGS, "lam_rep": 0.0})
+    assert not found.head_masks[0].any()  # no gradient has been measured yet
+    assert caplog.messages[0] == ("layer 1: all 2 heads have the same score and cannot be told"
+                                  " apart: all of them are removed")
+
+
+def test_the_latency_is_measured_of_the_call_that_evaluation_makes(monkeypatch):
+    asked = []
+    forward = TinyBertForSequenceClassification.forward
+    monkeypatch.setattr(TinyBertForSequenceClassification, "forward", lambda self, *given, **more: (
+        asked.append(more), forward(self, *given, **more))[1])
+    models = {"classifier": random_model(tiny_config()),
+              "answerer": BertForQuestionAnswering(tiny_config())}
+    found = measure_latency(models, 8, torch.device("cpu"), rows=2)
+    assert found.keys() == models.keys() and min(found.values()) > 0
+    assert asked and all(more == {"score_layers": ()} for more in asked)
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--length", "--layers"])
+def test_the_benchmark_refuses_sizes_below_1(capsys, flag):
+    assert f"{flag} 0; expected at least 1" in error_line(capsys, benchmark, flag, "0")
+
+
 # ------------------------------------------------------------------ the sample
 
 
@@ -515,6 +548,8 @@ def test_without_output_dir_the_experiments_name_is_the_folder(pruned, monkeypat
     (("--constraint", "1.2"), ("--constraint 1.2",)),
     (("--constraint", "0.9999"), ("--constraint 0.9999 cannot be met", "nothing would be left")),
     (("--T", "0"), ("--T 0", "above 0")),
+    (("--lam_pred", "0", "--lam_rep", "0"), ("--lam_pred 0 --lam_rep 0", "above 0")),
+    (("--model_name", "models/nowhere"), ("--model_name models/nowhere", "no such folder")),
     (("--mu", "-1"), ("--mu -1", "at least 0")),
     (("--num_tokens", "0"), ("--num_tokens 0",)),
     (("--max_seq_length", "4000"), ("--max_seq_length 4000", "128 positions")),
@@ -532,10 +567,75 @@ def test_a_wrong_value_is_one_clear_line_and_nothing_is_written(pruned, capsys, 
 
 def test_a_checkpoint_without_classifier_is_one_clear_line(pruned, capsys):
     make_model(pruned.root / "base", BertModel)
-    for task, head in (("sst2", "classifier.weight"), ("squad", "qa_outputs.weight")):
+    for task, head in (("sst2", "classifier"), ("squad", "question answerer")):
         message = error_line(capsys, kprune_main, *pruned.arguments(
             "never", "--ckpt_dir", pruned.root / "base", "--task_name", task))
-        assert head in message and "Missing from it" in message
+        assert f"base/pytorch_model.bin: holds no trained {head}; expected a model" in message
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_an_int8_or_onnx_checkpoint_is_one_clear_line(pruned, capsys, form):
+    made = pruned.root / f"int8_{form}"
+    run(quantize, "--model", pruned.root / "model", "--method", "int8-dynamic", "--format", form,
+        "--output_dir", made)
+    message = error_line(capsys, kprune_main, *pruned.arguments("never", "--ckpt_dir", made))
+    assert f"{made}: was made by quantize.py; expected the model before it" in message
+
+
+@pytest.mark.parametrize("flag", ["--ckpt_dir", "--model_name"])
+def test_a_folder_that_is_read_is_not_written_into(tmp_path, capsys, flag):
+    """By whatever name, and before anything is read: the folder's content is no model."""
+    setup = Setup(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    message = error_line(capsys, kprune_main, *setup.arguments(
+        "link", flag, tmp_path / "other", "--overwrite_output_dir"))
+    assert f"--output_dir {tmp_path / 'link'}: is {flag} as well" in message
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["config.json"]
+
+
+def test_a_folder_with_files_is_refused_without_the_offer_of_a_flag_that_is_none(pruned, capsys):
+    message = error_line(capsys, kprune_main, *pruned.arguments("out"))
+    assert message.endswith("out: exists and is not empty; choose another folder or pass"
+                            " --overwrite_output_dir")
+
+
+def test_an_overwritten_folder_holds_nothing_of_another_kind(tmp_path):
+    setup = Setup(tmp_path)
+    stale = ("model.onnx", "quantization.json", "eval_results.json", "eval_results.txt",
+             "log.jsonl", "model.safetensors")
+    (tmp_path / "out").mkdir()
+    for name in (*stale, "notes.txt"):
+        (tmp_path / "out" / name).write_text("old", encoding="utf-8")
+    output = setup.run("out", "--overwrite_output_dir")
+    left = {file.name for file in output.iterdir()}
+    assert not left & set(stale)
+    assert {"notes.txt", "pytorch_model.bin", "kprune.json"} <= left
+
+
+@pytest.mark.parametrize(("pieces", "lower", "expected"), [
+    (PIECES, False, ("do_lower_case=False", "do_lower_case=True")),
+    ([*PIECES[:-1], ";"], True, ("word piece 30 of 31 is ';'", "but ',' of 31")),
+    (PIECES[:-1], True, ("word piece 30 of 30 is None", "but ',' of 31")),
+])
+def test_a_vocabulary_that_is_not_the_checkpoints_is_one_clear_line(
+        pruned, tmp_path, capsys, pieces, lower, expected):
+    write_vocab(tmp_path / "vocabulary", pieces, lower)
+    message = error_line(capsys, kprune_main, *pruned.arguments(
+        "never", "--model_name", tmp_path / "vocabulary"))
+    for text in (f"--model_name {tmp_path / 'vocabulary'}", *expected,
+                 f"--ckpt_dir {pruned.root / 'model'}"):
+        assert text in message
+
+
+def test_a_checkpoint_without_vocabulary_takes_that_of_model_name(tmp_path):
+    setup = Setup(tmp_path)
+    shutil.copytree(tmp_path / "model", tmp_path / "bare")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    output = setup.run("out", "--ckpt_dir", tmp_path / "bare")
+    assert (output / "vocab.txt").read_text() == (tmp_path / "model" / "vocab.txt").read_text()
 
 
 def test_an_unknown_task_is_refused_with_the_list_of_tasks(pruned, capsys):

@@ -106,10 +106,11 @@ def test_static_ranges_come_from_the_calibration_rows(tmp_path, glue):
     assert any(least > -0.9 for least, _ in ranges)
 
 
+@pytest.mark.parametrize("form", ["torch", "onnx"])
 @pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
-def test_a_torch_int8_answer_does_not_depend_on_the_rest_of_the_batch(tmp_path, glue, method):
+def test_an_int8_answer_does_not_depend_on_the_rest_of_the_batch(tmp_path, glue, method, form):
     make_model(tmp_path / "model")
-    made = load_classifier(make(tmp_path, method, "torch", *task_flags(glue)))
+    made = load_classifier(make(tmp_path, method, form, *task_flags(glue)))
     inputs = random_batch(16, 11)
     together = made(*inputs)[0]
     alone = made(*(x[:1] for x in inputs))[0]
@@ -228,8 +229,32 @@ def test_an_onnx_file_that_does_not_fit_its_config_is_refused(exported):
     with pytest.raises(UserError, match="puts out 2 numbers a row; its config.json has 3 labels"):
         load_classifier(exported)
     rewrite_config(exported, id2label={"0": "a", "1": "b"}, vocab_size=99)
-    with pytest.raises(UserError, match="word embeddings; its config.json has a vocabulary of 99"):
+    with pytest.raises(UserError, match="its vocab_size is 31; its config.json has 99"):
         load_classifier(exported)
+
+
+@pytest.mark.parametrize("change", [
+    {"hidden_size": 32}, {"num_hidden_layers": 3}, {"num_attention_heads": 4},
+    {"intermediate_size": 25}, {"max_position_embeddings": 1024}, {"type_vocab_size": 3}])
+def test_an_onnx_file_of_another_shape_is_refused(exported, change):
+    rewrite_config(exported, **change)
+    with pytest.raises(UserError, match="expected the pair that quantize.py wrote"):
+        load_classifier(exported)
+
+
+def test_the_model_itself_is_not_overwritten(tmp_path, capsys):
+    make_model(tmp_path / "model")
+    message = error_line(capsys, quantize, "--model", tmp_path / "model", "--output_dir",
+                         tmp_path / "model", "--method", "fp16", "--overwrite_output_dir")
+    assert "is --model" in message and (tmp_path / "model" / "pytorch_model.bin").is_file()
+
+
+def test_overwriting_leaves_no_score_of_the_model_before(exported, tmp_path):
+    (exported / "eval_results.json").write_text("{}")
+    run(quantize, "--model", tmp_path / "model", "--output_dir", exported, "--method", "fp16",
+        "--format", "torch", "--overwrite_output_dir")
+    assert not (exported / "eval_results.json").exists()
+    assert not (exported / "model.onnx").exists()
 
 
 def test_an_onnx_file_with_other_inputs_is_refused(exported):

@@ -166,6 +166,29 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path, content, expected):
         read_squad(tmp_path / "dev.json")
 
 
+@pytest.mark.parametrize(("place", "value", "expected"), [
+    ("id", 7, "question 7: id is 7; expected a string"),
+    ("question", None, "question 'q1': question is None; expected a string"),
+    ("context", ["x"], "question 'q1': context is .*expected a string"),
+    ("answers", {"text": "x"}, "question 'q1': answers is .*expected a list"),
+    ("answers", ["x"], "question 'q1': an answer is .*expected an object"),
+    ("answers", [{"text": 3, "answer_start": 0}], "question 'q1': an answer's text is 3; expected"),
+    ("answers", [{"text": "x", "answer_start": "0"}], "answer_start is '0'.*whole number"),
+    ("answers", [{"text": "x", "answer_start": True}], "answer_start is True.*whole number"),
+    ("is_impossible", "no", "question 'q1': is_impossible is 'no'.*true or false"),
+    ("id", "q0", "question 'q0' is there more than once"),
+])
+def test_a_value_of_a_wrong_type_is_one_error_that_names_file_and_question(
+        tmp_path, place, value, expected):
+    make_squad(tmp_path / "dev.json", questions=2)
+    content = read_json(tmp_path / "dev.json")
+    paragraph = content["data"][0]["paragraphs"][1]
+    (paragraph if place == "context" else paragraph["qas"][0])[place] = value
+    (tmp_path / "dev.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"dev\.json: .*{expected}"):
+        read_squad(tmp_path / "dev.json")
+
+
 # ------------------------------------------------------------------ model and script
 
 

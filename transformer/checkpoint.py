@@ -21,6 +21,7 @@ from torch import nn
 from transformer import distributed
 from transformer.file_utils import (
     CONFIG_NAME,
+    ONNX_NAME,
     SAFE_WEIGHTS_NAME,
     VOCAB_NAME,
     WEIGHTS_NAME,
@@ -80,6 +81,9 @@ def weights_path(model_dir: Path | str) -> Path:
     for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
         if (path / name).is_file():
             return path / name
+    if (path / ONNX_NAME).is_file():
+        raise UserError(f"{path}: an ONNX model, made by quantize.py; expected the PyTorch model"
+                        " that it was made from")
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
 
 
@@ -176,6 +180,9 @@ def load_weights(
                 f"{source}: cls.predictions.decoder.weight differs from the word embeddings;"
                 " expected the same tensor"
             )
+    if any(key.endswith(".weight_scale") for key in state.keys() - own.keys()):
+        raise UserError(f"{source}: an int8 model, made by quantize.py; expected the model that it"
+                        " was made from")
     missing = [key for key in own if key not in state]
     # A part may be missing as a whole only: half a classifier is a damaged one.
     excused = tuple(part for part in allow_missing if not any(k.startswith(part) for k in state))

@@ -10,6 +10,7 @@ Runtime's quantized attention has one scale for the features of all tokens, and 
 (see `transformer.int8`) is more than its fusion saves.
 """
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -227,8 +228,17 @@ def build(model: nn.Module, even: bool = False) -> onnx.ModelProto:
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, [*graph.weights.values()]),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     # The loader compares these with config.json: nothing else in the file tells them.
-    helper.set_model_props(proto, {"vocab_size": str(config.vocab_size)})
+    helper.set_model_props(proto, {"shape": shape_text(config)})
     return proto
+
+
+def shape_text(config: BertConfig) -> str:
+    """Return the sizes that an ONNX file has in its graph, as one JSON string."""
+    return json.dumps({
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "head_width": config.head_width, "heads": config.heads, "neurons": config.neurons,
+        "positions": config.max_position_embeddings, "segments": config.type_vocab_size,
+    })
 
 
 # ------------------------------------------------------------------ ONNX Runtime's tools
@@ -333,11 +343,31 @@ def quantize(
         onnx.save(proto, source)
         if calibration is None:
             quantize_dynamic(source, path, extra_options=extra, **options)
+            fix_ranges(path)
             return
         # Products go on in float32: rounding them again would only add to the error.
         extra["OpTypesToExcludeOutputQuantization"] = ["MatMul"]
         quantize_static(source, path, _Calibration(calibration), QuantFormat.QDQ,
                         activation_type=QuantType.QUInt8, extra_options=extra, **options)
+
+
+def fix_ranges(path: Path) -> None:
+    """Have a dynamically quantized file round its inputs in [-1, 1], whatever the batch holds.
+
+    Even rows lie in it. The range of a batch, which the quantizer has it look for, would let a
+    row's answer depend on the others.
+    """
+    proto = onnx.load(path)
+    for node in proto.graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            rounded, scale, zero = node.output
+            proto.graph.initializer.extend([
+                numpy_helper.from_array(np.array(1 / 127.5, np.float32), scale),
+                numpy_helper.from_array(np.array(128, np.uint8), zero)])
+            node.op_type = "QuantizeLinear"
+            node.input.extend([scale, zero])
+            del node.output[1:]
+    onnx.save(proto, path)
 
 
 # ------------------------------------------------------------------ running a file
@@ -368,7 +398,7 @@ def open_session(path: Path, device: torch.device | None = None) -> onnxruntime.
 def check_session(
     path: Path, session: onnxruntime.InferenceSession, config: BertConfig
 ) -> None:
-    """Raise a `UserError` unless inputs, outputs and vocabulary are those of `config.json`."""
+    """Raise a `UserError` unless inputs, outputs and sizes are those of `config.json`."""
     inputs = {value.name: value.type for value in session.get_inputs()}
     if inputs != dict.fromkeys(INPUTS, "tensor(int64)"):
         raise UserError(f"{path}: its inputs are {inputs}; expected {', '.join(INPUTS)}, int64")
@@ -379,10 +409,12 @@ def check_session(
     if labels != config.num_labels:
         raise UserError(f"{path}: puts out {labels} numbers a row; its config.json has"
                         f" {config.num_labels} labels")
-    words = session.get_modelmeta().custom_metadata_map.get("vocab_size")
-    if words is not None and words != str(config.vocab_size):
-        raise UserError(f"{path}: has {words} word embeddings; its config.json has a vocabulary of"
-                        f" {config.vocab_size}")
+    shape = session.get_modelmeta().custom_metadata_map.get("shape", "{}")
+    if shape != shape_text(config):
+        found, wanted = json.loads(shape), json.loads(shape_text(config))
+        name = next(key for key in wanted if found.get(key) != wanted[key])
+        raise UserError(f"{path}: its {name} is {found.get(name, 'not told')}; its config.json has"
+                        f" {wanted[name]}; expected the pair that quantize.py wrote")
 
 
 class OnnxClassifier(CpuClassifier):

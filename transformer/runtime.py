@@ -80,6 +80,7 @@ def run_script(
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         main(args)
+        distributed.leave()
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal_number", signal.SIGINT)
         _complain(parser.prog, f"stopped by {signal.Signals(number).name}{how_to_continue(args)}")
@@ -102,8 +103,6 @@ def run_script(
                   f" too; the first message of the others says why ({reason})"
                   + how_to_continue(args))
         sys.exit(2)
-    finally:
-        distributed.disconnect()
 
 
 def _complain(program: str, message: str) -> None:

@@ -17,8 +17,10 @@ import argparse
 import copy
 import logging
 import math
+import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,13 @@ from utils.checkpoint import is_distilbert, load_model
 from utils.latency import ROWS, measure_latency
 
 from transformer.checkpoint import save_pretrained
-from transformer.file_utils import UserError, write_json
+from transformer.file_utils import (
+    ONNX_NAME,
+    SAFE_WEIGHTS_NAME,
+    VOCAB_NAME,
+    UserError,
+    write_json,
+)
 from transformer.inference import freeze
 from transformer.runtime import (
     check_output_dir,
@@ -46,11 +54,14 @@ from transformer.runtime import (
     save_arguments,
     set_seed,
 )
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, saved_lower_case
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
+# What other scripts write into a model directory and this one does not replace.
+STALE_NAMES = (ONNX_NAME, SAFE_WEIGHTS_NAME, "quantization.json", "eval_results.json",
+               "eval_results.txt", "log.jsonl")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -98,6 +109,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not least <= value < math.inf:  # also nan
             raise UserError(f"--{name} {value}; expected at least {least}")
+    if args.lam_pred == args.lam_rep == 0:
+        raise UserError("--lam_pred 0 --lam_rep 0: all scores would be 0; expected one of the two"
+                        " above 0")
     if not 0 < args.T < math.inf:
         raise UserError(f"--T {args.T}; expected a temperature above 0")
     if args.max_seq_length is None:
@@ -107,6 +121,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.data_dir = str(ROOT / "data" / below / data_folder(args.task_name))
     if args.output_dir is None:
         args.output_dir = str(Path("outputs") / args.exp_name)
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Raise a `UserError` where writing would meet what is read, or files of another run."""
+    output = Path(args.output_dir)
+    for flag in ("ckpt_dir", "model_name"):
+        if output.resolve() == Path(getattr(args, flag)).resolve():
+            raise UserError(f"--output_dir {output}: is --{flag} as well, whose files the pruned"
+                            " model would replace; expected another folder")
+    if not args.overwrite_output_dir and output.is_dir() and any(output.iterdir()):
+        # Said here, because the common message offers --resume, which this script has not.
+        raise UserError(f"{output}: exists and is not empty; choose another folder or pass"
+                        " --overwrite_output_dir")
+    check_output_dir(output, args.overwrite_output_dir)
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -120,7 +148,12 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
     """Load the vocabulary of --model_name where that is a folder, else that of the checkpoint."""
     if Path(args.model_name).is_dir():
-        return BertTokenizer.from_pretrained(args.model_name)
+        tokenizer = BertTokenizer.from_pretrained(args.model_name)
+        check_same_vocabulary(args, tokenizer)
+        return tokenizer
+    if "/" in args.model_name or os.sep in args.model_name:
+        raise UserError(f"--model_name {args.model_name}: no such folder; expected one with the"
+                        " vocabulary, or a published name such as bert-base-uncased")
     name = args.model_name.lower()
     if ("distilbert" in name) != is_distilbert(args.ckpt_dir):
         found = "a DistilBERT" if is_distilbert(args.ckpt_dir) else "no DistilBERT"
@@ -128,6 +161,25 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
                         f" is {found}")
     lower = None if "cased" not in name else "uncased" in name
     return BertTokenizer.from_pretrained(args.ckpt_dir, lower)
+
+
+def check_same_vocabulary(args: argparse.Namespace, tokenizer: BertTokenizer) -> None:
+    """Raise a `UserError` where the checkpoint has another vocabulary or lower-casing."""
+    own_lower_case = saved_lower_case(Path(args.ckpt_dir))
+    if own_lower_case not in (None, tokenizer.do_lower_case):
+        raise UserError(
+            f"--model_name {args.model_name}: do_lower_case={tokenizer.do_lower_case}, but"
+            f" do_lower_case={own_lower_case} in --ckpt_dir {args.ckpt_dir}; expected the same")
+    if not (Path(args.ckpt_dir) / VOCAB_NAME).is_file():
+        return
+    own = BertTokenizer.from_pretrained(args.ckpt_dir).vocab
+    pairs = zip_longest(tokenizer.vocab, own)
+    for number, (given, expected) in enumerate(pairs):
+        if given != expected:
+            raise UserError(
+                f"--model_name {args.model_name}: word piece {number} of {len(tokenizer)} is"
+                f" {given!r}, but {expected!r} of {len(own)} in --ckpt_dir {args.ckpt_dir};"
+                " expected the same vocabulary")
 
 
 def parameters(model: nn.Module) -> int:
@@ -163,7 +215,7 @@ def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> Non
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_arguments(args)
-    check_output_dir(args.output_dir, args.overwrite_output_dir)
+    check_folders(args)
     device = choose_device(args)
     set_seed(args.seed)
 
@@ -206,6 +258,8 @@ def main(args: argparse.Namespace) -> None:
     report(before, after, pruned)
 
     # Results
+    for name in STALE_NAMES:  # a folder holds one model, and what was said of it
+        (output_dir / name).unlink(missing_ok=True)
     save_pretrained(pruned.model, output_dir, tokenizer)
     write_json(output_dir / "kprune.json", {
         "task": args.task_name, "model": args.ckpt_dir, "exp_name": args.exp_name,

@@ -503,6 +503,11 @@ def kprune(
         first_scores = first_scores or scores
         kept = scores[0] > find_threshold(torch.cat(scores), torch.cat(costs), budget)
         masks.append(kept)
+        if part.units > 1 and scores[0].min() == scores[0].max():
+            logger.warning(
+                "layer %d: all %d %s have the same score and cannot be told apart: %s",
+                place // 2 + 1, part.units, "heads" if part.is_attention else "neurons",
+                "all of them stay" if kept.all() else "all of them are removed")
         budget -= int(kept.sum()) * scoring.cost(part)
         part.keep(kept.to(sample[0].hidden.device))
         if sublayerwise_tuning:

@@ -17,6 +17,8 @@ SQUAD_FILES = {
     "squad_v2": {"train": "train-v2.0.json", "dev": "dev-v2.0.json"},
 }
 MOST_QUESTION_PIECES = 64
+TYPE_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list",
+              dict: "an object"}
 DOC_STRIDE = 128  # word pieces from the start of a window to the start of the next
 
 
@@ -37,8 +39,7 @@ def read_squad(path: Path | str) -> list[Question]:
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
-                questions += [_question(entry, paragraph["context"])
-                              for entry in paragraph["qas"]]
+                questions += [_question(path, entry, paragraph) for entry in paragraph["qas"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: expected SQuAD's layout (data, paragraphs, context, qas with id, question"
@@ -46,13 +47,35 @@ def read_squad(path: Path | str) -> list[Question]:
         ) from error
     if not questions:
         raise UserError(f"{path}: no questions; expected at least one")
+    seen = set()
+    for question in questions:
+        if question.id in seen:
+            raise UserError(f"{path}: question {question.id!r} is there more than once; expected"
+                            " an id of its own for each")
+        seen.add(question.id)
     return questions
 
 
-def _question(entry: Mapping[str, Any], context: str) -> Question:
-    answers = () if entry.get("is_impossible", False) else tuple(
-        answer["text"] for answer in entry["answers"])
-    return Question(entry["id"], entry["question"], context, answers)
+def _question(path: Path, entry: Mapping[str, Any], paragraph: Mapping[str, Any]) -> Question:
+    where = f"{path}: question {entry['id']!r}"
+    name = _typed(where, "id", entry["id"], str)
+    asked = _typed(where, "question", entry["question"], str)
+    context = _typed(where, "context", paragraph["context"], str)
+    if _typed(where, "is_impossible", entry.get("is_impossible", False), bool):
+        return Question(name, asked, context, ())
+    answers = []
+    for answer in _typed(where, "answers", entry["answers"], list):
+        _typed(where, "an answer", answer, dict)
+        answers.append(_typed(where, "an answer's text", answer["text"], str))
+        _typed(where, "answer_start", answer.get("answer_start", 0), int)
+    return Question(name, asked, context, tuple(answers))
+
+
+def _typed(where: str, what: str, value: Any, kind: type) -> Any:
+    """Return a value of the file; one of another type is a `UserError`."""
+    if type(value) is not kind:  # not isinstance: for Python true is an integer, in JSON it is not
+        raise UserError(f"{where}: {what} is {value!r:.60}; expected {TYPE_NAMES[kind]}")
+    return value
 
 
 def squad_path(task: str, data_dir: Path | str, split: str) -> Path:

@@ -6,9 +6,25 @@ from typing import Any
 
 from torch import Tensor, zeros
 
-from transformer.checkpoint import load_state, load_weights
-from transformer.file_utils import UserError, read_json
-from transformer.modeling import BertConfig, BertPreTrainedModel, find_config
+from transformer.checkpoint import load_state, load_weights, weights_path
+from transformer.file_utils import (
+    ONNX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    read_json,
+)
+from transformer.int8 import is_int8
+from transformer.modeling import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertPreTrainedModel,
+    TinyBertForSequenceClassification,
+    find_config,
+)
+
+HEAD_NAMES = {TinyBertForSequenceClassification: "classifier",
+              BertForQuestionAnswering: "question answerer"}
 
 # DistilBERT's names of what BERT has as well.
 CONFIG_NAMES = {
@@ -70,13 +86,26 @@ def load_model(
         kwargs: passed on to the class.
 
     Raises:
-        UserError: missing or damaged files, or a checkpoint that does not fill the model.
+        UserError: missing or damaged files, a checkpoint that does not fill the model, has no
+            trained head, or was made by `quantize.py` in a format that cannot be pruned.
     """
-    if not is_distilbert(folder):
-        return model_class.from_pretrained(folder, **kwargs)
     path = find_config(folder)
-    config = convert_config(read_json(path), path)
-    state = convert_weights(load_state(folder), config)
+    made = f"{folder}: was made by quantize.py; expected the model before it"
+    kinds = {name for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME, ONNX_NAME)
+             if (Path(folder) / name).is_file()}
+    if kinds == {ONNX_NAME}:
+        raise UserError(made)
+    state = load_state(folder)
+    if is_int8(state):
+        raise UserError(made)
+    if not any(key.startswith(model_class.head) for key in state):
+        raise UserError(f"{weights_path(folder)}: holds no trained {HEAD_NAMES[model_class]};"
+                        " expected a model that was fine-tuned or distilled on a task")
+    if is_distilbert(folder):
+        config = convert_config(read_json(path), path)
+        state = convert_weights(state, config)
+    else:
+        config = BertConfig.from_json_file(path)
     model = model_class(config, **model_class.constructor_arguments(config, state, folder, kwargs))
     load_weights(model, state, folder, model_class.optional)
     return model
