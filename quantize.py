@@ -37,11 +37,10 @@ from transformer.file_utils import (
     WEIGHTS_NAME,
     UserError,
     atomic_path,
-    cache_root,
     file_sha256,
     write_json,
 )
-from transformer.glue import GLUE_TASKS, Features, GlueTask, get_task, label_order, load_features
+from transformer.glue import GLUE_TASKS, Features, GlueTask, cached_features, get_task, label_order
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier, cpu_has_vnni, input_ranges, to_int8
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
@@ -136,8 +135,7 @@ def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
 def load_rows(args: argparse.Namespace, task: GlueTask, split: str, model: nn.Module,
               tokenizer: BertTokenizer) -> Features:
     labels = label_order(task, model.config.id2label)
-    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
-                         cache_dir=cache_root() / "features")
+    return cached_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels)
 
 
 def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
