@@ -5,7 +5,6 @@ Alone, or without torchrun, every function is there and does nothing costly.
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,18 +71,9 @@ def connect(use_gpu: bool = False) -> None:
                             world_size=processes, timeout=LONGEST_WAIT)
 
 
-def leave() -> None:
-    """End this process when all of the run have got here, if there are several.
-
-    At once: while Python takes modules and threads of a group apart one by one, PyTorch's C++
-    threads are now and then ended in the wrong order, and a finished run would count as crashed.
-    """
-    if dist.is_initialized():
-        barrier()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+def is_connected() -> bool:
+    """Say whether this process has joined others."""
+    return dist.is_initialized()
 
 
 def barrier() -> None:

@@ -80,7 +80,15 @@ def run_script(
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         main(args)
-        distributed.leave()
+        if distributed.is_connected():
+            # At once, when all have got here: while Python takes a group's modules and threads
+            # apart one by one, PyTorch's C++ threads are now and then ended in the wrong order,
+            # and a finished run would count as crashed.
+            distributed.barrier()
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal_number", signal.SIGINT)
         _complain(parser.prog, f"stopped by {signal.Signals(number).name}{how_to_continue(args)}")
