@@ -7,7 +7,6 @@ A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `py
 import hashlib
 import io
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Iterable
@@ -102,15 +101,13 @@ def read_tensors(path: Path) -> Any:
 
 
 def write_tensors(value: Any, path: Path) -> None:
-    """Write tensors in standard containers to `path`, to the disk itself: the same bytes always."""
+    """Write tensors in standard containers to `path`: the same bytes always."""
     # By an open file: a path's name would stand in the file.
     with path.open("wb") as file:
         try:
             torch.save(value, file)
         except RuntimeError as error:  # about the archive's end, after the error of the disk
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
