@@ -71,7 +71,7 @@ NOT_MEASURED = "not measured"
 ROWS = 1024  # the --rows for which the stages' numbers of rows are given
 GROWTH = (0.25, 0.5, 1.0)
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-CORPUS_BYTES = {False: 3_000_000, True: 100_000}  # the most that is read, without --quick and with
+CORPUS_BYTES = {False: 16_000_000, True: 100_000}  # roughly, without --quick and with
 # A process of its own either way, with no settings of another's; a fork server starts it at once.
 START_METHOD = (
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
@@ -125,25 +125,28 @@ def sample_rows(name: str, split: str, glue_dir: Path, folder: Path, most: int) 
     return len(rows)
 
 
-def cut_corpus(corpus: Path, folder: Path, most: int) -> int:
-    """Write the parts of the corpus that growth is measured on; returns the whole one's bytes.
+def cut_corpus(corpus: Path, folder: Path, size: int) -> str:
+    """Write the parts of the corpus that growth is measured on; returns what the whole one is.
 
     Whole documents are taken from the start, at least two (one has no random next sentences),
-    until they hold `most` bytes, or their part of it.
+    until they hold `size` bytes, or their part of it. A smaller corpus is taken several times: the
+    work must outlast the start of the processes, and nothing of it is remembered between documents.
     """
     documents: list[bytes] = []
     with corpus.open("rb") as lines:
         for blank, block in groupby(lines, key=lambda line: not line.strip()):
-            if len(documents) >= 2 and sum(map(len, documents)) >= most:
+            if len(documents) >= 2 and sum(map(len, documents)) >= size:
                 break
             if not blank:
                 documents.append(b"".join(block))
+    read = sum(map(len, documents))
+    times = max(1, round(size / read))
+    documents *= times
     ends = list(accumulate(map(len, documents)))
     for part in GROWTH:
         count = max(2, 1 + bisect_left(ends, part * ends[-1]))
-        text = b"\n".join(documents[:count])
-        (folder / f"corpus_{part}.txt").write_bytes(text)
-    return len(text)
+        (folder / f"corpus_{part}.txt").write_bytes(b"\n".join(documents[:count]))
+    return f"{read:,} bytes of {corpus.name}" + (f", {times} times" if times > 1 else "")
 
 
 def prepare(args: argparse.Namespace, folder: Path, work: Work) -> dict[str, str]:
@@ -159,12 +162,12 @@ def prepare(args: argparse.Namespace, folder: Path, work: Work) -> dict[str, str
         "RTE train": sample_rows(
             "rte", "train", glue_dir, folder / "glue", max(1, round(ROWS * work.factor))),
     }
-    size = cut_corpus(corpus, folder, CORPUS_BYTES[args.quick])
+    text = cut_corpus(corpus, folder, CORPUS_BYTES[args.quick])
     for length in lengths_of(work):
         pregenerate(vocabulary, folder / f"corpus_{GROWTH[-1]}.txt",
                     folder / f"instances_{length}", length, 1)
     sampled = ", ".join(f"{count:,} of {name}" for name, count in rows.items())
-    return {"rows": sampled, "corpus": f"{size:,} bytes of {corpus.name}"}
+    return {"rows": sampled, "corpus": text}
 
 
 def lengths_of(work: Work) -> list[int]:
