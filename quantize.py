@@ -194,6 +194,14 @@ def single_class(result: dict[str, Any]) -> bool:
     return len(np.unique(result["predictions"])) == 1  # also where they are not numbers
 
 
+def computed_in(method: str, device: torch.device) -> torch.dtype | None:
+    """Return what a PyTorch model of the method computes in; None: float32, or its own int8.
+
+    A CPU computes float16 too slowly to be of use; its weights are rounded all the same.
+    """
+    return HALF.get(method) if method == "bf16" or device.type == "cuda" else None
+
+
 def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict[str, dict],
             dev: dict[str, Features]) -> None:
     """Evaluate the model that was written, from its files, beside the one before it.
@@ -202,8 +210,7 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
     """
     device = get_device(args.no_cuda)
     model = load_classifier(folder, task.num_labels, device)
-    # A CPU computes float16 too slowly to be of use; its weights are rounded all the same.
-    dtype = HALF.get(args.method) if args.method == "bf16" or device.type == "cuda" else None
+    dtype = computed_in(args.method, device)
     freeze(model, dtype, device)
     after = {split: evaluate(model, rows, task, device, args.eval_batch_size, dtype)
              for split, rows in dev.items()}

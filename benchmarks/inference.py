@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.run import machine
-from quantize import RECORD_NAME
+from quantize import RECORD_NAME, computed_in
 from transformer.checkpoint import save_pretrained
 from transformer.classifiers import load_classifier
 from transformer.file_utils import (
@@ -140,6 +140,12 @@ def make_model(name: str) -> torch.nn.Module | CpuClassifier:
     return freeze(model)
 
 
+def parameter_count(model: torch.nn.Module | CpuClassifier) -> int:
+    if isinstance(model, CpuClassifier):
+        return model.parameter_total
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_torch(model: torch.nn.Module, dtype: torch.dtype | None,
                device: torch.device) -> torch.nn.Module:
     return freeze(copy.deepcopy(model), dtype, device)
@@ -152,10 +158,10 @@ def make_candidates(name: str, engines: list[str], folder: Path,
 
     model = make_model(name)
     short, _, source = name.partition("=")
-    if isinstance(model, CpuClassifier):
+    if isinstance(model, CpuClassifier) or (source and (Path(source) / RECORD_NAME).is_file()):
         yield as_it_is(short, Path(source), model, device)
         return
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = parameter_count(model)
     for engine in engines:
         place = folder / f"{short}_{engine.replace(' ', '_')}"
         place.mkdir()
@@ -179,13 +185,15 @@ def make_candidates(name: str, engines: list[str], folder: Path,
                         model.config.vocab_size, load)
 
 
-def as_it_is(name: str, folder: Path, model: CpuClassifier, device: torch.device) -> Candidate:
+def as_it_is(name: str, folder: Path, model: torch.nn.Module | CpuClassifier,
+             device: torch.device) -> Candidate:
     """Return the candidate that quantize.py has made, its engine by the name of the method."""
     made = read_json(folder / RECORD_NAME)
     path = folder / (ONNX_NAME if made["format"] == "onnx" else WEIGHTS_NAME)
-    return Candidate(name, f"{made['format']} {made['method']}", model.parameter_total,
-                     path.stat().st_size / 1e6, model.config.vocab_size,
-                     partial(load_classifier, folder, None, device))
+    load = (partial(load_classifier, folder, None, device) if isinstance(model, CpuClassifier)
+            else partial(load_torch, model, computed_in(made["method"], device), device))
+    return Candidate(name, f"{made['format']} {made['method']}", parameter_count(model),
+                     path.stat().st_size / 1e6, model.config.vocab_size, load)
 
 
 def usable_engines(engines: list[str], device: torch.device) -> list[str]:

@@ -1,10 +1,13 @@
 """benchmarks/inference.py: every candidate in every setting, and what is made of the times."""
 
 import pytest
+import torch
 from helpers import error_line, make_glue, make_model, read_json, run
 
 import quantize
 from benchmarks import inference
+
+CPU = torch.device("cpu")
 
 
 def test_a_run_measures_every_candidate_in_every_setting(tmp_path, capsys):
@@ -35,14 +38,20 @@ def test_what_quantize_made_is_measured_as_it_is(tmp_path):
     for kind in ("torch", "onnx"):
         run(quantize, "--model", tmp_path / "small", "--method", "int8-dynamic", "--format", kind,
             "--output_dir", tmp_path / kind)
-    names = ("small", "torch", "onnx")
+    run(quantize, "--model", tmp_path / "small", "--method", "bf16", "--format", "torch",
+        "--output_dir", tmp_path / "half")
+    names = ("small", "torch", "onnx", "half")
     run(inference, "--models", *(f"{name}={tmp_path / name}" for name in names), "--engines",
         "torch fp32", "--lengths", "8", "--batches", "1", "--threads", "1", "--seconds", "0.01",
         "--output_dir", tmp_path / "out")
     rows = read_json(tmp_path / "out" / "inference.json")["rows"]
     assert [(row["model"], row["engine"]) for row in rows] == [
-        ("small", "torch fp32"), ("torch", "torch int8-dynamic"), ("onnx", "onnx int8-dynamic")]
+        ("small", "torch fp32"), ("torch", "torch int8-dynamic"), ("onnx", "onnx int8-dynamic"),
+        ("half", "torch bf16")]
     assert len({row["parameters"] for row in rows}) == 1
+    half, = inference.make_candidates(f"half={tmp_path / 'half'}", [], tmp_path, CPU)
+    weights = half.load().bert.encoder.layer[0].intermediate.dense.weight
+    assert weights.dtype == torch.bfloat16
     onnx = (tmp_path / "onnx" / "model.onnx").stat().st_size
     assert rows[2]["megabytes"] == onnx / 1e6
 
