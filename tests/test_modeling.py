@@ -26,6 +26,7 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
     fused_attention,
+    softmax,
 )
 from transformer.tokenization import BertTokenizer
 
@@ -198,13 +199,24 @@ def test_position_embeddings_bound_the_length_with_both_numbers_in_the_error():
         model(torch.ones(1, 9, dtype=torch.long))
 
 
+@pytest.mark.parametrize("keys", [8, 17, 31, 32, 120])
+def test_attention_sums_to_one_and_is_rounded_once(keys):
+    scores = 3 * torch.randn(2, 3, 5, keys, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(softmax(scores), scores.softmax(dim=-1))
+    half = scores.bfloat16()
+    assert softmax(half).dtype == torch.bfloat16
+    torch.testing.assert_close(
+        softmax(half).float(), half.float().softmax(dim=-1), rtol=2**-8, atol=0)
+
+
 def test_masked_positions_and_labels_agree_with_the_full_logits():
     torch.manual_seed(0)
     model = BertForMaskedLM(tiny_config()).eval()
     ids, segments, mask = random_batch()
     logits = model(ids, segments, mask)
     positions = (ids % 3 == 0) & mask.bool()
-    close(model(ids, segments, mask, masked_positions=positions), logits[positions])
+    for chosen in (positions, positions.nonzero(as_tuple=True)):
+        close(model(ids, segments, mask, masked_positions=chosen), logits[positions])
     labels = torch.where(positions, (ids + 1) % len(logits[0, 0]), -100)
     close(model(ids, segments, mask, labels=labels),
           torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),

@@ -318,6 +318,18 @@ def project(dense: nn.Linear, units: Tensor, residual: Tensor) -> Tensor:
     return dense(units) if units.shape[-1] else dense.bias.expand_as(residual)
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Return the attention that each query pays to the keys (the last dimension).
+
+    A CPU's bfloat16 kernel treats what exceeds a multiple of 32 keys one by one and takes up to 5
+    times as long there; float32 and rounding differ from it in the last bit of 1 value in 100,000.
+    """
+    keys = scores.shape[-1]
+    if scores.device.type != "cpu" or keys < 16 or keys % 32 == 0:
+        return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
 class BertSelfAttention(nn.Module):
     """Multi-head attention that returns its scores before the softmax where they are wanted."""
 
@@ -351,7 +363,7 @@ class BertSelfAttention(nn.Module):
         # Also where nobody wants the scores on a CPU: its fused kernel is slower than this one
         # (bf16: by half at length 128, and 4 to 10 times in training).
         scores = self.scores(query, key, mask)  # [batch, heads, length, length]
-        attention = self.dropout(scores.softmax(dim=-1))
+        attention = self.dropout(softmax(scores))
         context = (attention @ value).transpose(1, 2)  # [batch, length, heads, head width]
         return context.flatten(start_dim=2), scores if need_scores else None
 
@@ -638,11 +650,14 @@ class BertForMaskedLM(BertPreTrainedModel):
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        masked_positions: Tensor | None = None,  # bool [batch, length]
+        masked_positions: Tensor | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,  # [batch, length], -100 is ignored
     ) -> Tensor:
         """Return logits [batch, length, vocab], those [count, vocab] at `masked_positions`,
-        or with `labels` the mean cross-entropy over the labelled tokens, a scalar."""
+        or with `labels` the mean cross-entropy over the labelled tokens, a scalar.
+
+        `masked_positions` is a mask [batch, length], or the numbers of rows and of positions.
+        """
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
         hidden = output.hidden_states[-1]
         if labels is not None:
