@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from transformer import evaluation
 from transformer.evaluation import (
     compute_metrics,
     evaluate,
@@ -17,6 +18,7 @@ from transformer.evaluation import (
 )
 from transformer.file_utils import UserError
 from transformer.glue import GLUE_TASKS, Features
+from transformer.modeling import BertConfig
 
 PAD = 0
 
@@ -42,8 +44,11 @@ class BagOfPieces(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(vocabulary, num_labels, generator=generator))
         self.dropout = nn.Dropout(0.5)
+        self.config = BertConfig()
+        self.widths = set()
 
     def forward(self, input_ids, token_type_ids, attention_mask, score_layers):
+        self.widths.add(input_ids.shape[1])
         pieces = self.dropout(self.table[input_ids]) * attention_mask[..., None]
         return pieces.sum(1), [], []
 
@@ -146,6 +151,15 @@ def test_results_come_in_the_order_of_the_rows_whatever_the_batch_size(rows, bat
     assert result["loss"] == pytest.approx(float(loss), rel=1e-4)
     accuracy = (expected.argmax(1) == torch.tensor(gold)).float().mean()
     assert result["metrics"]["acc"] == pytest.approx(float(accuracy))
+
+
+def test_a_gpu_gets_widths_in_multiples_of_8_that_the_model_can_take(rows, monkeypatch):
+    model = BagOfPieces(2).eval().requires_grad_(False)
+    features = make_features(rows, [0] * len(rows))
+    model.config.max_position_embeddings = int(features.lengths.max())
+    monkeypatch.setattr(evaluation, "padding_multiple", lambda device: 8)
+    evaluate(model, features, "rte", "cpu", 1)
+    assert model.widths == {8, 16, model.config.max_position_embeddings}
 
 
 def test_regression_is_judged_by_squared_error_and_correlation(rows):

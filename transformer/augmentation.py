@@ -437,18 +437,17 @@ class DataAugmentor:
         ids = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
         segments = np.zeros(shape, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)
-        masked = np.zeros(shape, dtype=bool)
         for row, query in enumerate(batch):
             length = len(query.ids)
             ids[row, :length] = query.ids
             segments[row, query.first_length : length] = 1
             attention_mask[row, :length] = 1
-            masked[row, query.position] = True
-        inputs = [
+        # Numbers of positions, not a mask, whose count a GPU would have to be waited for.
+        rows, positions = np.arange(len(batch)), np.array([query.position for query in batch])
+        *inputs, rows, positions = (
             torch.from_numpy(array).to(self.device)
-            for array in (ids, segments, attention_mask, masked)
-        ]
-        logits = self.model(*inputs[:3], masked_positions=inputs[3])  # [batch, vocabulary]
+            for array in (ids, segments, attention_mask, rows, positions))
+        logits = self.model(*inputs, masked_positions=(rows, positions))  # [batch, vocabulary]
         logits = logits.masked_fill(self._forbidden, float("-inf"))
         return logits.topk(min(self.M, self._allowed)).indices
 

@@ -20,6 +20,7 @@ from transformer.glue import (
     batches,
     get_task,
     padded_collate,
+    padding_multiple,
 )
 from transformer.inference import inference_copy
 from transformer.modeling import model_inputs
@@ -123,7 +124,8 @@ def predict_logits(
     if device.type == "cuda":  # a few short rows would not keep it busy
         batch_size = max(batch_size, GPU_TOKENS // int(features.lengths.max()))
     order = batches(features.lengths, batch_size)
-    collate = padded_collate(features)
+    limit = model.config.max_position_embeddings
+    collate = padded_collate(features, padding_multiple(device), limit=limit)
     model = inference_copy(model, dtype, device)
     own = order[distributed.rank() :: distributed.world_size()]
     outputs = []

@@ -781,7 +781,8 @@ def padded_collate(
     lengths = data.lengths
     buckets = bucket_lengths(lengths, multiple)
     if limit is not None:
-        buckets = np.minimum(buckets, limit)
+        # A row that is too long stays so, for the model to complain of.
+        buckets = np.minimum(buckets, max(limit, lengths.max()))
 
     def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         longest = lengths[rows].max()
