@@ -109,6 +109,7 @@ def test_an_unknown_flag_is_exit_code_2(capsys):
     ("train_batch_size", 0), ("train_batch_size", -1), ("eval_batch_size", 0), ("eval_step", 0),
     ("gradient_accumulation_steps", 0), ("max_seq_length", 2), ("max_train_rows", -1),
     ("num_train_epochs", -1.0), ("num_train_epochs", float("nan")), ("learning_rate", -1e-5),
+    ("num_train_epochs", float("inf")), ("learning_rate", float("inf")),
     ("warmup_proportion", 1.0), ("warmup_proportion", -0.1), ("temperature", 0.0),
     ("weight_decay", -0.1),
 ])

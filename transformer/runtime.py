@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import logging
+import math
 import os
 import random
 import shlex
@@ -187,8 +188,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name, least in LEAST.items():
         values = getattr(args, name, least)
         for value in values if isinstance(values, list) else [values]:
-            if not value >= least:  # also nan
-                raise UserError(f"--{name} {value}; expected at least {least}")
+            if not least <= value < math.inf:  # nan is not either
+                raise UserError(f"--{name} {value}; expected a finite number, at least {least}")
     warmup = getattr(args, "warmup_proportion", 0.0)
     if warmup >= 1:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
