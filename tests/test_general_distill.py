@@ -23,10 +23,12 @@ from helpers import (
     same_weights,
     weights,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import general_distill
 import pregenerate_training_data
 import task_distill
+from transformer import optimization
 from transformer.modeling import (
     BertForMaskedLM,
     BertModel,
@@ -173,6 +175,30 @@ def test_the_last_step_of_large_batches_is_taken_where_the_run_ends(tmp_path):
         torch.manual_seed(42)
         start = TinyBertForPreTraining.from_scratch(setup.student, fit_size=16).state_dict()
         assert not same_weights(weights(outputs[1]), start)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors: each makes a GPU's queue run empty."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **keywords or {})
+
+
+def test_no_step_reads_a_number_from_the_device(setup, monkeypatch):
+    # On a CPU, where it costs nothing, the optimizer reads what to scale each gradient by.
+    monkeypatch.setattr(optimization, "clip_each", lambda gradients, max_norm: None)
+    counts, steps = [], []
+    for batch_size in (4, 1):
+        with ScalarReads() as reads:
+            output = setup.run(f"out_{batch_size}", "--num_train_epochs", 1,
+                               "--train_batch_size", batch_size, "--eval_step", 1000)
+        counts.append(reads.count)
+        steps.append(read_log(output)[-1]["step"])
+    assert steps[1] >= 3 * steps[0]
+    assert counts[0] == counts[1] > 0  # the log line and the check of the weights
 
 
 def test_each_epoch_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
