@@ -21,12 +21,12 @@ import statistics
 import sys
 import tempfile
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ from benchmarks.stages import (
     matrix_peak,
     our_memory,
     pregenerate,
+    sentences_of,
     serve,
 )
 from transformer.file_utils import UserError, write_json, write_text
-from transformer.glue import get_task, read_tsv, write_tsv
+from transformer.glue import GLUE_TASKS, get_task, read_tsv, task_rows, write_tsv
 from transformer.modeling import BertConfig, find_config
 from transformer.runtime import commit_id, prepare_output_dir, resolve_precision, run_script
 from transformer.tokenization import BertTokenizer
@@ -70,8 +71,9 @@ MEMORY_ROWS = {False: 1_000_000, True: 2000}  # without --quick and with
 NOT_MEASURED = "not measured"
 ROWS = 1024  # the --rows for which the stages' numbers of rows are given
 GROWTH = (0.25, 0.5, 1.0)
+GENERAL_TEXT = "general.txt"
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-CORPUS_BYTES = {False: 16_000_000, True: 100_000}  # roughly, without --quick and with
+CORPUS_BYTES = {False: 16_000_000, True: 100_000}  # the most, without --quick and with
 # A process of its own either way, with no settings of another's; a fork server starts it at once.
 START_METHOD = (
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
@@ -125,28 +127,57 @@ def sample_rows(name: str, split: str, glue_dir: Path, folder: Path, most: int) 
     return len(rows)
 
 
-def cut_corpus(corpus: Path, folder: Path, size: int) -> str:
-    """Write the parts of the corpus that growth is measured on; returns what the whole one is.
-
-    Whole documents are taken from the start, at least two (one has no random next sentences),
-    until they hold `size` bytes, or their part of it. A smaller corpus is taken several times: the
-    work must outlast the start of the processes, and nothing of it is remembered between documents.
-    """
-    documents: list[bytes] = []
+def corpus_documents(corpus: Path) -> Iterator[bytes]:
+    """Yield the documents of a corpus, each ending with its last line's end."""
     with corpus.open("rb") as lines:
         for blank, block in groupby(lines, key=lambda line: not line.strip()):
-            if len(documents) >= 2 and sum(map(len, documents)) >= size:
-                break
             if not blank:
-                documents.append(b"".join(block))
-    read = sum(map(len, documents))
-    times = max(1, round(size / read))
-    documents *= times
-    ends = list(accumulate(map(len, documents)))
+                yield b"".join(block).rstrip(b"\n") + b"\n"
+
+
+def glue_documents(glue_dir: Path) -> Iterator[bytes]:
+    """Yield the training sentences of the GLUE tasks that are there, 50 a document."""
+    for task in GLUE_TASKS.values():
+        folder = glue_dir / task.folder
+        if (folder / task.files["train"]).is_file():
+            sentences = sentences_of(task_rows(task, folder))
+            for start in range(0, len(sentences), 50):
+                yield "".join(f"{line}\n" for line in sentences[start : start + 50]).encode()
+
+
+def first_documents(documents: Iterable[bytes], size: int) -> list[bytes]:
+    """Return whole documents from the start until they hold `size` bytes, two at least."""
+    taken, total = [], 0
+    for document in documents:
+        if len(taken) >= 2 and total >= size:
+            break
+        taken.append(document)
+        total += len(document)
+    return taken
+
+
+def write_corpora(corpus: Path, glue_dir: Path, folder: Path, size: int) -> str:
+    """Write the texts of general distillation and of pregenerate; returns what they are.
+
+    The first is the corpus alone. The second goes on with GLUE's sentences where the corpus is
+    small, so that the work outlasts the start of the processes; it is cut for the growth with work.
+
+    Raises:
+        UserError: a corpus without two documents, of which one has no random next sentences.
+    """
+    text = first_documents(corpus_documents(corpus), size)
+    if len(text) < 2:
+        raise UserError(f"--corpus {corpus}: {len(text)} documents; expected at least 2, with a"
+                        " blank line between them")
+    (folder / GENERAL_TEXT).write_bytes(b"\n".join(text))
+    more = first_documents(chain(text, glue_documents(glue_dir)), size)
+    ends = list(accumulate(map(len, more)))
     for part in GROWTH:
         count = max(2, 1 + bisect_left(ends, part * ends[-1]))
-        (folder / f"corpus_{part}.txt").write_bytes(b"\n".join(documents[:count]))
-    return f"{read:,} bytes of {corpus.name}" + (f", {times} times" if times > 1 else "")
+        (folder / f"corpus_{part}.txt").write_bytes(b"\n".join(more[:count]))
+    alone = ends[len(text) - 1]
+    added = f"; for pregenerate {ends[-1] - alone:,} of GLUE too" if ends[-1] > alone else ""
+    return f"{alone:,} bytes of {corpus.name}{added}"
 
 
 def prepare(args: argparse.Namespace, folder: Path, work: Work) -> dict[str, str]:
@@ -162,10 +193,9 @@ def prepare(args: argparse.Namespace, folder: Path, work: Work) -> dict[str, str
         "RTE train": sample_rows(
             "rte", "train", glue_dir, folder / "glue", max(1, round(ROWS * work.factor))),
     }
-    text = cut_corpus(corpus, folder, CORPUS_BYTES[args.quick])
+    text = write_corpora(corpus, glue_dir, folder, CORPUS_BYTES[args.quick])
     for length in lengths_of(work):
-        pregenerate(vocabulary, folder / f"corpus_{GROWTH[-1]}.txt",
-                    folder / f"instances_{length}", length, 1)
+        pregenerate(vocabulary, folder / GENERAL_TEXT, folder / f"instances_{length}", length, 1)
     sampled = ", ".join(f"{count:,} of {name}" for name, count in rows.items())
     return {"rows": sampled, "corpus": text}
 

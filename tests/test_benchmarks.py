@@ -320,6 +320,32 @@ def quick_run(tmp_path_factory) -> Path:
     return root / "out"
 
 
+def test_the_corpus_is_followed_by_glue_up_to_a_size(tmp_path):
+    (tmp_path / "corpus.txt").write_text("a b\nc\n\n\nd\n\ne f", encoding="utf-8")
+    make_glue(tmp_path / "glue" / "SST-2", "SST-2", rows=120)
+
+    def counts(size: int) -> list[int]:
+        said = benchmark.write_corpora(
+            tmp_path / "corpus.txt", tmp_path / "glue", tmp_path, size)
+        assert said.endswith(" of GLUE too") == (size > 10)
+        texts = [(tmp_path / name).read_text(encoding="utf-8")
+                 for name in ("general.txt", "corpus_0.5.txt", "corpus_1.0.txt")]
+        return [text.count("\n\n") + 1 for text in texts]
+
+    assert counts(1) == [2, 2, 2]
+    assert counts(10) == [3, 2, 3]
+    assert counts(10**6) == [3, 5, 6]  # 50, 50 and 20 sentences
+
+
+def test_a_corpus_without_documents_is_an_error_in_one_line(tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text("\n\n", encoding="utf-8")
+    make_glue(tmp_path / "glue" / "SST-2", "SST-2")
+    make_glue(tmp_path / "glue" / "RTE", "RTE")
+    line = error_line(capsys, benchmark, "--quick", "--corpus", tmp_path / "corpus.txt",
+                      "--glue_dir", tmp_path / "glue", "--output_dir", tmp_path / "out")
+    assert "corpus.txt: 0 documents; expected at least 2" in line
+
+
 def test_a_quick_run_measures_both_sides_of_every_stage(quick_run):
     content = read_json(quick_run / "benchmarks.json")
     assert content["stages"].keys() == STAGES.keys()
