@@ -251,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     apply_task_defaults(args, task)
     students = len(args.student_model)
     args.learning_rate = one_each("learning_rate", args.learning_rate, students)
-    for flag in ("compile", "resume"):
+    for flag in ("aug_train", "pred_distill", "compile", "resume"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     device = get_device(args.no_cuda)

@@ -461,6 +461,11 @@ def test_evaluating_a_general_student_without_classifier_is_an_error(sst2, capsy
     sst2.expect_error(capsys, "--do_eval", contains=["classifier", "student"])
 
 
+@pytest.mark.parametrize("flag", ["--aug_train", "--pred_distill", "--compile", "--resume"])
+def test_flags_of_training_are_refused_with_do_eval(sst2, capsys, flag):
+    sst2.expect_error(capsys, "--do_eval", flag, contains=[flag, "leave it out"])
+
+
 def test_a_teacher_of_another_task_is_an_error(sst2, capsys):
     make_model(sst2.teacher, labels=("entailment", "not_entailment"))
     sst2.expect_error(capsys, contains=["entailment", "sst-2"])
