@@ -140,7 +140,7 @@ def make_model(name: str) -> torch.nn.Module | CpuClassifier:
     return freeze(model)
 
 
-def parameter_count(model: torch.nn.Module | CpuClassifier) -> int:
+def parameter_total(model: torch.nn.Module | CpuClassifier) -> int:
     if isinstance(model, CpuClassifier):
         return model.parameter_total
     return sum(parameter.numel() for parameter in model.parameters())
@@ -161,7 +161,7 @@ def make_candidates(name: str, engines: list[str], folder: Path,
     if isinstance(model, CpuClassifier) or (source and (Path(source) / RECORD_NAME).is_file()):
         yield as_it_is(short, Path(source), model, device)
         return
-    parameters = parameter_count(model)
+    parameters = parameter_total(model)
     for engine in engines:
         place = folder / f"{short}_{engine.replace(' ', '_')}"
         place.mkdir()
@@ -192,7 +192,7 @@ def as_it_is(name: str, folder: Path, model: torch.nn.Module | CpuClassifier,
     path = folder / (ONNX_NAME if made["format"] == "onnx" else WEIGHTS_NAME)
     load = (partial(load_classifier, folder, None, device) if isinstance(model, CpuClassifier)
             else partial(load_torch, model, computed_in(made["method"], device), device))
-    return Candidate(name, f"{made['format']} {made['method']}", parameter_count(model),
+    return Candidate(name, f"{made['format']} {made['method']}", parameter_total(model),
                      path.stat().st_size / 1e6, model.config.vocab_size, load)
 
 
