@@ -643,6 +643,10 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
                        "benchmarks/report.py"}
     changed = {c[1] for c in dry_run("--demo", **{**settings, "GENERAL_EPOCHS": "0.03"})}
     assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py", *smaller}
+    changed = {c[1] for c in dry_run("--demo", **{**settings, "HUB_TEACHER_EPOCHS": "0.2"})}
+    assert {"finetune_teacher.py", "get_bert_models.py", "fix_teacher_layers.py",
+            "task_distill.py"} <= changed
+    assert not {"demo/pretrain_bert.py", "general_distill.py"} & changed
 
     # A step whose mark of having finished was taken away is run again, its leftovers are gone.
     (tmp_path / "models" / ".state" / "prediction_cola").unlink()
