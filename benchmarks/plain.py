@@ -34,6 +34,21 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
+class PlainLayerNorm(nn.Module):
+    """Layer normalization in single operations, as the original has it where apex is absent."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.weight * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias
+
+
 class PlainLayer(nn.Module):
     """One Transformer layer that returns its raw attention scores too."""
 
@@ -45,10 +60,10 @@ class PlainLayer(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.output_norm = PlainLayerNorm(width, config.layer_norm_eps)
         self.up = nn.Linear(width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, width)
-        self.down_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.down_norm = PlainLayerNorm(width, config.layer_norm_eps)
         self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -80,7 +95,7 @@ class PlainBert(nn.Module):
         self.words = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.positions = nn.Embedding(config.max_position_embeddings, width)
         self.segments = nn.Embedding(config.type_vocab_size, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = PlainLayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config.num_hidden_layers))
         self.pooler = nn.Linear(width, width)
@@ -127,7 +142,7 @@ class PlainMaskedLM(nn.Module):
         super().__init__()
         self.bert = PlainBert(config)
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = PlainLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -199,41 +214,58 @@ def finish_step(optimizer: PlainAdam, *losses: Tensor) -> list[float]:
     return values
 
 
-def general_step(
-    student: PlainBert, teacher: PlainBert, optimizer: PlainAdam, batch: Batch
-) -> list[float]:
-    """One step of general distillation; the teacher's graph is built and thrown away."""
+def distill_general(
+    student: PlainBert, teacher: PlainBert, optimizer: PlainAdam, batches: Iterable[Batch]
+) -> list[list[float]]:
+    """Train by general distillation; returns the losses of each step, as the other two do.
+
+    The teacher's graph is built and never used, and stays until the next one is whole: as in the
+    original, a variable of the loop holds the pooled output, which nothing reads.
+    """
     student.train()
     teacher.train()
-    student_scores, student_hidden, _ = student(*inputs_of(batch))
-    teacher_scores, teacher_hidden, _ = teacher(*inputs_of(batch))
-    return finish_step(optimizer, *intermediate_losses(
-        student_scores, student_hidden,
-        [scores.detach() for scores in teacher_scores],
-        [hidden.detach() for hidden in teacher_hidden]))
+    losses = []
+    for batch in batches:
+        student_scores, student_hidden, _ = student(*inputs_of(batch))
+        teacher_scores, teacher_hidden, _teacher_pooled = teacher(*inputs_of(batch))
+        teacher_scores = [scores.detach() for scores in teacher_scores]
+        teacher_hidden = [hidden.detach() for hidden in teacher_hidden]
+        losses.append(finish_step(optimizer, *intermediate_losses(
+            student_scores, student_hidden, teacher_scores, teacher_hidden)))
+    return losses
 
 
-def task_step(
-    student: PlainClassifier, teacher: PlainClassifier, optimizer: PlainAdam, batch: Batch,
-    prediction: bool,
-) -> list[float]:
-    """One step of task distillation; the teacher runs in either stage, at every step."""
+def distill_task(
+    student: PlainClassifier, teacher: PlainClassifier, optimizer: PlainAdam,
+    batches: Iterable[Batch], prediction: bool,
+) -> list[list[float]]:
+    """Train by task distillation; the teacher runs in either stage, at every step."""
     student.train()
     teacher.train()
-    student_logits, student_scores, student_hidden = student(*inputs_of(batch))
-    with torch.no_grad():
-        teacher_logits, teacher_scores, teacher_hidden = teacher(*inputs_of(batch))
-    if prediction:
-        return finish_step(optimizer, soft_cross_entropy(student_logits, teacher_logits))
-    return finish_step(optimizer, *intermediate_losses(
-        student_scores, student_hidden, teacher_scores, teacher_hidden))
+    losses = []
+    for batch in batches:
+        student_logits, student_scores, student_hidden = student(*inputs_of(batch))
+        with torch.no_grad():
+            teacher_logits, teacher_scores, teacher_hidden = teacher(*inputs_of(batch))
+        if prediction:
+            parts = (soft_cross_entropy(student_logits, teacher_logits),)
+        else:
+            parts = intermediate_losses(
+                student_scores, student_hidden, teacher_scores, teacher_hidden)
+        losses.append(finish_step(optimizer, *parts))
+    return losses
 
 
-def finetune_step(model: PlainClassifier, optimizer: PlainAdam, batch: Batch) -> list[float]:
-    """One step on the labels."""
+def finetune(
+    model: PlainClassifier, optimizer: PlainAdam, batches: Iterable[Batch]
+) -> list[list[float]]:
+    """Train on the labels."""
     model.train()
-    loss = nn.functional.cross_entropy(model(*inputs_of(batch))[0], batch["labels"])
-    return finish_step(optimizer, loss)
+    losses = []
+    for batch in batches:
+        loss = nn.functional.cross_entropy(model(*inputs_of(batch))[0], batch["labels"])
+        losses.append(finish_step(optimizer, loss))
+    return losses
 
 
 def evaluate(model: PlainClassifier, rows: Batch) -> Tensor:
