@@ -623,7 +623,7 @@ class Stage:
 STAGES = {
     "general": Stage(
         "general, 4L", "rows/s", partial(plain_general, students=1),
-        partial(our_general, students=1), 128, 256, training=True, by_length=True),
+        partial(our_general, students=1), 256, 256, training=True, by_length=True),
     # One step a student: the plain loop's two graphs of the teacher beside 6 layers take too much.
     "general-both": Stage(
         "general, 4L + 6L", "rows/s", partial(plain_general, students=2),
