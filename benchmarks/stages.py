@@ -234,10 +234,9 @@ def plain_batches(data: Any, work: Work, chosen: np.ndarray, length: int) -> Ite
 
 def plain_training(
     work: Work, rows: int, read: Callable[[int], Any],
-    loops: Sequence[Callable[[Iterator[plain.Batch]], Any]],
-    flops: Callable[[np.ndarray], float],
+    steps: Sequence[Callable[[plain.Batch], Any]], flops: Callable[[np.ndarray], float],
 ) -> Run:
-    """Return what trains one model after the other, `loops` being their training loops."""
+    """Return what trains one model after the other, `steps` being their training steps."""
     generator = np.random.default_rng(SEED)
 
     def run(load: Load) -> Timing:
@@ -245,8 +244,9 @@ def plain_training(
         chosen = generator.permutation(spread(data.lengths, rows, load.part))
         watch = Stopwatch(torch.device(work.device))
         with watch:
-            for loop in loops:
-                loop(plain_batches(data, work, chosen, load.length))
+            for step in steps:
+                for batch in plain_batches(data, work, chosen, load.length):
+                    step(batch)
         return Timing(len(chosen), watch.seconds, flops(data.lengths[chosen]), {})
 
     return run
@@ -257,11 +257,12 @@ def plain_general(work: Work, rows: int, students: int) -> Run:
     teacher = plain.PlainBert(config).to(device)
     configs = work.student_configs()[:students]
 
-    def loop_of(student_config: BertConfig) -> Callable[[Iterator[plain.Batch]], Any]:
+    def step_of(student_config: BertConfig) -> Callable[[plain.Batch], Any]:
         student = plain.PlainBert(student_config, config.hidden_size).to(device)
-        return partial(plain.distill_general, student, teacher, plain.PlainAdam(student, rate=1e-4))
+        optimizer = plain.PlainAdam(student, rate=1e-4)
+        return lambda batch: plain.general_step(student, teacher, optimizer, batch)
 
-    return plain_training(work, rows, work.instances, [loop_of(c) for c in configs],
+    return plain_training(work, rows, work.instances, [step_of(c) for c in configs],
                           lambda lengths: distillation_flops(config, configs, lengths))
 
 
@@ -280,7 +281,7 @@ def plain_task(work: Work, rows: int, prediction: bool) -> Run:
 
     return plain_training(
         work, rows, lambda length: features,
-        [partial(plain.distill_task, student, teacher, optimizer, prediction=prediction)], flops)
+        [lambda batch: plain.task_step(student, teacher, optimizer, batch, prediction)], flops)
 
 
 def plain_finetune(work: Work, rows: int) -> Run:
@@ -289,7 +290,7 @@ def plain_finetune(work: Work, rows: int) -> Run:
     optimizer = plain.PlainAdam(model, rate=2e-5)
     return plain_training(
         work, rows, lambda length: features,
-        [partial(plain.finetune, model, optimizer)],
+        [lambda batch: plain.finetune_step(model, optimizer, batch)],
         lambda lengths: TRAINING_PASSES * forward_flops(config, lengths))
 
 
@@ -623,8 +624,7 @@ class Stage:
 STAGES = {
     "general": Stage(
         "general, 4L", "rows/s", partial(plain_general, students=1),
-        partial(our_general, students=1), 256, 256, training=True, by_length=True),
-    # One step a student: the plain loop's two graphs of the teacher beside 6 layers take too much.
+        partial(our_general, students=1), 128, 256, training=True, by_length=True),
     "general-both": Stage(
         "general, 4L + 6L", "rows/s", partial(plain_general, students=2),
         partial(our_general, students=2), 32, 64, training=True),

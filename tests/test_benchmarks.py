@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import random
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +120,9 @@ def test_plain_losses_are_ours_with_match_original(batch):
     # The plain teacher's own map is never used: its hidden states are compared as they are.
     plain_teacher.bert.fit = None
     optimizer = plain.PlainAdam(plain_student, rate=0.0)
-    ((att_loss, rep_loss),) = plain.distill_task(
-        plain_student, plain_teacher, optimizer, [batch], prediction=False)
-    ((cls_loss,),) = plain.distill_task(
-        plain_student, plain_teacher, optimizer, [batch], prediction=True)
+    att_loss, rep_loss = plain.task_step(
+        plain_student, plain_teacher, optimizer, batch, prediction=False)
+    (cls_loss,) = plain.task_step(plain_student, plain_teacher, optimizer, batch, prediction=True)
     assert att_loss == pytest.approx(ours["att_loss"].item(), abs=1e-5)
     assert rep_loss == pytest.approx(ours["rep_loss"].item(), abs=1e-5)
     assert cls_loss == pytest.approx(prediction.item(), abs=1e-5)
@@ -140,9 +138,8 @@ def test_plain_general_steps_move_the_weights_as_ours_do(batch):
     yardstick = plain.PlainBert(ours.config, 24)
     copy_weights(ours, yardstick)
     optimizer = BertAdam(param_groups(ours, 0.01), lr=1e-2, schedule="none")
-    plain_losses = plain.distill_general(
-        yardstick, plain_teacher.bert, plain.PlainAdam(yardstick, rate=1e-2), [batch] * 3)
-    for step in range(3):
+    plain_optimizer = plain.PlainAdam(yardstick, rate=1e-2)
+    for _ in range(3):
         scores, hidden = ours(*inputs)
         with torch.no_grad():
             _, teacher_scores, teacher_hidden = teacher(*inputs)
@@ -151,26 +148,12 @@ def test_plain_general_steps_move_the_weights_as_ours_do(batch):
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        expected_losses = [loss.item() for loss in losses.values()]
-        assert plain_losses[step] == pytest.approx(expected_losses, abs=1e-4)
+        plain_losses = plain.general_step(yardstick, plain_teacher.bert, plain_optimizer, batch)
+        assert plain_losses == pytest.approx([loss.item() for loss in losses.values()], abs=1e-4)
     expected = plain.PlainBert(ours.config, 24)
     copy_weights(ours, expected)
     for one, other in zip(yardstick.parameters(), expected.parameters(), strict=True):
         assert (one - other).abs().max() < 1e-4
-
-
-def test_plain_general_distillation_holds_the_teacher_s_last_graph(batch):
-    _, student = classifiers(2, 16, 24)
-    _, teacher = classifiers(4, 24, 24)
-    teacher.bert.fit = None
-    pooled, alive = [], []
-    teacher.bert.register_forward_pre_hook(
-        lambda *_: alive.append([graph() is not None for graph in pooled]))
-    teacher.bert.register_forward_hook(
-        lambda module, inputs, outputs: pooled.append(weakref.ref(outputs[2])))
-    plain.distill_general(
-        student.bert, teacher.bert, plain.PlainAdam(student.bert, rate=0.0), [batch] * 3)
-    assert alive == [[], [True], [False, True]]
 
 
 def test_plain_evaluation_and_fine_tuning_use_every_row(batch):
@@ -181,9 +164,8 @@ def test_plain_evaluation_and_fine_tuning_use_every_row(batch):
         assert (logits - ours(*plain.inputs_of(rows))[0]).abs().max() < 1e-5
     losses = torch.nn.functional.cross_entropy(logits, rows["labels"])
     optimizer = plain.PlainAdam(yardstick, rate=1e-3)
-    first, second = plain.finetune(yardstick, optimizer, [rows] * 2)
-    assert first == pytest.approx([losses.item()])
-    assert second[0] < losses
+    assert plain.finetune_step(yardstick, optimizer, rows) == pytest.approx([losses.item()])
+    assert plain.finetune_step(yardstick, optimizer, rows)[0] < losses
 
 
 # ------------------------------------------------------------------ the same text
