@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -356,9 +357,10 @@ def machine(device: torch.device) -> dict[str, str]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
-                 if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+        facts = dict(re.findall(r"^(.*?)\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE))
+        # A virtual machine's "AMD EPYC" may be of any generation: these two tell which.
+        generation = [f"{name} {facts[name]}" for name in ("cpu family", "model") if name in facts]
+        cpu = ", ".join([facts.get("model name", cpu), *generation])
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
