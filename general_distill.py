@@ -46,6 +46,7 @@ from transformer.runtime import (
     check_output_dirs,
     compile_models,
     get_device,
+    in_words,
     log_start,
     one_each,
     parameter_count,
@@ -252,7 +253,7 @@ def measure_only(args: argparse.Namespace, learners: list[Learner], teacher: Int
     for learner, folder in zip(learners, folders, strict=True):
         values = measure(learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
         write_results(folder, {"losses": values, "rows": corpus.rows(0)})
-        logger.info("%s: %s", folder, values)
+        logger.info("%s: %s", folder, in_words(values))
 
 
 def main(args: argparse.Namespace) -> None:

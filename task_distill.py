@@ -61,6 +61,7 @@ from transformer.runtime import (
     check_output_dirs,
     compile_models,
     get_device,
+    in_words,
     log_start,
     one_each,
     parameter_count,
@@ -241,7 +242,7 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
             "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
             "selection": "none: this checkpoint as it is",
         })
-        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), metrics)
+        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), in_words(metrics))
 
 
 def main(args: argparse.Namespace) -> None:

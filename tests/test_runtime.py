@@ -206,6 +206,13 @@ def test_every_student_needs_an_output_folder_of_its_own(tmp_path):
         check_output_dirs([str(tmp_path / "a"), f"{tmp_path}/./a"], 2)
 
 
+def test_a_log_line_shows_four_digits_of_each_number():
+    record = {"step": 123456, "lr": 2.2222222222222227e-05, "loss": 3.0236825561523437,
+              "metrics": {"acc": 0.7647058823529411, "f1": 1.0}, "compiled": False}
+    assert runtime.in_words(record) == (
+        "step 123456  lr 2.222e-05  loss 3.024  metrics (acc 0.7647  f1 1)  compiled False")
+
+
 def test_the_pace_is_rows_a_second_and_the_share_of_waiting(monkeypatch):
     now = [10.0]
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -551,6 +551,16 @@ class RunningMean:
         self.totals = {name: torch.tensor(total * share, dtype=torch.float32, device=device)
                        for name, total in state["totals"].items()}
         self.count = state["count"]
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Return values for a reader: floats with four digits that matter, nested ones in brackets."""
+    def word(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return f"({in_words(value)})"
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    return "  ".join(f"{name} {word(value)}" for name, value in values.items())
 
 
 class Pace:

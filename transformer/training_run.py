@@ -38,6 +38,7 @@ from transformer.runtime import (
     Stopped,
     check_room,
     check_same_arguments,
+    in_words,
     prepare_output_dir,
     resumes,
     save_arguments,
@@ -138,8 +139,8 @@ class Output:
             if self.selection.update(metrics):
                 self.save()
         self.log.write(record)
-        shown = "  ".join(f"{k} {v}" for k, v in record.items() if k != "all_metrics")
-        logger.info("%s: %s", self.folder.name, shown)
+        record.pop("all_metrics", None)
+        logger.info("%s: %s", self.folder.name, in_words(record))
 
     def save(self, subfolder: str = "") -> None:
         """Write the student as a model directory."""
@@ -154,8 +155,9 @@ class Output:
         result = {**facts, "losses": self.losses}
         if self.selection is not None:
             result |= self.selection.results()
-            logger.info("%s on dev: first %s, best %s, last %s", self.folder.name,
-                        self.selection.first["dev"], result["best"], result["last"])
+            scores = {"first": self.selection.first["dev"], "best": result["best"],
+                      "last": result["last"]}
+            logger.info("%s on dev: %s", self.folder.name, in_words(scores))
         write_results(self.folder, result)
 
     def state(self) -> dict[str, Any]:
