@@ -171,14 +171,11 @@ class BertAdam(torch.optim.Optimizer):
 def clip_each(gradients: list[torch.Tensor], max_norm: float) -> None:
     """Scale each gradient with a 2-norm above `max_norm` down to it, in place."""
     # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which the original calls.
-    factors = torch._foreach_norm(gradients)
-    torch._foreach_add_(factors, 1e-6)
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, max_norm)
-    torch._foreach_clamp_max_(factors, 1.0)
-    if gradients[0].device.type == "cpu":  # reading a factor costs nothing there
-        for gradient, factor in zip(gradients, factors, strict=True):
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (max_norm * (norms + 1e-6).reciprocal()).clamp(max=1.0)
+    if factors.device.type == "cpu":  # reading them costs nothing there
+        for gradient, factor in zip(gradients, factors.tolist(), strict=True):
             if factor < 1.0:
                 gradient.mul_(factor)
     else:
-        torch._foreach_mul_(gradients, factors)
+        torch._foreach_mul_(gradients, factors.unbind())
