@@ -193,8 +193,11 @@ record() {
 
 # step_key: a number that changes with the command and with the steps that made what it reads.
 step_key() {
-  local text="${cmd[*]} ${needs[*]}" path
-  for path in "${cmd[@]}" "${needs[@]}"; do
+  local text="${cmd[*]} ${needs[*]}" path named=()
+  for path in "${cmd[@]}"; do
+    [[ $path != *=* ]] || named+=("${path#*=}") # NAME=PATH, as in --teachers
+  done
+  for path in "${cmd[@]}" "${needs[@]}" "${named[@]}"; do
     while [[ -n $path ]]; do # the path itself, then the folders it lies in
       text+=" ${made[$path]-}"
       [[ $path == */* ]] && path=${path%/*} || path=
@@ -685,7 +688,7 @@ fetch_model() {
 
 # The demo's own "hub": a BERT pre-trained on the demo's text, and its fine-tuned teachers.
 demo_models() {
-  local hub=$MODELS_DIR/hub task
+  local hub=$MODELS_DIR/hub task name
   script demo/pretrain_bert.py --config "$DATA_DIR/bert_config" \
     --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$hub/$BASE_MODEL_NAME"
   option --shallow_layers MLM_SHALLOW_LAYERS
@@ -695,7 +698,11 @@ demo_models() {
   for task in $TASKS; do side_by_side hub_teacher "$task" "$hub/$BASE_MODEL_NAME"; done
   wait_for_all
   fetch_model models "$BASE_MODEL" --base_model "$hub/$BASE_MODEL_NAME" --base_only
-  for task in $TASKS; do side_by_side from_demo_hub "$task" "$hub/$BASE_MODEL_NAME"; done
+  for task in $TASKS; do
+    name=$(slug "$task")
+    side_by_side fetch_model "model_$name" "$(downloaded_teacher "$task")" --tasks "$name" \
+      --base_model "$hub/$BASE_MODEL_NAME" --teachers "$name=$hub/$BASE_MODEL_NAME-$name"
+  done
   wait_for_all
 }
 
@@ -710,16 +717,6 @@ hub_teacher() {
   option --learning_rate HUB_TEACHER_LEARNING_RATE "$name"
   training_options
   run "hub_teacher_$name" "$2-$name"
-}
-
-# from_demo_hub TASK BASE: the teacher of the task, as a user gets it from the hub.
-from_demo_hub() {
-  local name
-  name=$(slug "$1")
-  script get_bert_models.py --output_dir "$MODELS_DIR" --tasks "$name" --base_model "$2" \
-    --teachers "$name=$2-$name"
-  needs=("$2-$name")
-  run "model_$name" "$(downloaded_teacher "$1")" fetch
 }
 
 mlm_options() {
