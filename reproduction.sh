@@ -1275,7 +1275,7 @@ stage_report() {
     mkdir -p "$RESULTS_DIR"
     printf '%s\n' "${records[@]}" >"$manifest"
   fi
-  script benchmarks/report.py --manifest "$manifest" --glue_dir "$GLUE_DIR" \
+  script report.py --manifest "$manifest" --glue_dir "$GLUE_DIR" \
     --results_dir "$RESULTS_DIR"
   [[ $PUBLISHED_NUMBERS != yes ]] || cmd+=(--published_numbers)
   needs=("$(evaluations)" "$printed")

@@ -366,47 +366,6 @@ def target_lines(checks: list[dict[str, Any]]) -> str:
         f" {'reached' if check['reached'] else 'MISSED'}" for check in checks)
 
 
-def draw_tradeoff(points: list[dict[str, Any]], path: Path | str, metric: str = "accuracy") -> None:
-    """Draw accuracy against latency: a colour a group, a shape a name, both in a key at the side.
-
-    Args:
-        points: each has `name`, `latency` (milliseconds) and `accuracy` (a fraction of 1), and may
-            have `group`; not given: the name.
-        path: the picture, a PNG.
-        metric: what to call the vertical axis.
-    """
-    import matplotlib  # here: a second to load
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    names = list(dict.fromkeys(point["name"] for point in points))
-    groups = list(dict.fromkeys(point.get("group", point["name"]) for point in points))
-    shapes = {name: "osD^vP*X<>hp"[i % 12] for i, name in enumerate(names)}
-    colours = {group: f"C{i % 10}" for i, group in enumerate(groups)}
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    for point in points:
-        axes.plot(point["latency"], 100 * point["accuracy"], linestyle="", markersize=9, alpha=0.75,
-                  marker=shapes[point["name"]], color=colours[point.get("group", point["name"])])
-    axes.set(xscale="log", xlabel="median latency in milliseconds (smaller is better)",
-             ylabel=f"{metric} in per cent (larger is better)")
-    # Whole decades alone would leave most pictures with a single number.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    keys = [Line2D([], [], linestyle="", marker="o", markersize=9, color=colours[group],
-                   label=group) for group in groups]
-    if groups != names:
-        keys += [Line2D([], [], linestyle="", marker=shapes[name], markersize=8, color="black",
-                        fillstyle="none", label=name) for name in names]
-    figure.legend(handles=keys, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
-    plt.close(figure)
-
-
 def main(args: argparse.Namespace) -> None:
     # Settings
     for name in ("batches", "threads"):

@@ -56,6 +56,7 @@ from transformer.file_utils import UserError, write_json, write_text
 from transformer.glue import GLUE_TASKS, get_task, read_tsv, task_rows, write_tsv
 from transformer.modeling import BertConfig, find_config
 from transformer.runtime import commit_id, prepare_output_dir, resolve_precision, run_script
+from transformer.tables import markdown_table, text_table
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -457,8 +458,6 @@ def tables(content: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
 
 def markdown_page(content: dict[str, Any]) -> str:
     """Return benchmarks.md: machine, table, growth, notes."""
-    from benchmarks.report import markdown_table  # here: the workers need no matplotlib
-
     facts = [[name, value] for name, value in content["machine"].items()]
     parts = ["## " + content["machine"]["device"], "",
              markdown_table(["", ""], facts, align="---"),
@@ -470,8 +469,6 @@ def markdown_page(content: dict[str, Any]) -> str:
 
 def print_tables(content: dict[str, Any]) -> None:
     """Print the table, 80 columns wide, and those of growth."""
-    from benchmarks.report import text_table  # here: the workers need no matplotlib
-
     for name, value in content["machine"].items():
         print(f"{name}: {value}")
     print("\n" + text_table(HEADER, stage_rows(content["stages"])))

@@ -88,15 +88,6 @@ def test_targets_compare_candidates_of_the_same_setting():
     assert "MISSED" in inference.target_lines(checks)
 
 
-def test_the_picture_is_drawn(tmp_path):
-    inference.draw_tradeoff(
-        [{"name": "teacher", "latency": 100.0, "accuracy": 0.9},
-         {"name": "student", "latency": 10.0, "accuracy": 0.8, "group": "ours"},
-         {"name": "int8", "latency": 3.0, "accuracy": 0.79, "group": "ours"}],
-        tmp_path / "tradeoff.png")
-    assert (tmp_path / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_mistakes_are_one_line(tmp_path, capsys):
     out = ["--output_dir", tmp_path / "out"]
     assert "expected NAME=FOLDER" in error_line(capsys, inference, "--models", "gpt", *out)

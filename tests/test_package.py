@@ -13,7 +13,7 @@ from helpers import GOLDEN, REPO, read_json
 ORDER = ["file_utils", "uploads", "distributed", "tokenization", "optimization", "checkpoint",
          "modeling", "inference", "int8", "onnx_model", "classifiers", "glue", "evaluation",
          "distillation", "training", "corpus", "pretraining_data", "augmentation", "runtime",
-         "parts", "training_run"]
+         "parts", "training_run", "tables"]
 SCRIPTS = ["download_glue.py", "prepare_data.py", "get_bert_models.py",
            "pregenerate_training_data.py", "general_distill.py", "data_augmentation.py",
            "fix_teacher_layers.py", "finetune_teacher.py", "task_distill.py",

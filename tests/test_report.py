@@ -1,23 +1,16 @@
 """The report: every score with its split and rule, published numbers only where they compare."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 
+import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
 from transformer.glue import write_tsv
 from transformer.runtime import run_script
-
-REPO = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("report", REPO / "benchmarks" / "report.py")
-report = importlib.util.module_from_spec(spec)
-sys.modules["report"] = report
-spec.loader.exec_module(report)
 
 
 class Run:

@@ -150,7 +150,7 @@ READS = {
     "quantize.py": lambda a: [a.model, a.data_dir],
     "benchmarks/inference.py": lambda a: [
         a.glue_dir, a.vocab_dir, *(model.partition("=")[2] for model in a.models)],
-    "benchmarks/report.py": lambda a: [a.glue_dir],
+    "report.py": lambda a: [a.glue_dir],
 }  # fmt: skip
 WRITES = {
     "demo/word_vectors.py": lambda a: [a.output_file],
@@ -164,7 +164,7 @@ WRITES = {
     "fix_teacher_layers.py": lambda a: a.models,
     "general_distill.py": lambda a: a.output_dir,
     "task_distill.py": lambda a: a.output_dir,
-    "benchmarks/report.py": lambda a: [a.results_dir],
+    "report.py": lambda a: [a.results_dir],
 }
 
 
@@ -269,7 +269,7 @@ def test_demo_is_the_demo_profile():
 def test_only_and_from_select_stages():
     assert [c[1] for c in dry_run("--only", "pregenerate")] == ["pregenerate_training_data.py"]
     scripts = [c[1] for c in dry_run("--from", "smart_evaluate")]
-    assert scripts[-1] == "benchmarks/report.py"
+    assert scripts[-1] == "report.py"
     assert set(scripts[:-1]) == {
         "task_distill.py", "K-prune/src/main.py", "quantize.py", "benchmarks/inference.py"}
     assert {c[1] for c in dry_run("--only", "smart_evaluate")} == {"task_distill.py"}
@@ -352,7 +352,7 @@ def test_students_are_made_smaller_and_measured_as_the_settings_say():
 
 def test_without_students_to_make_smaller_nothing_is_pruned_quantized_or_timed():
     commands = dry_run("--from", "prune", PRUNE_STUDENTS="", QUANTIZE_STUDENTS="of_another_run")
-    assert [c[1] for c in commands] == ["benchmarks/report.py"]
+    assert [c[1] for c in commands] == ["report.py"]
 
 
 def test_folder_names_with_spaces_reach_the_scripts_whole():
@@ -635,14 +635,14 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     # Changed settings run again what depends on them, and only that.
     smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py"}
     changed = dry_run("--demo", **{**settings, "PREDICTION_EPOCHS": "1"})
-    assert {c[1] for c in changed} == {"task_distill.py", "benchmarks/report.py", *smaller}
+    assert {c[1] for c in changed} == {"task_distill.py", "report.py", *smaller}
     assert all({"--pred_distill", "--do_eval"} & set(c) for c in changed
                if c[1] == "task_distill.py")
     changed = {c[1] for c in dry_run("--demo", **{**settings, "PRUNE_MU": "32"})}
     assert changed == {"K-prune/src/main.py", "task_distill.py", "benchmarks/inference.py",
-                       "benchmarks/report.py"}
+                       "report.py"}
     changed = {c[1] for c in dry_run("--demo", **{**settings, "GENERAL_EPOCHS": "0.03"})}
-    assert changed == {"general_distill.py", "task_distill.py", "benchmarks/report.py", *smaller}
+    assert changed == {"general_distill.py", "task_distill.py", "report.py", *smaller}
     changed = {c[1] for c in dry_run("--demo", **{**settings, "HUB_TEACHER_EPOCHS": "0.2"})}
     assert {"finetune_teacher.py", "get_bert_models.py", "fix_teacher_layers.py",
             "task_distill.py"} <= changed

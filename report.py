@@ -7,14 +7,13 @@ results.md, loss_curves.png, scores.png and, where latencies were measured, trad
 --results_dir and prints the table.
 
 Example:
-    python benchmarks/report.py --manifest results/manifest.tsv --glue_dir data/glue_data \
+    python report.py --manifest results/manifest.tsv --glue_dir data/glue_data \
         --results_dir results --published_numbers
 """
 
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,14 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.inference import draw_tradeoff
 from transformer.evaluation import majority_baseline
 from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
 from transformer.glue import Features, GlueTask, get_task, load_examples
 from transformer.runtime import commit_id, run_script
+from transformer.tables import markdown_table, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -293,22 +292,6 @@ def published_rows(columns: list[Column]) -> list[list[str]]:
     return rows
 
 
-def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """Format a Markdown table; `align` holds for all columns but the first."""
-    rule = ["---", *[align] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
-
-
-def text_table(header: list[str], rows: list[list[str]]) -> str:
-    """Format a table for the terminal, at most 100 columns for four tasks."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
-
-
 class Speed(NamedTuple):
     """What one model of the latency run takes; `accuracy` is its score, a fraction of 1."""
 
@@ -446,6 +429,40 @@ def draw_scores(
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
+
+
+def draw_tradeoff(points: list[dict[str, Any]], path: Path | str, metric: str = "accuracy") -> None:
+    """Draw accuracy against latency: a colour a group, a shape a name, both in a key at the side.
+
+    Args:
+        points: each has `name`, `latency` (milliseconds) and `accuracy` (a fraction of 1), and may
+            have `group`; not given: the name.
+        path: the picture, a PNG.
+        metric: what to call the vertical axis.
+    """
+    names = list(dict.fromkeys(point["name"] for point in points))
+    groups = list(dict.fromkeys(point.get("group", point["name"]) for point in points))
+    shapes = {name: "osD^vP*X<>hp"[i % 12] for i, name in enumerate(names)}
+    colours = {group: f"C{i % 10}" for i, group in enumerate(groups)}
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for point in points:
+        axes.plot(point["latency"], 100 * point["accuracy"], linestyle="", markersize=9, alpha=0.75,
+                  marker=shapes[point["name"]], color=colours[point.get("group", point["name"])])
+    axes.set(xscale="log", xlabel="median latency in milliseconds (smaller is better)",
+             ylabel=f"{metric} in per cent (larger is better)")
+    # Whole decades alone would leave most pictures with a single number.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    keys = [Line2D([], [], linestyle="", marker="o", markersize=9, color=colours[group],
+                   label=group) for group in groups]
+    if groups != names:
+        keys += [Line2D([], [], linestyle="", marker=shapes[name], markersize=8, color="black",
+                        fillstyle="none", label=name) for name in names]
+    figure.legend(handles=keys, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
 
 
 def draw_speeds(speeds: list[Speed], column: Column, path: Path) -> None:
