@@ -11,21 +11,32 @@ Finished rows wait in a folder beside the output, .unfinished-train_aug.tsv, unt
 Example:
     python data_augmentation.py --pretrained_bert_model models/bert-base-uncased \
         --glove_embs data/glove.840B.300d.txt --glue_dir data/glue_data --task_name RTE
+
+Where there is no GloVe, this first composes word vectors of the model's word-piece embeddings:
+    python data_augmentation.py --compose_vectors data/wiki_for_bert.txt \
+        --pretrained_bert_model models/bert-base-uncased --glove_embs data/vectors.txt
 """
 
 import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from transformer import distributed
-from transformer.augmentation import BATCH_TOKENS, DataAugmentor, GloveIndex
+from transformer.augmentation import (
+    BATCH_TOKENS,
+    COMPOSED_WORDS,
+    DataAugmentor,
+    GloveIndex,
+    compose_vectors,
+    write_vectors,
+)
 from transformer.checkpoint import weights_path
 from transformer.file_utils import UserError
 from transformer.glue import (
@@ -59,7 +70,27 @@ VECTOR_MEMORY = 300_000_000  # bytes that word vectors take at most, as only the
 WORK_MEMORY = 500_000_000  # bytes, for blocks of similarities and batches
 
 
+class ComposeVectors(argparse.Action):
+    """Store the files of --compose_vectors; the flags that only augmentation needs may be absent.
+
+    lifts: what the parser returned when those flags were added.
+    """
+
+    def __init__(self, *args: Any, lifts: Sequence[argparse.Action], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lifts = lifts
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[Path],
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for action in self.lifts:
+            action.required = False
+
+
 def get_args_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="data_augmentation.py",
         description=__doc__.split("\n\n")[0],
@@ -71,10 +102,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of a BERT with masked-LM head (config.json, weights, vocab.txt)")
     add("--glove_embs", type=str, required=True,
         help="file of word vectors as text, one word a line")
-    add("--glue_dir", type=str, required=True,
-        help="folder that holds the tasks' folders (RTE, SST-2, ...)")
-    add("--task_name", type=str, required=True,
-        help=f"GLUE task, in any case: {', '.join(GLUE_TASKS)}")
+    glue_dir = add("--glue_dir", type=str, required=True,
+                   help="folder that holds the tasks' folders (RTE, SST-2, ...)")
+    task_name = add("--task_name", type=str, required=True,
+                    help=f"GLUE task, in any case: {', '.join(GLUE_TASKS)}")
+    add("--compose_vectors", type=Path, nargs="+", default=None, metavar="TEXT_FILE",
+        action=ComposeVectors, lifts=[glue_dir, task_name],
+        help="write to --glove_embs instead: vectors of the words of these files, the most "
+             f"frequent {COMPOSED_WORDS:,}, composed of the model's word-piece embeddings")
     add("--N", type=int, default=30,
         help="new sentences tried for each sentence; where the flag is not given, the task's own "
              f"number applies ({tasks})")
@@ -236,7 +271,24 @@ def report(counts: Counter[str], rows: int, made: int, seconds: float) -> None:
         )
 
 
+def write_composed_vectors(args: argparse.Namespace) -> None:
+    """Write the word vectors that --compose_vectors asks for."""
+    if not distributed.is_main():
+        return
+    output_file = Path(args.glove_embs)
+    if output_file.exists() and not (args.overwrite or args.resume):
+        raise UserError(f"--glove_embs {output_file}: exists; --overwrite replaces it")
+    words, vectors = compose_vectors(args.pretrained_bert_model, args.compose_vectors)
+    write_vectors(output_file, words, vectors)
+    logger.info("wrote %d vectors of %d numbers to %s", *vectors.shape, output_file)
+
+
 def main(args: argparse.Namespace) -> None:
+    """Augment the rows of a task, or with --compose_vectors make the word vectors for that."""
+    if args.compose_vectors:
+        write_composed_vectors(args)
+        return
+
     # What to augment
     task = get_task(args.task_name)
     data_dir = Path(args.glue_dir) / task.folder

@@ -754,8 +754,8 @@ PYTHON
 
 compose_vectors() {
   local task
-  script demo/word_vectors.py --bert_model "$BASE_MODEL" --output_file "$VECTORS" \
-    --corpus "$WORK_DIR/wiki_for_bert.txt"
+  script data_augmentation.py --pretrained_bert_model "$BASE_MODEL" --glove_embs "$VECTORS" \
+    --compose_vectors "$WORK_DIR/wiki_for_bert.txt"
   for task in $TASKS; do cmd+=("$GLUE_DIR/$task/train.tsv"); done
   run vectors "$VECTORS"
 }

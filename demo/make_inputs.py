@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import glue_tasks, wiki_dump
 from demo.english import Document, Section, load_documents, odd_words
-from demo.word_vectors import cooccurrence_vectors, write_vectors
+from demo.word_vectors import cooccurrence_vectors
+from transformer.augmentation import write_vectors
 from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
 from transformer.runtime import prepare_output_dir, run_script
 

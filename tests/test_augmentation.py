@@ -11,7 +11,7 @@ import torch
 
 import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
-from transformer.checkpoint import save_pretrained
+from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
 from transformer.glue import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
@@ -358,6 +358,33 @@ def test_a_broken_vector_file_is_refused_by_line(tmp_path, lines, message):
 def test_a_missing_vector_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         GloveIndex.load(tmp_path / "none.txt")
+
+
+def test_composed_vectors_are_the_means_of_the_word_pieces(model_dir, tmp_path, capsys):
+    text, output = tmp_path / "text.txt", tmp_path / "vectors.txt"
+    text.write_text("The cat sees the Riverbank.\nThe river\n")
+    flags = ["--pretrained_bert_model", model_dir, "--glove_embs", output,
+             "--compose_vectors", text, text]
+    assert run(capsys, *flags)[0] == 0
+    lines = [line.split(" ") for line in output.read_text().splitlines()]
+    assert [word for word, *_ in lines] == ["the", ".", "cat", "river", "riverbank", "sees"]
+    table = load_state(model_dir)["bert.embeddings.word_embeddings.weight"].numpy()
+    tokenizer = BertTokenizer.from_pretrained(model_dir)
+    for word, *numbers in lines:
+        mean = table[tokenizer.encode_batch([word])[0]].mean(axis=0)
+        np.testing.assert_allclose(np.array(numbers, dtype=float), mean, atol=1e-4)
+    assert GloveIndex.load(output).words == [word for word, *_ in lines]
+    code, message = run(capsys, *flags)
+    assert code == 2 and f"{output}: exists; --overwrite" in message
+    assert run(capsys, *flags, "--overwrite")[0] == 0
+
+
+def test_a_text_without_words_gives_no_vectors(model_dir, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\u2603\n")
+    code, message = run(capsys, "--pretrained_bert_model", model_dir, "--glove_embs",
+                        tmp_path / "vectors.txt", "--compose_vectors", tmp_path / "text.txt")
+    assert code == 2 and "text.txt: no words" in message
+    assert not (tmp_path / "vectors.txt").exists()
 
 
 # ------------------------------------------------------------------ the script

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pretrain_bert
-from demo import glue_tasks, word_vectors
+from demo import glue_tasks
 from demo.english import is_prose, load_documents
 from demo.make_inputs import CORPUS_NAME, DUMP_NAME, ROWS, SPECIAL_TOKENS, VECTORS_NAME
 from transformer.checkpoint import load_state
@@ -254,19 +254,3 @@ def test_mistakes_of_the_user_are_named(tiny_text, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         pretrain(tiny_text, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_model_vectors_are_the_means_of_the_pieces(tiny_text, tmp_path):
-    pretrain(tiny_text, tmp_path / "m", "--config", tiny_text, "--steps", 1)
-    flags = ["--bert_model", tmp_path / "m", "--corpus", tiny_text / "corpus.txt",
-             "--output_file", tmp_path / "vectors.txt", "--vocab_size", 300]  # fmt: skip
-    args = word_vectors.get_args_parser().parse_args([str(flag) for flag in flags])
-    word_vectors.main(args)
-    lines = (tmp_path / "vectors.txt").read_text().splitlines()
-    assert len(lines) == 300
-    table = load_state(tmp_path / "m")["bert.embeddings.word_embeddings.weight"].numpy()
-    tokenizer = BertTokenizer.from_pretrained(tmp_path / "m")
-    for line in lines[:5] + lines[-5:]:
-        word, *numbers = line.split(" ")
-        expected = table[tokenizer.encode_batch([word])[0]].mean(axis=0)
-        np.testing.assert_allclose(np.array(numbers, dtype=float), expected, atol=1e-4)

@@ -131,15 +131,14 @@ def test_every_command_of_the_readme_parses():
 READS = {
     "demo/make_inputs.py": lambda a: [],
     "pretrain_bert.py": lambda a: [a.train_corpus, a.config or a.bert_model],
-    "demo/word_vectors.py": lambda a: [a.bert_model, *a.corpus],
     "download_glue.py": lambda a: [],
     "prepare_data.py": lambda a: [a.input_dir],
     "get_bert_models.py": lambda a: [m for m in hub_sources(a) if Path(m).parts[0] != "google-bert"
                                      and not m.startswith(("JeremiahZ/", "sentence-"))],
     "pregenerate_training_data.py": lambda a: [a.train_corpus, a.bert_model],
     "general_distill.py": lambda a: [a.pregenerated_data, a.teacher_model, *a.student_model],
-    "data_augmentation.py": lambda a: [a.pretrained_bert_model, a.glove_embs,
-                                       f"{a.glue_dir}/{a.task_name}/train.tsv"],
+    "data_augmentation.py": lambda a: [a.pretrained_bert_model, *(
+        a.compose_vectors or [a.glove_embs, f"{a.glue_dir}/{a.task_name}/train.tsv"])],
     "fix_teacher_layers.py": lambda a: a.models,
     "finetune_teacher.py": lambda a: [a.data_dir, a.bert_model, *filter(None, [a.vocab_dir])],
     "tinybert_6_from_bert.py": lambda a: [a.bert_model],
@@ -153,14 +152,14 @@ READS = {
     "report.py": lambda a: [a.glue_dir],
 }  # fmt: skip
 WRITES = {
-    "demo/word_vectors.py": lambda a: [a.output_file],
     "download_glue.py": lambda a: [f"{a.data_dir}/{task}" for task in a.tasks.split(",")],
     "prepare_data.py": lambda a: [a.output_file],
     "get_bert_models.py": lambda a: [
         f"{a.output_dir}/{a.base_name}",
         *([] if a.base_only else [f"{a.output_dir}/{a.base_name}-{t}" for t in a.tasks.split(",")]),
     ],
-    "data_augmentation.py": lambda a: [f"{a.glue_dir}/{a.task_name}/train_aug.tsv"],
+    "data_augmentation.py": lambda a: [
+        a.glove_embs if a.compose_vectors else f"{a.glue_dir}/{a.task_name}/train_aug.tsv"],
     "fix_teacher_layers.py": lambda a: a.models,
     "general_distill.py": lambda a: a.output_dir,
     "task_distill.py": lambda a: a.output_dir,

@@ -1,7 +1,8 @@
 """Data augmentation: new sentences by replacing words (TinyBERT, arXiv 1909.10351, Algorithm 1).
 
 A word that is one word piece is masked and BERT proposes replacements; a word of several pieces
-takes its nearest neighbours among word vectors. Each new sentence then draws, word by word.
+takes its nearest neighbours among word vectors. Each new sentence then draws, word by word. Where
+there is no GloVe, word vectors are composed of a BERT's input embeddings.
 """
 
 import random
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from transformer.file_utils import UserError
+from transformer.checkpoint import load_state
+from transformer.file_utils import UserError, atomic_path
 from transformer.modeling import BertForMaskedLM
 from transformer.tokenization import BertTokenizer
 
@@ -38,6 +40,8 @@ weren won wouldn
 STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 
 PLAIN_WORD = re.compile("[a-z]+")
+WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.,;:!?()]")  # words that get a composed vector
+COMPOSED_WORDS = 20_000
 UNKNOWN_VECTOR = b"<unk> "
 VECTOR_BLOCK = 1024  # lines of a vector file parsed at once
 SCORE_CELLS = 1 << 25  # cells of one block of similarities: 128 MiB of float32
@@ -229,6 +233,48 @@ def _parse_numbers(text: bytes) -> np.ndarray:
         except (ValueError, DeprecationWarning):
             return np.empty(0, dtype=np.float32)
     return numbers if np.isfinite(numbers).all() else np.empty(0, dtype=np.float32)
+
+
+# ------------------------------------------------------------------ composed word vectors
+
+
+def count_words(lines: Iterable[str]) -> dict[str, int]:
+    """Count lower-cased words and punctuation marks, the most frequent first (ties by spelling)."""
+    counts = Counter(word for line in lines for word in WORD.findall(line.lower()))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> None:
+    """Write `vectors` [words, dim] in GloVe's text format, one line a word."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for word, vector in zip(words, vectors, strict=True):
+            file.write(f"{word} {' '.join(f'{number:.4f}' for number in vector)}\n")
+
+
+def compose_vectors(
+    model_dir: Path | str, files: Sequence[Path], vocab_size: int = COMPOSED_WORDS
+) -> tuple[list[str], np.ndarray]:
+    """Return the most frequent words of text files and their vectors [words, hidden].
+
+    A word's vector is the mean of the input embeddings of its word pieces.
+    """
+    counts: Counter[str] = Counter()
+    for path in files:
+        with path.open(encoding="utf-8") as lines:
+            counts.update(count_words(lines))
+    words = sorted(counts, key=lambda word: (-counts[word], word))[:vocab_size]
+    if not words:
+        raise UserError(f"{files[0]}: no words; expected English text")
+    state = load_state(model_dir)
+    names = [name for name in state if name.endswith("embeddings.word_embeddings.weight")]
+    if not names:
+        raise UserError(f"{model_dir}: no word embeddings; expected a BERT checkpoint")
+    table = state[names[0]].float().numpy()  # [vocabulary, hidden]
+    pieces = BertTokenizer.from_pretrained(model_dir).encode_batch(words)
+    return words, np.stack([table[ids].mean(axis=0) for ids in pieces])
+
+
+# ------------------------------------------------------------------ Algorithm 1
 
 
 class Query(NamedTuple):
