@@ -39,14 +39,6 @@ from transformer.augmentation import (
 )
 from transformer.checkpoint import weights_path
 from transformer.file_utils import UserError
-from transformer.glue import (
-    GLUE_TASKS,
-    TaskRows,
-    get_task,
-    split_path,
-    task_rows,
-    tsv_line,
-)
 from transformer.inference import freeze
 from transformer.modeling import BertForMaskedLM
 from transformer.parts import WorkFolder, fingerprint, share
@@ -59,6 +51,7 @@ from transformer.runtime import (
     resolve_precision,
     run_script,
 )
+from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_path, task_rows, tsv_line
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")

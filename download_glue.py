@@ -32,8 +32,8 @@ from transformer.file_utils import (
     read_checksums,
     write_text,
 )
-from transformer.glue import GLUE_TASKS, get_task, iterate_tsv
 from transformer.runtime import run_script
+from transformer.tasks import GLUE_TASKS, get_task, iterate_tsv
 
 logger = logging.getLogger(__name__)
 

@@ -16,18 +16,11 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer.batching import padded_collate, padding_multiple
 from transformer.distillation import Batch, show_nothing
 from transformer.evaluation import Selection, evaluate_splits
+from transformer.features import cached_features
 from transformer.file_utils import UserError
-from transformer.glue import (
-    GLUE_TASKS,
-    GlueTask,
-    cached_features,
-    get_task,
-    label_order,
-    padded_collate,
-    padding_multiple,
-)
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
@@ -42,6 +35,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 from transformer.training import Learner, shuffled_passes
 from transformer.training_run import (

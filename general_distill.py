@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from transformer import distributed
+from transformer.batching import BATCH_UNIT, batches, padded_collate, padding_multiple
 from transformer.checkpoint import save_config
 from transformer.distillation import (
     IntermediateLoss,
@@ -36,7 +37,6 @@ from transformer.distillation import (
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError
-from transformer.glue import BATCH_UNIT, batches, padded_collate, padding_multiple
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics

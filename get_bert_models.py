@@ -52,9 +52,9 @@ from transformer.file_utils import (
     read_json,
     write_text,
 )
-from transformer.glue import get_task
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
 from transformer.runtime import run_script
+from transformer.tasks import get_task
 from transformer.tokenization import (
     FAST_TOKENIZER_NAME,
     TOKENIZER_CONFIG_NAME,

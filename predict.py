@@ -25,8 +25,8 @@ import torch
 from transformer.checkpoint import fetch_model
 from transformer.classifiers import load_classifier
 from transformer.evaluation import predict_logits
+from transformer.features import encode_examples
 from transformer.file_utils import UserError
-from transformer.glue import BYTE_ORDER_MARK, Example, encode_examples
 from transformer.inference import freeze
 from transformer.runtime import (
     add_precision_argument,
@@ -34,6 +34,7 @@ from transformer.runtime import (
     resolve_precision,
     run_script,
 )
+from transformer.tasks import BYTE_ORDER_MARK, Example
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)

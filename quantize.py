@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformer.checkpoint import fetch_model, save_config, save_pretrained, weights_path
 from transformer.classifiers import load_classifier
 from transformer.evaluation import evaluate, write_results
+from transformer.features import Features, cached_features
 from transformer.file_utils import (
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -40,11 +41,11 @@ from transformer.file_utils import (
     file_sha256,
     write_json,
 )
-from transformer.glue import GLUE_TASKS, Features, GlueTask, cached_features, get_task, label_order
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier, cpu_has_vnni, input_ranges, to_int8
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.runtime import commit_id, get_device, prepare_output_dir, run_script
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)

@@ -27,10 +27,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from transformer.evaluation import majority_baseline
+from transformer.features import Features
 from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
-from transformer.glue import Features, GlueTask, get_task, load_examples
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
+from transformer.tasks import GlueTask, get_task, load_examples
 
 logger = logging.getLogger(__name__)
 

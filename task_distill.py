@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from transformer.batching import padded_collate, padding_multiple
 from transformer.checkpoint import fetch_model
 from transformer.classifiers import load_classifier
 from transformer.distillation import (
@@ -42,17 +43,8 @@ from transformer.evaluation import (
     predict_logits,
     write_results,
 )
+from transformer.features import Features, cached_features
 from transformer.file_utils import UserError
-from transformer.glue import (
-    GLUE_TASKS,
-    Features,
-    GlueTask,
-    cached_features,
-    get_task,
-    label_order,
-    padded_collate,
-    padding_multiple,
-)
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
 from transformer.runtime import (
@@ -72,6 +64,7 @@ from transformer.runtime import (
     set_seed,
     training_steps,
 )
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, shuffled_passes
 from transformer.training_run import (

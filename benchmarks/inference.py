@@ -40,6 +40,7 @@ from benchmarks.run import machine
 from quantize import RECORD_NAME, computed_in
 from transformer.checkpoint import save_pretrained
 from transformer.classifiers import load_classifier
+from transformer.features import Features, load_features
 from transformer.file_utils import (
     ONNX_NAME,
     WEIGHTS_NAME,
@@ -48,11 +49,11 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
-from transformer.glue import Features, get_task, load_features, split_path
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier
 from transformer.modeling import BertConfig, TinyBertForSequenceClassification, model_inputs
 from transformer.runtime import prepare_output_dir, run_script
+from transformer.tasks import get_task, split_path
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)

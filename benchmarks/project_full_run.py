@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flops import TRAINING_PASSES, distillation_flops, forward_flops
 from transformer.file_utils import UserError, read_json
-from transformer.glue import get_task
 from transformer.modeling import BertConfig, find_config
 from transformer.runtime import run_script
 from transformer.tables import text_table
+from transformer.tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured"

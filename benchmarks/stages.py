@@ -34,6 +34,7 @@ from benchmarks.flops import (
     masked_word_flops,
 )
 from transformer.augmentation import DataAugmentor, GloveIndex, is_plain_word
+from transformer.batching import batches, padded_collate, padding_multiple
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -42,17 +43,7 @@ from transformer.distillation import (
     show_nothing,
 )
 from transformer.evaluation import evaluate, predict_logits
-from transformer.glue import (
-    Features,
-    TaskRows,
-    TsvWriter,
-    batches,
-    get_task,
-    load_features,
-    padded_collate,
-    padding_multiple,
-    task_rows,
-)
+from transformer.features import Features, load_features
 from transformer.modeling import (
     BertConfig,
     BertForMaskedLM,
@@ -69,6 +60,7 @@ from transformer.runtime import (
     resolve_precision,
     set_seed,
 )
+from transformer.tasks import TaskRows, TsvWriter, get_task, task_rows
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, train
 
@@ -118,10 +110,10 @@ class Work:
     vectors: tuple[int, int]
 
     def teacher_config(self) -> BertConfig:
-        return BertConfig(**self.teacher)
+        return BertConfig.from_dict(self.teacher)
 
     def student_configs(self) -> list[BertConfig]:
-        return [BertConfig(**student) for student in self.students]
+        return [BertConfig.from_dict(student) for student in self.students]
 
     def tokenizer(self) -> BertTokenizer:
         return BertTokenizer.from_pretrained(self.folder / "vocabulary")

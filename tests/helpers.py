@@ -16,12 +16,12 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 from transformer.checkpoint import save_pretrained  # noqa: E402
-from transformer.glue import GLUE_TASKS, GlueTask, get_task, write_tsv  # noqa: E402
 from transformer.modeling import (  # noqa: E402
     BertConfig,
     TinyBertForSequenceClassification,
 )
 from transformer.runtime import run_script  # noqa: E402
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, write_tsv  # noqa: E402
 from transformer.tokenization import BertTokenizer  # noqa: E402
 
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
@@ -55,7 +55,7 @@ def tiny_config(**changes) -> BertConfig:
         # Wide weights, so that a random model's outputs differ from row to row.
         "initializer_range": 0.25,
     }
-    return BertConfig(**{**values, **changes})
+    return BertConfig.from_dict({**values, **changes})
 
 
 def make_model(folder: Path, model_class=TinyBertForSequenceClassification, seed: int = 0,

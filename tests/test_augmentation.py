@@ -13,9 +13,9 @@ import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
 from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
-from transformer.glue import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
 from transformer.runtime import run_script
+from transformer.tasks import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
 
 REPO = Path(__file__).parent.parent

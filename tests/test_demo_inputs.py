@@ -18,8 +18,8 @@ from demo.english import is_prose, load_documents
 from demo.make_inputs import CORPUS_NAME, DUMP_NAME, ROWS, SPECIAL_TOKENS, VECTORS_NAME
 from transformer.checkpoint import load_state
 from transformer.file_utils import UserError
-from transformer.glue import GLUE_TASKS, load_examples
 from transformer.modeling import BertConfig, BertForMaskedLM
+from transformer.tasks import GLUE_TASKS, load_examples
 from transformer.tokenization import BertTokenizer
 
 REPO = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ import pytest
 
 import download_glue
 from transformer.file_utils import UserError
-from transformer.glue import GLUE_TASKS, load_examples
+from transformer.tasks import GLUE_TASKS, load_examples
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))

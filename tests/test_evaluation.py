@@ -16,9 +16,10 @@ from transformer.evaluation import (
     majority_baseline,
     write_results,
 )
+from transformer.features import Features
 from transformer.file_utils import UserError
-from transformer.glue import GLUE_TASKS, Features
 from transformer.modeling import BertConfig
+from transformer.tasks import GLUE_TASKS
 
 PAD = 0
 

@@ -22,13 +22,13 @@ from helpers import (
 from transformers import AutoModelForSequenceClassification
 
 import finetune_teacher
-from transformer.glue import get_task, write_tsv
 from transformer.modeling import (
     BertForMaskedLM,
     BertModel,
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
+from transformer.tasks import get_task, write_tsv
 
 
 class Setup(ScriptSetup):

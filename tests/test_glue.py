@@ -9,19 +9,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from transformer.batching import batches
+from transformer.features import encode_examples, truncate_pair
 from transformer.file_utils import UserError
-from transformer.glue import (
+from transformer.tasks import (
     GLUE_TASKS,
     Example,
     TsvWriter,
-    batches,
-    encode_examples,
     get_task,
     label_order,
     load_examples,
     read_tsv,
     task_rows,
-    truncate_pair,
     write_tsv,
 )
 from transformer.tokenization import BertTokenizer

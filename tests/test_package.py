@@ -9,15 +9,14 @@ import sys
 import pytest
 from helpers import GOLDEN, REPO, read_json
 
-# A module imports only from those before it.
-ORDER = ["file_utils", "uploads", "distributed", "tokenization", "optimization", "checkpoint",
-         "modeling", "inference", "int8", "onnx_model", "classifiers", "glue", "evaluation",
-         "distillation", "training", "corpus", "pretraining_data", "augmentation", "runtime",
-         "parts", "training_run", "tables"]
 SCRIPTS = ["download_glue.py", "prepare_data.py", "get_bert_models.py",
            "pregenerate_training_data.py", "general_distill.py", "data_augmentation.py",
            "fix_teacher_layers.py", "finetune_teacher.py", "task_distill.py",
            "tinybert_6_from_bert.py", "quantize.py", "predict.py"]
+# Scripts that compute nothing; their `--help` must not wait for torch.
+WITHOUT_TORCH: list[str] = []
+PACKAGE = sorted(path.stem for path in (REPO / "transformer").glob("*.py")
+                 if path.stem != "__init__")
 TYPES = {"str": str, "int": int, "float": float, "Path": "Path"}
 FLAGS = [(script, flag) for script, flags in read_json(GOLDEN / "cli_flags.json").items()
          for flag in flags if (REPO / script).is_file() and "/" not in script]
@@ -40,28 +39,52 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 # ------------------------------------------------------------------ the package
 
 
-def test_the_package_holds_the_modules_of_the_table():
-    found = {path.stem for path in (REPO / "transformer").glob("*.py")} - {"__init__"}
-    assert found == set(ORDER)
+def imports() -> dict[str, set[str]]:
+    """Return for each module of the repository the modules of the repository that it imports."""
+    paths = {".".join(path.relative_to(REPO).with_suffix("").parts): path
+             for folder in (".", "transformer", "demo", "driver")
+             for path in (REPO / folder).glob("*.py")}
+    return {name: {found for found in imported_names(tree(path)) if found in paths}
+            for name, path in paths.items()}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_modules_before_it(module):
-    imported = set()
-    for node in ast.walk(tree(REPO / "transformer" / f"{module}.py")):
+def imported_names(module: ast.Module) -> set[str]:
+    """Return every name that may be an imported module, whole and with what is imported of it."""
+    names = set()
+    for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".")
-            if node.level or parts[0] == "transformer":
-                own = parts[1:] if not node.level else parts
-                imported |= set(own[:1]) or {alias.name for alias in node.names}
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            imported |= {a.name.split(".")[1] for a in node.names
-                         if a.name.startswith("transformer.")}
-    assert imported <= set(ORDER[: ORDER.index(module)])
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_there_is_no_import_cycle():
+    remaining = imports()
+    while leaves := [name for name, needed in remaining.items() if not needed & remaining.keys()]:
+        for name in leaves:
+            del remaining[name]
+    assert not remaining, "these import each other"
+
+
+def test_no_module_of_the_package_and_no_script_imports_a_script_or_a_test():
+    scripts = {path.stem for path in REPO.glob("*.py")}
+    tests = {path.stem for path in (REPO / "tests").glob("*.py")} | {"tests"}
+    for path in [*REPO.glob("*.py"), *REPO.glob("transformer/*.py"), *REPO.glob("K-prune/**/*.py")]:
+        names = imported_names(tree(path))
+        assert not names & (tests | scripts - {path.stem})
+
+
+@pytest.mark.parametrize("script", WITHOUT_TORCH)
+def test_a_script_that_computes_nothing_imports_no_torch(script):
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r}); import {script}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            check=True)
+    assert "torch" not in result.stdout.split()
 
 
 def test_importing_everything_parses_nothing_logs_nothing_and_touches_no_device(tmp_path):
-    names = [f"transformer.{name}" for name in ORDER] + [s.removesuffix(".py") for s in SCRIPTS]
+    names = [f"transformer.{name}" for name in PACKAGE] + [s.removesuffix(".py") for s in SCRIPTS]
     code = f"""
 import importlib, logging, sys
 sys.path.insert(0, {str(REPO)!r})

@@ -14,8 +14,9 @@ import predict
 import quantize
 from transformer.classifiers import load_classifier
 from transformer.evaluation import predict_logits
-from transformer.glue import get_task, load_examples, load_features
+from transformer.features import load_features
 from transformer.modeling import TinyBertForPreTraining
+from transformer.tasks import get_task, load_examples
 from transformer.tokenization import BertTokenizer
 
 

@@ -9,11 +9,12 @@ from helpers import error_line, make_glue, make_model, random_batch, read_json, 
 import quantize
 from transformer.classifiers import load_classifier
 from transformer.evaluation import evaluate
+from transformer.features import load_features
 from transformer.file_utils import UserError
-from transformer.glue import get_task, label_order, load_features
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier
 from transformer.onnx_model import build, fuse, fused_nodes
+from transformer.tasks import get_task, label_order
 from transformer.tokenization import BertTokenizer
 
 MADE = [(method, form) for method, forms in quantize.METHODS.items() for form in forms]

@@ -9,8 +9,8 @@ import pytest
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
-from transformer.glue import write_tsv
 from transformer.runtime import run_script
+from transformer.tasks import write_tsv
 
 
 class Run:

@@ -27,12 +27,13 @@ from transformers import AutoModelForSequenceClassification
 
 import task_distill
 from transformer.evaluation import predict_logits
-from transformer.glue import encode_examples, get_task, label_order, load_examples, write_tsv
+from transformer.features import encode_examples
 from transformer.modeling import (
     BertModel,
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
+from transformer.tasks import get_task, label_order, load_examples, write_tsv
 from transformer.tokenization import BertTokenizer
 
 FILES = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import random_batch, tiny_config
 from torch import nn
 
+from transformer.batching import padded_collate
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -17,7 +18,6 @@ from transformer.distillation import (
     freeze,
     show_nothing,
 )
-from transformer.glue import padded_collate
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam
 from transformer.training import (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer import distributed
+from transformer.batching import batches
 from transformer.distillation import Batch
-from transformer.glue import batches
 
 Collate = Callable[[Sequence[int]], Batch]
 

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from transformer.batching import batches
+from transformer.features import Features
 from transformer.file_utils import UserError
-from transformer.glue import Features, batches
 
 BATCH_TOKENS = 4096  # in one batch of the sample, padding included
 BATCH_ROWS = 32

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from transformer.features import Features
 from transformer.file_utils import UserError, read_json
-from transformer.glue import Features
 from transformer.tokenization import BertTokenizer
 
 SQUAD_FILES = {

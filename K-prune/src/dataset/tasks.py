@@ -10,8 +10,9 @@ from torch import nn
 
 from dataset.squad import SQUAD_FILES, make_windows, read_squad, squad_path
 from transformer.evaluation import evaluate_splits
-from transformer.glue import Features, GlueTask, cached_features, get_task, label_order
+from transformer.features import Features, cached_features
 from transformer.modeling import BertForQuestionAnswering, TinyBertForSequenceClassification
+from transformer.tasks import GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 
 # The original's names, in its order, and the tasks that it refused.

@@ -10,7 +10,7 @@ import torch
 from dataset.squad import Question, Windows
 from torch import nn
 
-from transformer.glue import batches
+from transformer.batching import batches
 from transformer.inference import inference_copy
 from transformer.modeling import model_inputs
 

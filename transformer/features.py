@@ -1,0 +1,270 @@
+"""Text turned into model input: flat arrays of word pieces, encoded once and kept on disk."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from transformer import distributed
+from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
+from transformer.tasks import Example, GlueTask, get_task, iterate_examples, split_path
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
+UNKNOWN_SHARE_LIMIT = 0.10
+
+
+def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """List the indices of consecutive slices of a flat array: [sum of lengths]."""
+    shifts = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+
+@dataclass
+class Features:
+    """Encoded rows in flat arrays: a million rows take some 50 MB, not gigabytes.
+
+    ids: word pieces of all rows, one after the other, [CLS] and [SEP] included
+    offsets: [rows + 1], where each row starts in `ids`
+    first_lengths: [rows], how many positions of a row belong to segment 0
+    labels: [rows], int64 class numbers or float32 scores
+    label_names: the class names by number, () for regression
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    first_lengths: np.ndarray
+    labels: torch.Tensor
+    label_names: tuple[str, ...]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.first_lengths)
+
+    @cached_property  # it is asked for with every batch
+    def lengths(self) -> np.ndarray:
+        """Word pieces of each row, [rows]."""
+        return np.diff(self.offsets)
+
+    def collate(self, indices: Sequence[int], pad_to: int | None = None) -> dict[str, torch.Tensor]:
+        """Make a batch of the rows `indices`, padded to the longest of them or to `pad_to`.
+
+        input_ids, token_type_ids, attention_mask: [batch, length] int64; labels: [batch].
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        starts = self.offsets[indices]  # [batch]
+        lengths = self.offsets[indices + 1] - starts  # [batch]
+        longest = int(lengths.max())
+        width = longest if pad_to is None else pad_to
+        if width < longest:
+            raise ValueError(f"cannot pad a row of {longest} positions to {pad_to}")
+        positions = np.arange(width)  # [length]
+        mask = positions < lengths[:, None]  # [batch, length]
+        input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        input_ids[mask] = self.ids[(starts[:, None] + positions)[mask]]
+        segments = mask & (positions >= self.first_lengths[indices][:, None])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "token_type_ids": torch.from_numpy(segments.astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "labels": self.labels[torch.from_numpy(indices)],
+        }
+
+    def subset(self, indices: Sequence[int]) -> "Features":
+        """Copy the rows `indices`, in that order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[indices]
+        return Features(
+            self.ids[flat_indices(self.offsets[indices], lengths)], _offsets(lengths),
+            self.first_lengths[indices], self.labels[torch.from_numpy(indices)],
+            self.label_names, self.pad_id,
+        )  # fmt: skip
+
+    def first(self, count: int) -> "Features":
+        """Copy the first `count` rows, or all when there are fewer."""
+        return self.subset(range(min(count, len(self))))
+
+
+def truncate_pair(
+    length_a: np.ndarray, length_b: np.ndarray, budget: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say how much of two sentences to keep so that both fit into `budget` positions, [rows].
+
+    The same as BERT's loop that drops the last piece of the longer sentence (of the second, if
+    they are equal) until they fit.
+    """
+    keep_a = np.minimum(length_a, np.maximum(budget - budget // 2, budget - length_b))
+    return keep_a, np.minimum(length_b, budget - keep_a)
+
+
+def _label_numbers(
+    examples: Sequence[Example], labels: Sequence[str], regression: bool
+) -> np.ndarray:
+    """Turn label strings into class numbers or scores, [rows]; an unknown one is a `UserError`."""
+    number_of = {label: number for number, label in enumerate(labels)}
+    numbers = []
+    for example in examples:
+        try:
+            label = example.label
+            numbers.append(float(label) if regression else number_of[label])
+        except (KeyError, TypeError, ValueError) as error:
+            expected = "a number" if regression else f"one of {', '.join(labels)}"
+            raise UserError(
+                f"example {example.guid}: label {example.label!r}; expected {expected}"
+            ) from error
+    return np.array(numbers, dtype=np.float32 if regression else np.int64)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Return where each of consecutive slices starts, and the end: [slices + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _encode_rows(
+    examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode rows: framed word pieces of all, and of each row the length and first length."""
+    # Each different text is tokenized once: augmented rows repeat the sentence they do not vary.
+    texts = dict.fromkeys(text for example in examples for text in example[1:3] if text is not None)
+    pieces, text_lengths = tokenizer.encode_flat(texts)
+    text_starts = _offsets(text_lengths)
+    number_of = {text: number for number, text in enumerate(texts)}
+    a = np.array([number_of[example.text_a] for example in examples])  # [rows]
+    b = np.array([number_of.get(example.text_b, -1) for example in examples])  # [rows]
+    paired = b >= 0
+    keep_a, keep_b = truncate_pair(
+        text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - paired)
+
+    lengths = keep_a + 2 + keep_b + paired
+    offsets = _offsets(lengths)
+    starts = offsets[:-1]
+    ids = np.full(
+        offsets[-1], tokenizer.sep_id, np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+    ids[starts] = tokenizer.cls_id
+    ids[flat_indices(starts + 1, keep_a)] = pieces[flat_indices(text_starts[a], keep_a)]
+    ids[flat_indices(starts + keep_a + 2, keep_b)] = pieces[flat_indices(text_starts[b], keep_b)]
+    return ids, lengths, (keep_a + 2).astype(np.int32)
+
+
+def encode_examples(
+    examples: Iterable[Example],
+    tokenizer: BertTokenizer,
+    max_seq_length: int,
+    labels: Sequence[str],
+    regression: bool = False,
+) -> Features:
+    """Encode rows as "[CLS] a [SEP]" or "[CLS] a [SEP] b [SEP]" of at most `max_seq_length`.
+
+    `labels` are the class names in the order of the model's outputs (see `label_order`). Warns
+    when more than a tenth of the word pieces are unknown: then text and vocabulary do not fit,
+    often because of lower-casing.
+    """
+    if max_seq_length < 3:
+        raise UserError(f"maximum sequence length {max_seq_length}; expected at least 3 positions")
+    examples = iter(examples)
+    chunks = []
+    while part := list(islice(examples, ENCODING_CHUNK)):
+        rows = _encode_rows(part, tokenizer, max_seq_length)
+        chunks.append((*rows, _label_numbers(part, labels, regression)))
+    if not chunks:
+        raise UserError("no examples to encode; expected at least one")
+    ids, lengths, first_lengths, numbers = map(np.concatenate, zip(*chunks, strict=True))
+    features = Features(
+        ids, _offsets(lengths), first_lengths, torch.from_numpy(numbers),
+        () if regression else tuple(labels), tokenizer.pad_id,
+    )  # fmt: skip
+    _warn_of_unknown_pieces(features, tokenizer)
+    return features
+
+
+def _warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None:
+    special = 2 * len(features) + int((features.first_lengths < features.lengths).sum())
+    share = int((features.ids == tokenizer.unk_id).sum()) / max(1, len(features.ids) - special)
+    if share > UNKNOWN_SHARE_LIMIT:
+        logger.warning(
+            "%.0f %% of the word pieces are [UNK]: the vocabulary does not fit this text "
+            "(do_lower_case is %s; is the model uncased?)",
+            100 * share, tokenizer.do_lower_case,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------ features on disk
+
+
+def load_features(
+    task: str | GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
+    max_seq_length: int, labels: Sequence[str], max_rows: int | None = None,
+    cache_dir: Path | str | None = None,
+) -> Features:
+    """Read and encode one split, or read what was encoded before from `cache_dir`.
+
+    The arguments are those of `load_examples` and `encode_examples`, and so are the errors. A
+    cached file is named by a hash of all that it depends on, the rows' bytes and the vocabulary
+    included; one that is damaged, or cannot be written, is a warning.
+    """
+    began = time.monotonic()
+    task = get_task(task)
+    path = split_path(task, data_dir, split)
+    features = cache_file = None
+    if cache_dir is not None:
+        content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.do_lower_case,
+                   max_seq_length, list(labels), max_rows)
+        key = hashlib.sha256(repr(content).encode()).hexdigest()
+        cache_file = Path(cache_dir) / f"{task.name}-{split}-{key}.npz"
+        features = _read_cache(cache_file)
+    from_cache = features is not None
+    if from_cache:
+        _warn_of_unknown_pieces(features, tokenizer)
+    else:
+        examples = iterate_examples(task, data_dir, split, max_rows)
+        features = encode_examples(
+            examples, tokenizer, max_seq_length, labels, task.is_regression)
+        if cache_file is not None:
+            _write_cache(cache_file, features)
+    logger.info("%s: %d rows in %.1f s%s", path, len(features), time.monotonic() - began,
+                ", from cache" if from_cache else "")
+    return features
+
+
+def cached_features(
+    task: GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
+    max_seq_length: int, labels: Sequence[str], max_rows: int = 0,
+) -> Features:
+    """Return what `load_features` does, by the user's cache; `max_rows` 0 means all.
+
+    Under torchrun one process of each machine encodes, and the others find what it stored.
+    """
+    with distributed.main_first():
+        return load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
+                             max_rows or None, cache_root() / "features")
+
+
+def _read_cache(path: Path) -> Features | None:
+    """Read what `_write_cache` wrote; None without a file and, warned of, for a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:  # the zip's check sums find damage
+            labels = torch.from_numpy(stored["labels"])
+            return Features(stored["ids"], stored["offsets"], stored["first_lengths"], labels,
+                            tuple(stored["label_names"].tolist()), int(stored["pad_id"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # whatever is wrong with it, it can be made again
+        logger.warning("%s: damaged (%s); the rows are encoded again", path, error)
+        return None
+
+
+def _write_cache(path: Path, features: Features) -> None:
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{item.name: getattr(features, item.name) for item in fields(features)})
+    except OSError as error:
+        logger.warning("%s: the features are not cached (%s)", path, error)
