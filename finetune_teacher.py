@@ -23,10 +23,11 @@ from transformer.features import cached_features
 from transformer.file_utils import UserError
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
+from transformer.run import Output, Run, check_training_disk
+from transformer.run_folder import RunFolder
 from transformer.runtime import (
     add_common_arguments,
     check_numbers,
-    check_output_dir,
     compile_models,
     get_device,
     log_start,
@@ -38,14 +39,6 @@ from transformer.runtime import (
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 from transformer.training import Learner, shuffled_passes
-from transformer.training_run import (
-    Output,
-    Run,
-    check_training_room,
-    finished_before,
-    goes_on,
-    open_output_dirs,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +125,9 @@ def main(args: argparse.Namespace) -> None:
     check_numbers(args)
     task = find_task(args.task_name, args.data_dir)
     device = get_device(args.no_cuda)
-    args.resume = goes_on(args)
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume)
+    folder = RunFolder.open(args, [args.bert_model])
     dtype = resolve_precision(args.precision, device)
-    if finished_before(args, [args.bert_model]):
+    if folder.state == "finished":
         return
     set_seed(args.seed)
 
@@ -161,12 +153,11 @@ def main(args: argparse.Namespace) -> None:
     learner = Learner(model, loss, optimizer, device, dtype)
 
     # Output
-    check_training_room([learner], [args.output_dir], args.train_batch_size,
-                        int(train_rows.lengths.max()), models_written=3)
-    [folder] = open_output_dirs(args, [args.bert_model], log_start(
+    check_training_disk([learner], folder.paths, models_written=3)
+    folder.start(log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
-    output = Output(learner, folder, tokenizer, Selection(task))
+    output = Output(learner, folder.paths[0], tokenizer, Selection(task))
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
     multiple = padding_multiple(device)
@@ -175,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         [output], lambda first: shuffled_passes(
             make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
         lambda epoch: steps_per_epoch, total_steps, report_every=steps_per_epoch,
-        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=args.resume)
+        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=folder.state == "resume")
 
     def measure() -> None:
         output.record(run.facts(), evaluate_splits(

@@ -40,32 +40,23 @@ from transformer.file_utils import WEIGHTS_NAME, UserError
 from transformer.modeling import BertModel, TinyBertForPreTraining
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
+from transformer.run import Output, Run, check_training_disk, uploads
+from transformer.run_folder import RunFolder
 from transformer.runtime import (
     add_training_arguments,
     check_numbers,
-    check_output_dirs,
     compile_models,
+    format_values,
     get_device,
-    in_words,
     log_start,
-    one_each,
     parameter_count,
+    per_student,
     resolve_precision,
     run_script,
     set_seed,
-    training_steps,
 )
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, autocast, pass_generator, to_device
-from transformer.training_run import (
-    Output,
-    Run,
-    check_training_room,
-    finished_before,
-    goes_on,
-    open_output_dirs,
-    uploads,
-)
 from transformer.uploads import s3_address
 
 logger = logging.getLogger(__name__)
@@ -253,26 +244,24 @@ def measure_only(args: argparse.Namespace, learners: list[Learner], teacher: Int
     for learner, folder in zip(learners, folders, strict=True):
         values = measure(learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
         write_results(folder, {"losses": values, "rows": corpus.rows(0)})
-        logger.info("%s: %s", folder, in_words(values))
+        logger.info("%s: %s", folder, format_values(values))
 
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_numbers(args)
+    check_numbers(args, "num_train_epochs")
     if args.do_eval and args.resume:
         raise UserError("--resume is for training; leave it out with --do_eval")
     students = len(args.student_model)
-    args.learning_rate = one_each("learning_rate", args.learning_rate, students)
-    args.train_batch_size = one_each("train_batch_size", args.train_batch_size, students)
+    args.learning_rate = per_student("learning_rate", args.learning_rate, students)
+    args.train_batch_size = per_student("train_batch_size", args.train_batch_size, students)
     check_batch_sizes(args.train_batch_size)
-    training_steps(args.num_train_epochs, 1)
     batch_size = min(args.train_batch_size)
     device = get_device(args.no_cuda, args.local_rank)
-    args.resume = goes_on(args)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir, args.resume)
+    folder = RunFolder.open(args, args.student_model)
     dtype = resolve_precision(args.precision, device, args.fp16)
     address = s3_address(args.data_url)
-    if finished_before(args, args.student_model):
+    if folder.state == "finished":
         uploads(address, args.output_dir).close()
         return
 
@@ -291,11 +280,10 @@ def main(args: argparse.Namespace) -> None:
     # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
     accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
     if not args.do_eval:
-        check_training_room(learners, args.output_dir, -(-batch_size // accumulation),
-                            args.max_seq_length, models_written=2 + total_steps // args.eval_step)
+        check_training_disk(learners, folder.paths, 2 + total_steps // args.eval_step)
 
     # Output; every step_N_pytorch_model.bin is a model beside this config and vocabulary
-    folders = open_output_dirs(args, args.student_model, log_start(
+    folders = folder.start(log_start(
         args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
         students=" ".join(parameter_count(learner.student) for learner in learners)))
@@ -303,8 +291,8 @@ def main(args: argparse.Namespace) -> None:
         measure_only(args, learners, teacher, corpus, folders)
         uploads(address, folders).close()
         return
-    outputs = [Output(learner, folder, tokenizer)
-               for learner, folder in zip(learners, folders, strict=True)]
+    outputs = [Output(learner, path, tokenizer)
+               for learner, path in zip(learners, folders, strict=True)]
     for output in outputs:
         save_config(output.learner.student, output.folder, tokenizer)
 
@@ -315,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
         outputs, lambda first: corpus.passes(first, batch_size, args.seed, multiple, pad_to),
         lambda epoch: corpus.steps_in_pass(epoch, batch_size), total_steps,
         report_every=args.eval_step, save_steps=args.save_steps, save_minutes=args.save_minutes,
-        resume=args.resume)
+        resume=folder.state == "resume")
     with uploads(address, folders) as uploader:
         for _ in run.steps(teacher, accumulation, "general"):
             if run.reports():

@@ -54,7 +54,8 @@ from transformer.pretraining_data import (
     record_dtype,
     vocabulary_sha256,
 )
-from transformer.runtime import add_resume_argument, check_room, prepare_output_dir, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import add_resume_argument, check_room, run_script
 from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 from transformer.uploads import s3_address, upload_folder
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from transformer import runtime
+from transformer import run_folder, runtime
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertForMaskedLM
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype | None
-    log: runtime.JsonLog
+    log: run_folder.JsonLog
 
 
 class Sequence(NamedTuple):
@@ -242,7 +242,7 @@ def train(
     if args.head_only:
         model.bert.eval()  # a frozen body gives the features that it gives when it is used
     layers = len(model.bert.encoder.layer)
-    means = runtime.RunningMean()
+    means = run_folder.RunningMean()
     progress = tqdm(range(1, steps + 1), desc=f"{layers} layers", unit="step", mininterval=5)
     for step in progress:
         batch = to_device(next(batches), run.device)
@@ -311,7 +311,7 @@ def main(args: argparse.Namespace) -> None:
             for start in range(0, len(rows), 32)]  # fmt: skip
 
     # Training, with a measurement on held-out text on either side
-    runtime.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    run_folder.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     start = runtime.log_start(args, device, dtype, parameters=runtime.parameter_count(model),
                               documents=len(training), held_out=len(held_out))  # fmt: skip
     model.to(device)
@@ -321,7 +321,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info(report + " (most frequent piece: %.1f %%)", "start", before[0], 100 * before[1],
                 guess)  # fmt: skip
     batches = training_batches(training, tokenizer, args)
-    run = Run(device, dtype, runtime.JsonLog(args.output_dir / "log.jsonl"))
+    run = Run(device, dtype, run_folder.JsonLog(args.output_dir / "log.jsonl"))
     rate = args.learning_rate
     if args.shallow_steps:
         # Progressive stacking (Gong et al. 2019). The shallow model's rate stays high to its end;
@@ -338,7 +338,7 @@ def main(args: argparse.Namespace) -> None:
     save_pretrained(model, args.output_dir, tokenizer)
     start["masked_lm"] = {"loss_before": before[0], "accuracy_before": before[1],
                           "loss": after[0], "accuracy": after[1]}  # fmt: skip
-    runtime.save_arguments(args.output_dir, start)
+    run_folder.save_arguments(args.output_dir, start)
 
 
 if __name__ == "__main__":

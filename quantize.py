@@ -44,7 +44,8 @@ from transformer.file_utils import (
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier, cpu_has_vnni, input_ranges, to_int8
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
-from transformer.runtime import commit_id, get_device, prepare_output_dir, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import commit_id, get_device, run_script
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 

@@ -47,35 +47,25 @@ from transformer.features import Features, cached_features
 from transformer.file_utils import UserError
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
+from transformer.run import Output, Run, check_training_disk, uploads
+from transformer.run_folder import RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
     add_training_arguments,
     check_numbers,
-    check_output_dirs,
     compile_models,
+    format_values,
     get_device,
-    in_words,
     log_start,
-    one_each,
     parameter_count,
-    prepare_output_dir,
+    per_student,
     resolve_precision,
     run_script,
-    save_arguments,
     set_seed,
     training_steps,
 )
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, shuffled_passes
-from transformer.training_run import (
-    Output,
-    Run,
-    check_training_room,
-    finished_before,
-    goes_on,
-    open_output_dirs,
-    uploads,
-)
 from transformer.uploads import s3_address
 
 logger = logging.getLogger(__name__)
@@ -235,29 +225,28 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
             "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
             "selection": "none: this checkpoint as it is",
         })
-        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), in_words(metrics))
+        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), format_values(metrics))
 
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_numbers(args)
+    check_numbers(args, "num_train_epochs")
     task = get_task(args.task_name)
     apply_task_defaults(args, task)
     students = len(args.student_model)
-    args.learning_rate = one_each("learning_rate", args.learning_rate, students)
+    args.learning_rate = per_student("learning_rate", args.learning_rate, students)
     for flag in ("aug_train", "pred_distill", "compile", "resume"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     device = get_device(args.no_cuda)
-    args.resume = goes_on(args)
-    check_output_dirs(args.output_dir, students, args.overwrite_output_dir, args.resume)
+    folder = RunFolder.open(args, args.student_model)
     dtype = resolve_precision(args.precision, device)
     address = s3_address(args.data_url)
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
         uploads(address, args.output_dir).close()
         return
-    if finished_before(args, args.student_model):
+    if folder.state == "finished":
         uploads(address, args.output_dir).close()
         return
 
@@ -279,15 +268,13 @@ def main(args: argparse.Namespace) -> None:
                               *([] if args.pred_distill else [teach]))
 
     # Output
-    check_training_room(
-        learners, args.output_dir, -(-args.train_batch_size // args.gradient_accumulation_steps),
-        int(train_rows.lengths.max()), models_written=3)
-    folders = open_output_dirs(args, args.student_model, log_start(
+    check_training_disk(learners, folder.paths, models_written=3)
+    folders = folder.start(log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         batch=args.train_batch_size, teacher=teacher_size,
         students=" ".join(parameter_count(learner.student) for learner in learners)))
-    outputs = [Output(learner, folder, tokenizer, Selection(task) if args.pred_distill else None)
-               for learner, folder in zip(learners, folders, strict=True)]
+    outputs = [Output(learner, path, tokenizer, Selection(task) if args.pred_distill else None)
+               for learner, path in zip(learners, folders, strict=True)]
 
     # Distillation: in the intermediate stage the newest student is kept, in the other the best
     multiple = padding_multiple(device)
@@ -302,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
         outputs, lambda first: shuffled_passes(
             make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
         lambda epoch: steps_per_epoch, total_steps, report_every=args.eval_step,
-        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=args.resume)
+        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=folder.state == "resume")
     with uploads(address, folders) as uploader:
         for step in run.steps(teach, args.gradient_accumulation_steps, task.name):
             if run.reports():

@@ -27,7 +27,8 @@ from transformer.file_utils import (
     write_json,
 )
 from transformer.modeling import BertConfig, BertModel, find_config, has_pooler
-from transformer.runtime import prepare_output_dir, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)

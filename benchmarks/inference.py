@@ -52,7 +52,8 @@ from transformer.file_utils import (
 from transformer.inference import freeze
 from transformer.int8 import CpuClassifier
 from transformer.modeling import BertConfig, TinyBertForSequenceClassification, model_inputs
-from transformer.runtime import prepare_output_dir, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import run_script
 from transformer.tasks import get_task, split_path
 from transformer.tokenization import BertTokenizer
 

@@ -54,7 +54,8 @@ from benchmarks.stages import (
 )
 from transformer.file_utils import UserError, write_json, write_text
 from transformer.modeling import BertConfig, find_config
-from transformer.runtime import commit_id, prepare_output_dir, resolve_precision, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import commit_id, resolve_precision, run_script
 from transformer.tables import markdown_table, text_table
 from transformer.tasks import GLUE_TASKS, get_task, read_tsv, task_rows, write_tsv
 from transformer.tokenization import BertTokenizer

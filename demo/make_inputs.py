@@ -22,7 +22,8 @@ from demo.english import Document, Section, load_documents, odd_words
 from demo.word_vectors import cooccurrence_vectors
 from transformer.augmentation import write_vectors
 from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
-from transformer.runtime import prepare_output_dir, run_script
+from transformer.run_folder import prepare_output_dir
+from transformer.runtime import run_script
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ import general_distill
 import task_distill
 from transformer.checkpoint import load_training_state, read_state
 from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
-from transformer.training_run import Run
+from transformer.run import Run
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 TIMES = ("rows_per_second", "waiting")  # of a log's line, they differ from run to run

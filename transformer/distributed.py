@@ -1,19 +1,16 @@
-"""The processes of one run under torchrun: which one this is, and what they tell each other.
+"""The processes of one run under torchrun: rank, world size, and collective operations.
 
-Alone, or without torchrun, every function is there and does nothing costly.
+In a single process every function works, at no cost and without importing torch.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # torch takes seconds to import: only runs of several processes need it here
+    import torch
 
 # How long a process waits for another. A process that dies is noticed at once, by its closed
 # connection; this bounds how long one may tokenize while the others wait.
@@ -52,7 +49,7 @@ def is_restart() -> bool:
 
 
 def launch() -> str | None:
-    """Return what tells this call of torchrun from others, the same when it starts again."""
+    """Return an identifier of this call of torchrun, the same after a restart."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     # Without a rendezvous of its own a call is named "none"; the process that waits for it stays.
     return f"none-{os.getppid()}" if name == "none" else name
@@ -60,7 +57,11 @@ def launch() -> str | None:
 
 def connect(use_gpu: bool = False) -> None:
     """Join the other processes, if there are any; CPU tensors go over Gloo, a GPU's over NCCL."""
-    if world_size() == 1 or dist.is_initialized():
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         return
     store, number, processes = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):
@@ -73,6 +74,10 @@ def connect(use_gpu: bool = False) -> None:
 
 def is_connected() -> bool:
     """Say whether this process has joined others."""
+    if world_size() == 1:
+        return False
+    import torch.distributed as dist
+
     return dist.is_initialized()
 
 
@@ -82,22 +87,27 @@ def barrier() -> None:
 
 
 def agree(flag: bool) -> bool:
-    """Return whether any process says yes; all of them must ask."""
+    """Return whether the flag is true in any process; all of them must call this."""
     return bool(largest(int(flag)))
 
 
 def largest(number: int) -> int:
-    """Return the largest of the processes' numbers; all of them must ask."""
+    """Return the largest of the processes' numbers; all of them must call this."""
     if world_size() == 1:
         return number
-    answer = torch.tensor(number)
-    dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return int(answer)
+    import torch
+    import torch.distributed as dist
+
+    maximum = torch.tensor(number)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(tensor: "torch.Tensor") -> "torch.Tensor":
     """Add up the tensor of every process, in place, where there are several."""
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.all_reduce(tensor)
     return tensor
 
@@ -106,6 +116,8 @@ def gather(value: Any) -> list[Any]:
     """Return the value of every process, in their order."""
     if world_size() == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -115,6 +127,8 @@ def from_main(value: Any) -> Any:
     """Return the first process's value in all of them; the others' does not matter."""
     if world_size() == 1:
         return value
+    import torch.distributed as dist
+
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -27,13 +27,13 @@ from typing import Any, TypeVar
 
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, file_sha256, read_json, write_json
-from transformer.runtime import (
+from transformer.run_folder import (
     ARGUMENTS_NAME,
     UNFINISHED,
-    argument_values,
     check_same_arguments,
-    resumes,
+    should_resume,
 )
+from transformer.runtime import argument_values
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class WorkFolder:
 
     def resumes(self, args: argparse.Namespace) -> bool:
         """Say whether to go on with what is there; the processes ask together."""
-        return resumes(args, self.path / ARGUMENTS_NAME, self.record)
+        return should_resume(args, self.path / ARGUMENTS_NAME, self.record)
 
     def _begin(
         self, args: argparse.Namespace, inputs: Mapping[str, str], taken: str | None

@@ -1,4 +1,7 @@
-"""What every script needs around its work: errors, seeds, device, precision, output folders."""
+"""The frame of a script: command line, errors, seed, device, precision, the record of its start.
+
+torch takes seconds to import; scripts that compute nothing use this module without it.
+"""
 
 import argparse
 import copy
@@ -16,25 +19,24 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from transformer import distributed
-from transformer.checkpoint import remove_training_states
-from transformer.file_utils import UserError, read_json, write_json
+from transformer.file_utils import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}  # names of torch's types
 COMPILED_SHAPES = 64  # 8 padded lengths, each with the few numbers of rows that occur
 
-# glibc's names for mallopt: what it keeps of freed memory, and what it asks the system for anew.
+# glibc's parameters of mallopt: how much freed memory it keeps, and from which size on it maps.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, LARGEST_KEPT_BYTES = 2**31 - 1, 2**28
 
@@ -70,9 +72,10 @@ def run_script(
 ) -> None:
     """Parse the command line, set up logging and run `main(args)`.
 
-    `args.given` holds the names of the flags that were given. A user's mistake, a full disk and a
-    lost process of the same run become one line on stderr and exit code 2; Ctrl-C and SIGTERM
-    leave with 130 and 143, and where the script can go on later, with the command that does.
+    `args.given` holds the names of the flags that were given. A user's mistake, a full disk, too
+    little memory and a lost process of the same run become one line on stderr and exit code 2;
+    Ctrl-C and SIGTERM exit with 130 and 143 and, for a script with --resume, print the command
+    that continues. Log lines appear above a progress bar, not in it.
     """
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
@@ -80,7 +83,8 @@ def run_script(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:
-        main(args)
+        with logging_redirect_tqdm():
+            main(args)
         if distributed.is_connected():
             # At once, when all have got here: while Python takes a group's modules and threads
             # apart one by one, PyTorch's C++ threads are now and then ended in the wrong order,
@@ -104,12 +108,16 @@ def run_script(
         _complain(parser.prog, f"error: the disk is full ({error}); what was finished is kept"
                   + how_to_continue(args))
         sys.exit(2)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            _complain(parser.prog, "error: out of memory; a smaller --train_batch_size or"
+                      " --eval_batch_size, or more --gradient_accumulation_steps, needs less"
+                      f" ({first_line(error)})")
+            sys.exit(2)
         if not distributed.is_lost_peer(error):
             raise
-        reason = str(error).strip().splitlines()[0]
         _complain(parser.prog, "error: another process of this run has ended, so this one ends"
-                  f" too; the first message of the others says why ({reason})"
+                  f" too; the first message of the others says why ({first_line(error)})"
                   + how_to_continue(args))
         sys.exit(2)
 
@@ -120,8 +128,19 @@ def _complain(program: str, message: str) -> None:
     print(f"{program}{process}: {message}", file=sys.stderr, flush=True)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that the GPU's or the machine's memory did not suffice."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def how_to_continue(args: argparse.Namespace) -> str:
-    """Return the end of a sentence with the command that goes on; nothing where none does."""
+    """Return the end of a sentence with the command that continues, or "" without --resume."""
     if not hasattr(args, "resume") or getattr(args, "do_eval", False):
         return ""
     words = [word for word in sys.argv if not word.startswith(("--resume", "--overwrite"))]
@@ -130,7 +149,7 @@ def how_to_continue(args: argparse.Namespace) -> str:
 
 
 def setup_logging() -> None:
-    """Log to stderr, one short line a message; of several processes the first speaks for all."""
+    """Log to stderr, one short line a message; of several processes only the first one's."""
     logging.basicConfig(
         level=logging.INFO if distributed.is_main() else logging.ERROR,
         format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S",
@@ -156,15 +175,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                         help="write into an output folder that is not empty")
     add_resume_argument(parser)
     parser.add_argument("--save_steps", type=int, default=0,
-                        help="steps between saved states, which --resume goes on from; 0: by time")
+                        help="steps between saved states, which --resume continues from; 0: by"
+                             " --save_minutes alone")
     parser.add_argument("--save_minutes", type=float, default=15.0,
                         help="minutes between saved states; 0: by --save_steps alone")
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --resume, which every script has whose work takes long."""
+    """Add --resume, which every script with long work has."""
     parser.add_argument("--resume", action="store_true",
-                        help="go on where an earlier call with the same arguments was stopped")
+                        help="continue an earlier call with the same arguments that was stopped")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,8 +194,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
 
 
-# The smallest value of each number that a training script is given.
-LEAST = {
+# The smallest value that a training script accepts for each of its numbers.
+SMALLEST_VALUES = {
     "train_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "eval_step": 1,
     "max_seq_length": 3, "max_train_rows": 0, "num_train_epochs": 0, "learning_rate": 0,
     "weight_decay": 0, "warmup_proportion": 0, "temperature": 1e-6, "save_steps": 0,
@@ -183,20 +203,42 @@ LEAST = {
 }
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a number that makes no sense, before anything is read."""
-    for name, least in LEAST.items():
-        values = getattr(args, name, least)
+def check_numbers(args: argparse.Namespace, *positive: str) -> None:
+    """Raise a `UserError` for a number out of range, before anything is read.
+
+    Args:
+        args: a training script's command line.
+        positive: names of numbers that may not be 0 either.
+    """
+    for name, smallest in SMALLEST_VALUES.items():
+        values = getattr(args, name, smallest)
         for value in values if isinstance(values, list) else [values]:
-            if not least <= value < math.inf:  # nan is not either
-                raise UserError(f"--{name} {value}; expected a finite number, at least {least}")
+            if not smallest <= value < math.inf:  # nan is not either
+                raise UserError(
+                    f"--{name} {value}; expected a finite number, at least {smallest}")
+            if name in positive and value == 0:
+                raise UserError(f"--{name} {value}; expected more than 0")
     warmup = getattr(args, "warmup_proportion", 0.0)
     if warmup >= 1:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
 
 
+def per_student(flag: str, values: float | list[float], students: int) -> list[float]:
+    """Return one value of a flag for each student; a single one serves all."""
+    values = values if isinstance(values, list) else [values]
+    if len(values) not in (1, students):
+        raise UserError(
+            f"--{flag}: {len(values)} values for {students} students; expected one each, or one"
+            " for all"
+        )
+    return values if len(values) == students else values * students
+
+
 def set_seed(seed: int) -> None:
     """Seed Python, numpy and torch."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -205,11 +247,13 @@ def set_seed(seed: int) -> None:
 # ------------------------------------------------------------------ device and precision
 
 
-def get_device(no_cuda: bool = False, local_rank: int = -1) -> torch.device:
+def get_device(no_cuda: bool = False, local_rank: int = -1) -> "torch.device":
     """Return the GPU of this process, or the CPU, which is then set up for training steps.
 
     Under torchrun each process of a machine takes a GPU of its own, and joins the others here.
     """
+    import torch
+
     use_gpu = not no_cuda and torch.cuda.is_available()
     if use_gpu:
         several = distributed.world_size() > 1
@@ -249,8 +293,8 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve_precision(
-    name: str, device: torch.device, fp16: bool = False
-) -> torch.dtype | None:
+    name: str, device: "torch.device", fp16: bool = False
+) -> "torch.dtype | None":
     """Return the dtype to compute in, or None for float32.
 
     Args:
@@ -261,6 +305,8 @@ def resolve_precision(
     Raises:
         UserError: float16 on a CPU, or --fp16 together with another --precision.
     """
+    import torch
+
     if fp16 or name == "fp16":
         if device.type != "cuda":
             flag = "--fp16" if fp16 else "--precision fp16"
@@ -272,11 +318,13 @@ def resolve_precision(
         able = (torch.cuda.is_bf16_supported(including_emulation=False)
                 if device.type == "cuda" else cpu_has_bf16())
         name = "bf16" if able else "fp32"
-    return PRECISIONS[name]
+    return getattr(torch, PRECISIONS[name]) if PRECISIONS[name] else None
 
 
-def missing_for_compile(device: torch.device) -> str | None:
+def missing_for_compile(device: "torch.device") -> str | None:
     """Say what torch.compile lacks on this machine, or None; compiles a line to find out."""
+    import torch
+
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "the package triton is not installed"
     if device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
@@ -284,12 +332,12 @@ def missing_for_compile(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return first_line(error)
     return None
 
 
 def compile_models(
-    wanted: bool | None, device: torch.device, *modules: torch.nn.Module
+    wanted: bool | None, device: "torch.device", *modules: "torch.nn.Module"
 ) -> bool:
     """Have torch.compile take over the modules, in place; returns whether it did.
 
@@ -299,6 +347,8 @@ def compile_models(
     Raises:
         UserError: asked for by the flag, and it cannot be done here.
     """
+    import torch
+
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     missing = missing_for_compile(device)
@@ -314,167 +364,36 @@ def compile_models(
 
 
 def training_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Return the number of optimizer steps of `epochs` passes; a part of a pass is allowed."""
-    if epochs <= 0:
-        raise UserError(f"--num_train_epochs {epochs}; expected more than 0")
+    """Return the number of optimizer steps of `epochs` passes, at least 1; parts count."""
     return max(1, round(epochs * steps_per_epoch))
 
 
-# ------------------------------------------------------------------ output and logs
+# ------------------------------------------------------------------ disk
 
 
-ARGUMENTS_NAME = "args.json"  # what a run was begun with, in its output folder
-UNFINISHED = ".unfinished"  # the folder, or how it begins, of parts of an unfinished output
-
-
-def check_output_dir(path: Path | str, overwrite: bool = False, resume: bool = False) -> None:
-    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`.
-
-    With `resume` it may hold those of an earlier run, by its `args.json`, but no others.
-
-    Of several processes the first looks: it may have written something already.
-    """
-    path = Path(path)
-    if not distributed.is_main():
-        return
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file; expected a folder")
-    if not path.is_dir() or overwrite:
-        return
-    if resume and ((path / ARGUMENTS_NAME).is_file() or (path / UNFINISHED).exists()):
-        return
-    files = [file for file in path.iterdir() if not (resume and file.name.endswith(".tmp"))]
-    if files and resume:
-        raise UserError(
-            f"{path}: --resume finds files, but no {ARGUMENTS_NAME} of a run that was stopped;"
-            " choose another folder or pass --overwrite_output_dir"
-        )
-    if files:
-        raise UserError(
-            f"{path}: exists and is not empty; choose another folder"
-            " or pass --resume or --overwrite_output_dir"
-        )
-
-
-def prepare_output_dir(
-    path: Path | str, overwrite: bool = False, resume: bool = False
-) -> Path:
-    """Make the output folder; one that holds files is an error unless `overwrite` or `resume`.
-
-    What a killed process was writing goes, and unless the run resumes, so do its states.
-    """
-    path = Path(path)
-    if distributed.is_main():
-        check_output_dir(path, overwrite, resume)
-        path.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.rglob(".*.tmp"):
-            if unfinished.is_file():
-                unfinished.unlink(missing_ok=True)
-        if not resume:
-            remove_training_states(path)
-    return path
-
-
-# Arguments that may change from one call to the one that resumes it: they do not change results.
-FREE_ARGUMENTS = {
-    "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
-    "save_steps", "save_minutes", "num_workers", "local_rank", "data_url", "cache_dir",
-    "reduce_memory",
-}
-
-
-def argument_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments as JSON would give them back."""
-    values = {name: value for name, value in sorted(vars(args).items()) if name != "given"}
-    return json.loads(json.dumps(values, default=str))
-
-
-def resumes(args: argparse.Namespace, *records: Path) -> bool:
-    """Say whether a run goes on: as --resume says, or as torchrun has started it again.
-
-    The second only where one of `records`, each an `args.json`, was written by this very call of
-    torchrun: what an earlier one has left is not touched without --resume. The processes ask
-    together.
-    """
-    if distributed.agree(args.resume):
-        return True
-    if not distributed.agree(distributed.is_restart()):
-        return False
-    own = distributed.is_main() and any(
-        path.is_file() and read_json(path).get("launch") == distributed.launch()
-        for path in records)
-    return distributed.from_main(own)
-
-
-def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
-    """Say whether `args.json`, which an earlier call wrote, is there; it must hold these arguments.
-
-    Raises:
-        UserError: arguments that results depend on are others; the message names them all.
-    """
-    if not Path(path).is_file():
-        return False
-    saved, values = read_json(path).get("arguments", {}), argument_values(args)
-    # A flag that is newer than the saved ones is passed over.
-    differing = [f"--{name} {values.get(name)} (was {saved[name]})"
-                 for name in sorted({*saved} - FREE_ARGUMENTS)
-                 if values.get(name) != saved[name]]
-    if differing:
-        raise UserError(
-            f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same;"
-            " to start again, overwrite what is there in place of --resume"
-        )
-    return True
-
-
-# ------------------------------------------------------------------ room
-
-
-def free_disk(folder: Path | str) -> int:
-    """Return the bytes that are free where `folder` is or would be made."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def free_memory() -> int | None:
-    """Return the bytes of memory that this process may still take; None where it is not told."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):  # of a container, if this is one with a limit
-        figures = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(figures["inactive_file"]) + int(figures["active_file"])  # given up on demand
-        limits.append(int((group / "memory.max").read_text())
-                      - int((group / "memory.current").read_text()) + cached)
-    return min(limits) if limits else None
-
-
-def check_room(what: str, folder: Path | str, disk: int, memory: int = 0) -> None:
-    """Say what a stage will need, and raise a `UserError` where there is less.
+def check_disk(stage: str, folder: Path | str, needed: float) -> None:
+    """Log the bytes of disk that a stage needs; raise a `UserError` where fewer are free.
 
     Args:
-        what: the stage, as a message would call it.
-        folder: where it writes.
-        disk, memory: bytes.
+        stage: what a message calls it.
+        folder: where it writes; need not exist yet.
+        needed: bytes.
     """
     if not distributed.is_main():
         return
-    disk_left, memory_left = free_disk(folder), free_memory()
-    known = "unknown" if memory_left is None else size_text(memory_left)
-    logger.info("%s needs about %s of disk (%s free) and %s of memory (%s free)", what,
-                size_text(disk), size_text(disk_left), size_text(memory), known)
-    if disk > disk_left:
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    logger.info("%s needs about %s of disk (%s free)", stage, size_text(needed), size_text(free))
+    if needed > free:
         raise UserError(
-            f"{folder}: {size_text(disk_left)} free; {what} needs about {size_text(disk)}")
-    if memory_left is not None and memory > memory_left:
-        raise UserError(
-            f"{size_text(memory_left)} of memory free; {what} needs about {size_text(memory)}")
+            f"{folder}: {size_text(free)} of disk free; {stage} needs about {size_text(needed)}")
+
+
+def check_room(what: str, folder: Path | str, disk: float, memory: int = 0) -> None:
+    """Call `check_disk`, for scripts that still pass an estimate of memory."""
+    check_disk(what, folder, disk)
 
 
 def size_text(size: float) -> str:
@@ -486,139 +405,23 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def one_each(flag: str, values: float | list[float], students: int) -> list[float]:
-    """Return one value of a flag for each student; a single one serves all."""
-    values = values if isinstance(values, list) else [values]
-    if len(values) not in (1, students):
-        raise UserError(
-            f"--{flag}: {len(values)} values for {students} students; expected one each, or one"
-            " for all"
-        )
-    return values if len(values) == students else values * students
+# ------------------------------------------------------------------ the record of a start
 
 
-def check_output_dirs(
-    paths: list[str], students: int, overwrite: bool = False, resume: bool = False
-) -> None:
-    """Raise a `UserError` unless there is an output folder of its own for each student."""
-    if len(paths) != students:
-        raise UserError(
-            f"--output_dir: {len(paths)} folders for {students} students of --student_model;"
-            " expected one each"
-        )
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise UserError(f"--output_dir {' '.join(paths)}: expected a folder of its own for each")
-    for path in paths:
-        check_output_dir(path, overwrite, resume)
+def argument_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as JSON would give them back."""
+    values = {name: value for name, value in sorted(vars(args).items()) if name != "given"}
+    return json.loads(json.dumps(values, default=str))
 
 
-class RunningMean:
-    """Means of named scalars; they stay on their device until they are read.
-
-    Under torchrun a scalar is the sum of what the processes add.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[str, torch.Tensor] = {}
-        self.count = 0
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Count one more observation of each scalar."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
-        self.count += 1
-
-    def _totals(self) -> dict[str, float]:
-        names = list(self.totals)
-        totals = torch.stack([self.totals[name] for name in names]) if names else torch.empty(0)
-        totals = distributed.sum_over_ranks(totals.double().cpu()).tolist()
-        return dict(zip(names, totals, strict=True))
-
-    def read(self) -> dict[str, float]:
-        """Return the means since the last reading and start again."""
-        means = {name: total / self.count for name, total in self._totals().items()}
-        self.totals, self.count = {}, 0
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """Return what `load_state` takes; the processes ask for it together."""
-        return {"totals": self._totals(), "count": self.count}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from what `state` returned; the first process counts for all so far."""
-        share = 1.0 if distributed.is_main() else 0.0
-        self.totals = {name: torch.tensor(total * share, dtype=torch.float32, device=device)
-                       for name, total in state["totals"].items()}
-        self.count = state["count"]
-
-
-def in_words(values: Mapping[str, Any]) -> str:
-    """Return values for a reader: floats with four digits that matter, nested ones in brackets."""
-    def word(value: Any) -> Any:
+def format_values(values: Mapping[str, Any]) -> str:
+    """Return values for a log line: floats with four significant digits, nested in brackets."""
+    def text(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return f"({in_words(value)})"
+            return f"({format_values(value)})"
         return f"{value:.4g}" if isinstance(value, float) else value
 
-    return "  ".join(f"{name} {word(value)}" for name, value in values.items())
-
-
-class Pace:
-    """How fast a run is between two readings."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from now on."""
-        self.rows, self.waited, self.began = 0, 0.0, time.perf_counter()
-
-    def add(self, rows: int, waited: float) -> None:
-        """Count the rows of a step, and the seconds that it waited for them."""
-        self.rows += rows
-        self.waited += waited
-
-    def read(self) -> dict[str, float]:
-        """Return rows per second and the share of time spent waiting; start again."""
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        figures = {"rows_per_second": round(self.rows / seconds, 1),
-                   "waiting": round(self.waited / seconds, 4)}
-        self.restart()
-        return figures
-
-
-class JsonLog:
-    """A log file with one JSON object a line, written by a run's first process."""
-
-    def __init__(self, path: Path | str, keep: bool = False) -> None:
-        self.path = Path(path)
-        if not keep:
-            self.cut(0)
-
-    @property
-    def size(self) -> int:
-        """Its bytes so far."""
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    def cut(self, size: int) -> None:
-        """Keep the first `size` bytes: what followed is written again."""
-        if distributed.is_main():
-            if size > self.size:
-                logger.warning("%s: %d bytes; expected at least %d", self.path, self.size, size)
-            with self.path.open("ab") as file:
-                file.truncate(min(size, self.size))
-
-    def sync(self) -> None:
-        """Have the disk hold what was written."""
-        if distributed.is_main():
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Add a line."""
-        if distributed.is_main():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+    return "  ".join(f"{name} {text(value)}" for name, value in values.items())
 
 
 def commit_id() -> str:
@@ -632,7 +435,7 @@ def commit_id() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def parameter_count(model: torch.nn.Module) -> str:
+def parameter_count(model: "torch.nn.Module") -> str:
     """Return the number of parameters in millions, such as `14.5M`; a quantised model's, too."""
     total = getattr(model, "parameter_total", None)
     total = sum(p.numel() for p in model.parameters()) if total is None else total
@@ -640,9 +443,12 @@ def parameter_count(model: torch.nn.Module) -> str:
 
 
 def log_start(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None, **facts: Any
+    args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype | None",
+    **metadata: Any
 ) -> dict[str, Any]:
-    """Print how this run starts (commit, device, precision, facts, arguments) and return it."""
+    """Log how this run starts (commit, device, precision, metadata, arguments) and return it."""
+    import torch
+
     arguments = argument_values(args)
     start = {
         "commit": commit_id(),
@@ -651,15 +457,9 @@ def log_start(
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "precision": "fp32" if dtype is None else str(dtype).removeprefix("torch."),
-        **facts,
+        **metadata,
         "arguments": arguments,
     }
     logger.info("%s", "  ".join(f"{k} {v}" for k, v in start.items() if k != "arguments"))
     logger.info("%s", "  ".join(f"{k}={v}" for k, v in arguments.items()))
     return start
-
-
-def save_arguments(output_dir: Path, start: dict[str, Any]) -> None:
-    """Write what `log_start` returned to `args.json`."""
-    if distributed.is_main():
-        write_json(output_dir / ARGUMENTS_NAME, {**start, "launch": distributed.launch()})

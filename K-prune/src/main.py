@@ -45,15 +45,8 @@ from transformer.file_utils import (
     write_json,
 )
 from transformer.inference import freeze
-from transformer.runtime import (
-    check_output_dir,
-    get_device,
-    log_start,
-    prepare_output_dir,
-    run_script,
-    save_arguments,
-    set_seed,
-)
+from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
+from transformer.runtime import get_device, log_start, run_script, set_seed
 from transformer.tokenization import BertTokenizer, saved_lower_case
 
 logger = logging.getLogger(__name__)

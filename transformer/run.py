@@ -4,7 +4,6 @@ It keeps what a run knows besides its models: how far it is, what it has logged 
 was the best; saves all of it from time to time, and goes on from there.
 """
 
-import argparse
 import logging
 import signal
 import threading
@@ -29,21 +28,9 @@ from transformer.checkpoint import (
     save_weights,
 )
 from transformer.evaluation import Selection, write_results
-from transformer.file_utils import UserError, read_json
-from transformer.runtime import (
-    ARGUMENTS_NAME,
-    JsonLog,
-    Pace,
-    RunningMean,
-    Stopped,
-    check_room,
-    check_same_arguments,
-    in_words,
-    prepare_output_dir,
-    resumes,
-    save_arguments,
-    size_text,
-)
+from transformer.file_utils import UserError
+from transformer.run_folder import JsonLog, RunningMean, Throughput
+from transformer.runtime import Stopped, check_disk, format_values
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, Step, train
 from transformer.uploads import Uploader
@@ -52,62 +39,6 @@ logger = logging.getLogger(__name__)
 
 # What a process asks of the others after a step; the largest wish is granted.
 NOTHING, SAVE, STOP = 0, 1, 2
-
-
-# ------------------------------------------------------------------ output folders
-
-
-def goes_on(args: argparse.Namespace) -> bool:
-    """Say whether this run goes on with what lies in its output folders (`runtime.resumes`)."""
-    return resumes(args, *(Path(path) / ARGUMENTS_NAME for path in as_list(args.output_dir)))
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return several values of a flag as they are, a single one as a list of it."""
-    return value if isinstance(value, list) else [value]
-
-
-def finished_before(args: argparse.Namespace, sources: Sequence[str]) -> bool:
-    """Say whether a resumed run finds that everything was done.
-
-    Args:
-        sources: what each student starts from.
-
-    Raises:
-        UserError: the earlier call had other arguments, or other folders for its students.
-    """
-    if not args.resume:
-        return False
-    folders, finished = [Path(path) for path in as_list(args.output_dir)], []
-    if distributed.is_main():
-        for folder, source in zip(folders, sources, strict=True):
-            if check_same_arguments(folder / ARGUMENTS_NAME, args):
-                was = read_json(folder / ARGUMENTS_NAME).get("student")
-                if was != source:
-                    raise UserError(f"--resume: {folder} is the folder of student {was}; expected"
-                                    f" that of {source}")
-            # Written last, and removed first when a run starts.
-            finished.append((folder / "eval_results.json").is_file())
-    if not distributed.from_main(bool(finished) and all(finished)):
-        return False
-    if distributed.is_main():
-        remove_training_states(folders[0])
-    logger.info("%s: finished by an earlier call; nothing to resume", " ".join(map(str, folders)))
-    return True
-
-
-def open_output_dirs(
-    args: argparse.Namespace, sources: Sequence[str], start: dict[str, Any]
-) -> list[Path]:
-    """Make each student's output folder and its `args.json`: `start` and the student's source."""
-    folders = []
-    for path, source in zip(as_list(args.output_dir), sources, strict=True):
-        folder = prepare_output_dir(path, args.overwrite_output_dir, args.resume)
-        if distributed.is_main():
-            (folder / "eval_results.json").unlink(missing_ok=True)  # says that a run has finished
-        save_arguments(folder, {**start, "student": source})
-        folders.append(folder)
-    return folders
 
 
 def uploads(address: tuple[str, str] | None, folders: Sequence[Path | str]) -> Uploader:
@@ -140,7 +71,7 @@ class Output:
                 self.save()
         self.log.write(record)
         record.pop("all_metrics", None)
-        logger.info("%s: %s", self.folder.name, in_words(record))
+        logger.info("%s: %s", self.folder.name, format_values(record))
 
     def save(self, subfolder: str = "") -> None:
         """Write the student as a model directory."""
@@ -157,7 +88,7 @@ class Output:
             result |= self.selection.results()
             scores = {"first": self.selection.first["dev"], "best": result["best"],
                       "last": result["last"]}
-            logger.info("%s on dev: %s", self.folder.name, in_words(scores))
+            logger.info("%s on dev: %s", self.folder.name, format_values(scores))
         write_results(self.folder, result)
 
     def state(self) -> dict[str, Any]:
@@ -180,48 +111,24 @@ class Output:
 # ------------------------------------------------------------------ the run
 
 
-def check_training_room(
-    learners: Sequence[Learner], folders: Sequence[Path | str], rows: int, length: int,
-    models_written: int,
+def check_training_disk(
+    learners: Sequence[Learner], folders: Sequence[Path], models_written: int
 ) -> None:
-    """Say what disk and memory the run will need, and raise a `UserError` where there is less.
+    """Raise a `UserError` where the disk is smaller than what the run will write.
 
     Args:
         learners: the students, made already.
         folders: their output folders, made or not.
-        rows, length: of the largest micro-batch.
         models_written: models that each student's folder will hold at once.
     """
-    disk = memory = 0
-    for learner in learners:
-        config = learner.student.config
-        parameters = sum(parameter.numel() for parameter in learner.student.parameters())
-        # Weights and Adam's two moments, in two states that are kept and one that is written.
-        disk += parameters * 4 * (3 * 3 + models_written)
-        # Gradients, moments, updates. Activations: 16-bit values of a layer and row, as in
-        # Korthikanti et al. 2022 (arXiv 2205.05198), eq. 1; twice that in float32.
-        values = config.num_hidden_layers * rows * length * (
-            34 * config.hidden_size + 5 * config.num_attention_heads * length)
-        memory += parameters * 4 * 4 + values * (2 if learner.dtype is None else 1)
+    parameters = sum(parameter.numel() for learner in learners
+                     for parameter in learner.student.parameters())
+    # Weights and Adam's two moments, in two states that are kept and one that is written.
+    needed = parameters * 4 * (3 * 3 + models_written)
     # What a resumed run finds of its own is part of that.
-    disk -= sum(file.stat().st_size for folder in map(Path, folders)
-                for file in [*folder.rglob("*.bin"), *folder.glob(f"{STATE_FOLDER}/*")])
-    device = learners[0].device
-    check_room("training", folders[0], max(0, disk), 0 if device.type == "cuda" else memory)
-    if device.type == "cuda":
-        check_gpu_memory(device, memory)
-
-
-def check_gpu_memory(device: torch.device, memory: int) -> None:
-    """Say what a GPU has for so many bytes; more than it has in all is a `UserError`."""
-    free, total = torch.cuda.mem_get_info(device)
-    logger.info("training needs about %s of the GPU's memory (%s free)", size_text(memory),
-                size_text(free))
-    if memory > total:
-        raise UserError(
-            f"the GPU has {size_text(total)} of memory; training needs about {size_text(memory)};"
-            " expected a smaller --train_batch_size, or more --gradient_accumulation_steps"
-        )
+    needed -= sum(file.stat().st_size for folder in folders
+                  for file in [*folder.rglob("*.bin"), *folder.glob(f"{STATE_FOLDER}/*")])
+    check_disk("training", folders[0], max(0, needed))
 
 
 @torch.no_grad()
@@ -258,7 +165,7 @@ class Run:
         self.save_steps, self.save_minutes = save_steps, save_minutes
         self.device = outputs[0].learner.device
         self.step = 0
-        self.pace = Pace()
+        self.throughput = Throughput()
         self.signal: int | None = None
         # The first step whose loss was not finite, of each student; 0 while all are.
         self.first_bad = [torch.zeros((), device=self.device) for _ in outputs]
@@ -287,7 +194,7 @@ class Run:
         """Return what a report says of the run, and take the students' mean losses for it."""
         for output in self.outputs:
             output.losses = output.means.read()
-        return {"step": self.step, "epoch": self.epoch(), **self.pace.read()}
+        return {"step": self.step, "epoch": self.epoch(), **self.throughput.read()}
 
     def steps(
         self, teach: Callable, accumulation: int, description: str
@@ -308,7 +215,7 @@ class Run:
         saved_at = time.monotonic()
         progress = tqdm(steps, desc=description, initial=self.step, total=self.total_steps,
                         unit="step", disable=None if distributed.is_main() else True)
-        self.pace.restart()
+        self.throughput.restart()
         with self._signals_noted():
             for step in progress:
                 self._count(step)
@@ -316,7 +223,7 @@ class Run:
                     self.check_finite()  # before anything is written
                 yield step
                 if self.reports():
-                    self.pace.restart()  # without the time that the report took
+                    self.throughput.restart()  # without the time that the report took
                 if None in step.losses:
                     continue  # a gradient is kept for the next one; a state holds none
                 wish = distributed.largest(self._wish(saved_at))
@@ -329,7 +236,7 @@ class Run:
 
     def _count(self, step: Step) -> None:
         self.step += 1
-        self.pace.add(step.rows, step.waited)
+        self.throughput.add(step.rows, step.waited)
         for number, (output, losses) in enumerate(zip(self.outputs, step.losses, strict=True)):
             if losses is None:
                 continue

@@ -1,0 +1,347 @@
+"""The output folders of a run: whether it may write, continues or is finished; its logs.
+
+An output folder that holds files belongs to an earlier call. Its `args.json` says what that call
+was begun with; `eval_results.json` is written last and says that it has finished.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformer import distributed
+from transformer.file_utils import UserError, read_json, write_json
+from transformer.runtime import argument_values
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_NAME = "args.json"  # what a run was begun with
+RESULTS_NAME = "eval_results.json"  # of a run that has finished
+UNFINISHED = ".unfinished"  # the folder, or how it begins, of shards of an unfinished output
+
+# Arguments that may change from one call to the one that resumes it: they do not change results.
+FREE_ARGUMENTS = {
+    "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
+    "save_steps", "save_minutes", "num_workers", "local_rank", "data_url", "cache_dir",
+    "reduce_memory",
+}
+
+
+# ------------------------------------------------------------------ one folder
+
+
+def check_output_dir(path: Path | str, overwrite: bool = False, resume: bool = False) -> None:
+    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`.
+
+    With `resume` it may hold those of an earlier run, by its `args.json`, but no others.
+
+    Of several processes only the first checks: it may have written something already.
+    """
+    path = Path(path)
+    if not distributed.is_main():
+        return
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; expected a folder")
+    if not path.is_dir() or overwrite:
+        return
+    if resume and ((path / ARGUMENTS_NAME).is_file() or (path / UNFINISHED).exists()):
+        return
+    files = [file for file in path.iterdir() if not (resume and file.name.endswith(".tmp"))]
+    if files and resume:
+        raise UserError(
+            f"{path}: --resume finds files, but no {ARGUMENTS_NAME} of a run that was stopped;"
+            " choose another folder or pass --overwrite_output_dir"
+        )
+    if files:
+        raise UserError(
+            f"{path}: exists and is not empty; choose another folder"
+            " or pass --resume or --overwrite_output_dir"
+        )
+
+
+def prepare_output_dir(
+    path: Path | str, overwrite: bool = False, resume: bool = False
+) -> Path:
+    """Make the output folder; one that holds files is an error unless `overwrite` or `resume`.
+
+    Temporary files of a killed process are removed and, unless the run resumes, its states.
+    """
+    path = Path(path)
+    if distributed.is_main():
+        check_output_dir(path, overwrite, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        for temporary in path.rglob(".*.tmp"):
+            if temporary.is_file():
+                temporary.unlink(missing_ok=True)
+        if not resume and any(path.iterdir()):
+            remove_states(path)
+    return path
+
+
+def remove_states(path: Path) -> None:
+    """Delete a run's saved states."""
+    from transformer.checkpoint import remove_training_states  # here, as it imports torch
+
+    remove_training_states(path)
+
+
+def save_arguments(output_dir: Path, start: Mapping[str, Any]) -> None:
+    """Write what `runtime.log_start` returned to `args.json`."""
+    if distributed.is_main():
+        write_json(output_dir / ARGUMENTS_NAME, {**start, "launch": distributed.launch()})
+
+
+def check_same_arguments(path: Path | str, args: argparse.Namespace) -> bool:
+    """Return whether an earlier call's `args.json` exists; it must hold these arguments.
+
+    Raises:
+        UserError: arguments that results depend on differ; the message names them all.
+    """
+    if not Path(path).is_file():
+        return False
+    saved, values = read_json(path).get("arguments", {}), argument_values(args)
+    # A flag that is newer than the saved ones is passed over.
+    differing = [f"--{name} {values.get(name)} (was {saved[name]})"
+                 for name in sorted({*saved} - FREE_ARGUMENTS)
+                 if values.get(name) != saved[name]]
+    if differing:
+        raise UserError(
+            f"--resume: other arguments than in {path}: {', '.join(differing)}; expected the same;"
+            " to start again, overwrite what is there in place of --resume"
+        )
+    return True
+
+
+def should_resume(args: argparse.Namespace, *records: Path) -> bool:
+    """Say whether to continue an earlier call: with --resume, or when torchrun restarts this one.
+
+    The second only where one of `records`, each an `args.json`, was written by this very call of
+    torchrun: what an earlier one has left is not touched without --resume. All processes call
+    this together.
+    """
+    if distributed.agree(args.resume):
+        return True
+    if not distributed.agree(distributed.is_restart()):
+        return False
+    own = distributed.is_main() and any(
+        path.is_file() and read_json(path).get("launch") == distributed.launch()
+        for path in records)
+    return distributed.from_main(own)
+
+
+_locks: dict[Path, int] = {}  # descriptors of the folders that this process has locked
+
+
+def lock_folder(path: Path) -> None:
+    """Lock an existing folder for this process, until it ends, however it ends.
+
+    Raises:
+        UserError: another process has locked it.
+    """
+    if not distributed.is_main():
+        return
+    path = path.resolve()
+    if path in _locks:
+        os.close(_locks.pop(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    _locks[path] = descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is writing to this folder; wait until it has ended,"
+                        " or choose another folder") from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s: cannot be locked against a second run (%s)", path, error)
+
+
+# ------------------------------------------------------------------ the folders of a training run
+
+
+class RunFolder:
+    """The output folders of a training run, one for each student; locked by this process.
+
+    state: "new"; "resume" if an earlier call with the same arguments was stopped; "finished" if
+        it has finished.
+    """
+
+    def __init__(self, paths: Sequence[Path], sources: Sequence[str], overwrite: bool,
+                 resume: bool, state: str, data_url: str) -> None:
+        self.paths, self.sources, self.overwrite, self.resume = paths, sources, overwrite, resume
+        self.state, self.data_url = state, data_url
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, sources: Sequence[str]) -> "RunFolder":
+        """Check and lock the folders of --output_dir; nothing is written before `start`.
+
+        Args:
+            args: the command line of a training script.
+            sources: the model that each student starts from.
+
+        Raises:
+            UserError: not one folder a student; a folder that another run writes to, or that
+                holds other files; with --resume, other arguments than the earlier call's.
+        """
+        folders = args.output_dir if isinstance(args.output_dir, list) else [args.output_dir]
+        paths = [Path(folder) for folder in folders]
+        if len(paths) != len(sources):
+            raise UserError(
+                f"--output_dir: {len(paths)} folders for {len(sources)} students of"
+                " --student_model; expected one each"
+            )
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise UserError(
+                f"--output_dir {' '.join(map(str, paths))}: expected a folder of its own for each")
+        resume = should_resume(args, *(path / ARGUMENTS_NAME for path in paths))
+        for path in paths:
+            check_output_dir(path, args.overwrite_output_dir, resume)
+            if path.is_dir():
+                lock_folder(path)
+        found = _earlier_state(args, paths, sources) if resume and distributed.is_main() else "new"
+        state = distributed.from_main(found)
+        return cls(paths, sources, args.overwrite_output_dir, resume, state,
+                   getattr(args, "data_url", ""))
+
+    def start(self, record: Mapping[str, Any]) -> list[Path]:
+        """Make the folders with their `args.json`: `record` and the student's source."""
+        for path, source in zip(self.paths, self.sources, strict=True):
+            prepare_output_dir(path, self.overwrite, self.resume)
+            lock_folder(path)
+            if distributed.is_main():
+                (path / RESULTS_NAME).unlink(missing_ok=True)
+            save_arguments(path, {**record, "student": source})
+        return self.paths
+
+
+def _earlier_state(
+    args: argparse.Namespace, paths: Sequence[Path], sources: Sequence[str]
+) -> str:
+    """Return what an earlier call with these arguments and students has left."""
+    begun = False
+    for path, source in zip(paths, sources, strict=True):
+        if check_same_arguments(path / ARGUMENTS_NAME, args):
+            begun = True
+            was = read_json(path / ARGUMENTS_NAME).get("student")
+            if was != source:
+                raise UserError(f"--resume: {path} is the folder of student {was}; expected that"
+                                f" of {source}")
+    if not begun:
+        return "new"
+    if not all((path / RESULTS_NAME).is_file() for path in paths):
+        return "resume"
+    remove_states(paths[0])
+    logger.info("%s: finished by an earlier call; nothing to resume", " ".join(map(str, paths)))
+    return "finished"
+
+
+# ------------------------------------------------------------------ logs
+
+
+class JsonLog:
+    """A log file with one JSON object a line, written by a run's first process."""
+
+    def __init__(self, path: Path | str, keep: bool = False) -> None:
+        self.path = Path(path)
+        if not keep:
+            self.cut(0)
+
+    @property
+    def size(self) -> int:
+        """Its bytes so far."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes: what followed is written again."""
+        if distributed.is_main():
+            if size > self.size:
+                logger.warning("%s: %d bytes; expected at least %d", self.path, self.size, size)
+            with self.path.open("ab") as file:
+                file.truncate(min(size, self.size))
+
+    def sync(self) -> None:
+        """Wait until the disk holds what was written."""
+        if distributed.is_main():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line."""
+        if distributed.is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class RunningMean:
+    """Means of named scalars, which stay on their device until they are read.
+
+    Under torchrun a scalar is the sum of what the processes add.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, "torch.Tensor"]) -> None:
+        """Count one more observation of each scalar."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+        self.count += 1
+
+    def _sums(self) -> dict[str, float]:
+        import torch
+
+        names = list(self.totals)
+        sums = torch.stack([self.totals[name] for name in names]) if names else torch.empty(0)
+        sums = distributed.sum_over_ranks(sums.double().cpu()).tolist()
+        return dict(zip(names, sums, strict=True))
+
+    def read(self) -> dict[str, float]:
+        """Return the means since the last reading and start again."""
+        means = {name: total / self.count for name, total in self._sums().items()}
+        self.totals, self.count = {}, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load_state` takes; all processes call it together."""
+        return {"totals": self._sums(), "count": self.count}
+
+    def load_state(self, state: Mapping[str, Any], device: "torch.device") -> None:
+        """Continue from what `state` returned; the first process holds the sums so far."""
+        import torch
+
+        share = 1.0 if distributed.is_main() else 0.0
+        self.totals = {name: torch.tensor(total * share, dtype=torch.float32, device=device)
+                       for name, total in state["totals"].items()}
+        self.count = state["count"]
+
+
+class Throughput:
+    """Rows per second between two readings."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.rows, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def add(self, rows: int, waited: float) -> None:
+        """Count the rows of a step, and the seconds that it waited for them."""
+        self.rows += rows
+        self.waited += waited
+
+    def read(self) -> dict[str, float]:
+        """Return rows per second and the share of time spent waiting; start again."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        figures = {"rows_per_second": round(self.rows / seconds, 1),
+                   "waiting": round(self.waited / seconds, 4)}
+        self.restart()
+        return figures
