@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.run import machine
+from benchmarks.measure import machine
 from quantize import RECORD_NAME, computed_in
 from transformer.checkpoint import save_pretrained
 from transformer.classifiers import load_classifier

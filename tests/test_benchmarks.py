@@ -1,9 +1,9 @@
 """The benchmarks: the yardstick does the same work as this project, and the tables are whole."""
 
-import contextlib
-import io
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from helpers import (
 from benchmarks import plain, project_full_run
 from benchmarks import run as benchmark
 from benchmarks.flops import distillation_flops, forward_flops
-from benchmarks.stages import STAGES, Work, spread
+from benchmarks.measure import ROOT
+from benchmarks.stages import STAGES, Setup, spread
 from transformer.augmentation import DataAugmentor, GloveIndex
 from transformer.distillation import intermediate_losses, soft_cross_entropy
 from transformer.file_utils import UserError
@@ -238,7 +239,7 @@ def test_plain_instances_are_next_sentence_pairs_of_the_corpus(tmp_path):
 # ------------------------------------------------------------------ operations and projection
 
 TEACHER = BertConfig()
-STUDENTS = [BertConfig.from_json_file(benchmark.ROOT / name / "config.json")
+STUDENTS = [BertConfig.from_json_file(ROOT / name / "config.json")
             for name in ("tinybert_4l_config", "tinybert_6l_config")]
 
 
@@ -302,22 +303,95 @@ def test_a_projection_without_one_source_of_rates_is_refused(capsys, arguments, 
     assert message in error_line(capsys, project_full_run, *arguments)
 
 
-# ------------------------------------------------------------------ the tables
+# ------------------------------------------------------------------ stages and tables
 
 
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory) -> Path:
-    """The folder that a quick run over every stage wrote; its output is in `printed.txt`."""
+def inputs(tmp_path_factory) -> list[str]:
+    """The arguments that name the inputs of run.py; a vocabulary is among them."""
     root = tmp_path_factory.mktemp("benchmarks")
     for task in ("SST-2", "RTE"):
         make_glue(root / "glue" / task, task, rows=40, dev_rows=20)
     write_corpus(root / "corpus.txt")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        run(benchmark, "--quick", "--repeats", 1, "--glue_dir", root / "glue",
-            "--corpus", root / "corpus.txt", "--output_dir", root / "out")
-    (root / "out" / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
-    return root / "out"
+    return ["--quick", "--glue_dir", str(root / "glue"), "--corpus", str(root / "corpus.txt"),
+            "--vocab", str(VOCAB)]
+
+
+@pytest.fixture(scope="module")
+def setup(inputs, tmp_path_factory) -> Setup:
+    """What run.py prepares for all stages."""
+    folder = tmp_path_factory.mktemp("setup")
+    args = benchmark.get_args_parser().parse_args(inputs)
+    benchmark.check_arguments(args)
+    facts = benchmark.prepare(args, folder)
+    assert facts["rows"] == "40 of SST-2 train, 20 of SST-2 dev, 40 of RTE train"
+    return Setup(folder, **read_json(folder / "setup.json"))
+
+
+@pytest.mark.parametrize("side", ["plain", "ours"])
+@pytest.mark.parametrize("name", STAGES)
+def test_each_side_of_each_stage_runs(setup, name, side):
+    stage = STAGES[name]
+    if getattr(stage, side) is None:
+        return
+    timing = stage.set_up(side, setup)()
+    assert timing.amount > 0 and timing.seconds > 0
+    if stage.flops:
+        assert stage.flops(setup, timing.lengths) > 0
+    if name.startswith("pregenerate"):
+        (ratio,) = timing.facts.values()
+        assert ratio > 1 if side == "plain" else ratio < 1
+
+
+def test_both_sides_of_a_stage_count_the_same_operations_a_row(setup):
+    for name in ("general-both", "intermediate", "prediction", "evaluation"):
+        stage = STAGES[name]
+        rows = [stage.set_up(side, setup)() for side in ("plain", "ours")]
+        plain_flops, our_flops = (stage.flops(setup, r.lengths) / r.amount for r in rows)
+        assert plain_flops == pytest.approx(our_flops, rel=0.15), name  # other rows, evenly chosen
+
+
+def measured(inputs, output_dir: Path, *arguments) -> tuple[dict, str]:
+    """Run run.py in a process of its own; returns benchmarks.json and what it printed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "run.py"), *inputs, "--repeats", "1",
+         "--output_dir", str(output_dir), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return read_json(output_dir / "benchmarks.json"), done.stdout
+
+
+def test_a_run_measures_both_sides_and_what_was_not_measured_says_so(inputs, tmp_path):
+    content, printed = measured(inputs, tmp_path / "out", "--stages", "evaluation", "memory")
+    result = content["stages"]["evaluation"]
+    for side in ("plain", "ours"):
+        assert result[side]["rate"] > 0 and result[side]["peak_memory"] > 5e7
+        assert 0 < result[side]["share_of_peak"] < 1
+    assert result["ratio"] == result["ours"]["rate"] / result["plain"]["rate"]
+    memory = content["stages"]["memory"]
+    assert memory["ours"]["amount"] == 2000 and "plain" not in memory
+    assert memory["ours"]["peak_memory"] > 1e9 * memory["ours"]["facts"]["GB of weights"] > 0
+    assert {"device", "CPU", "torch", "commit", "date", "command", "rows", "corpus",
+            "fp32 matrix peak", "bf16 matrix peak", "our precision"} <= content["machine"].keys()
+    page = (tmp_path / "out" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page.strip() == printed.strip()
+    for stage in STAGES.values():
+        assert f"| {stage.title}" in page
+    assert page.count(benchmark.NOT_MEASURED) == len(STAGES) - 2
+
+
+def test_another_checkout_takes_the_place_of_the_plain_side(inputs, tmp_path):
+    content, printed = measured(
+        inputs, tmp_path / "out", "--stages", "evaluation", "--against", ROOT)
+    result = content["stages"]["evaluation"]
+    assert result["against"]["amount"] == result["ours"]["amount"] and "plain" not in result
+    assert "| stage (rows/s unless said) | against | ours |" in printed
+
+
+def test_a_side_that_fails_is_named_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="evaluation, plain: ended with code 2: ") as error:
+        benchmark.take_turn("evaluation", "plain", ROOT, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_corpus_is_followed_by_glue_up_to_a_size(tmp_path):
@@ -325,104 +399,34 @@ def test_the_corpus_is_followed_by_glue_up_to_a_size(tmp_path):
     make_glue(tmp_path / "glue" / "SST-2", "SST-2", rows=120)
 
     def counts(size: int) -> list[int]:
-        said = benchmark.write_corpora(
-            tmp_path / "corpus.txt", tmp_path / "glue", tmp_path, size)
-        assert said.endswith(" of GLUE too") == (size > 10)
+        benchmark.write_corpora(tmp_path / "corpus.txt", tmp_path / "glue", tmp_path, size)
         texts = [(tmp_path / name).read_text(encoding="utf-8")
-                 for name in ("general.txt", "corpus_0.5.txt", "corpus_1.0.txt")]
+                 for name in ("general.txt", "corpus.txt")]
         return [text.count("\n\n") + 1 for text in texts]
 
-    assert counts(1) == [2, 2, 2]
-    assert counts(10) == [3, 2, 3]
-    assert counts(10**6) == [3, 5, 6]  # 50, 50 and 20 sentences
-
-
-def test_a_corpus_without_documents_is_an_error_in_one_line(tmp_path, capsys):
-    (tmp_path / "corpus.txt").write_text("\n\n", encoding="utf-8")
-    make_glue(tmp_path / "glue" / "SST-2", "SST-2")
-    make_glue(tmp_path / "glue" / "RTE", "RTE")
-    line = error_line(capsys, benchmark, "--quick", "--corpus", tmp_path / "corpus.txt",
-                      "--glue_dir", tmp_path / "glue", "--output_dir", tmp_path / "out")
-    assert "corpus.txt: 0 documents; expected at least 2" in line
-
-
-def test_a_quick_run_measures_both_sides_of_every_stage(quick_run):
-    content = read_json(quick_run / "benchmarks.json")
-    assert content["stages"].keys() == STAGES.keys()
-    for name, result in content["stages"].items():
-        for side in benchmark.SIDES:
-            assert result[side]["rate"] > 0 and result[side]["peak_memory"] > 5e7, name
-            share = result[side]["share_of_peak"]
-            assert (share is None) == name.startswith("pregenerate"), name
-            assert share is None or 0 < share < 1, name
-        assert result["ratio"] == result["ours"]["rate"] / result["plain"]["rate"]
-    assert content["stages"]["pregenerate-1"]["plain"]["bytes_per_byte"] > 1
-    assert content["stages"]["general-both"]["ours"]["gain_of_one_pass"] > 0
-    assert content["memory"]["rows"] == 2000
-    assert content["memory"]["peak_memory"] > content["memory"]["weights"] > 0
-    assert {"device", "CPU", "torch", "commit", "date", "command", "rows", "corpus",
-            "fp32 matrix peak", "bf16 matrix peak", "our precision"} <= content["machine"].keys()
-
-
-def test_cost_is_measured_for_growing_work_and_lengths(quick_run):
-    for name, result in read_json(quick_run / "benchmarks.json")["stages"].items():
-        amounts = [amount for amount, _ in result["growth"]["amount"].values()]
-        assert list(result["growth"]["amount"]) == ["0.25", "0.5", "1.0"]
-        assert amounts == sorted(amounts) and amounts[0] < amounts[-1], name
-        assert all(seconds > 0 for _, seconds in result["growth"]["amount"].values())
-        assert list(result["growth"]["length"]) == (["8", "16", "32"] if name == "general" else [])
-
-
-def test_the_tables_are_whole_and_the_printed_one_fits_80_columns(quick_run):
-    printed = (quick_run / "printed.txt").read_text(encoding="utf-8")
-    page = (quick_run / "benchmarks.md").read_text(encoding="utf-8")
-    table = printed[printed.index("stage (rows/s)") :].split("\n\n")[0].splitlines()
-    assert len(table) == 1 + len(STAGES) and max(map(len, table)) <= 80
-    for stage in STAGES.values():
-        assert f"| {stage.title}" in page
-    for title in ("Growth with rows", "Growth with length", "Growth with workers", "Both students",
-                  "Peak memory of task distillation"):
-        assert title in printed and f"### {title}" in page
-    assert benchmark.NOT_MEASURED not in printed + page
-
-
-def test_stages_that_were_not_measured_say_so():
-    rows = benchmark.stage_rows({})
-    assert len(rows) == len(STAGES)
-    assert all(benchmark.NOT_MEASURED in row and not any(map(str.isdigit, "".join(row[1:])))
-               for row in rows)
+    assert counts(11) == [2, 3]  # the last document is cut, a document of GLUE fills the size
+    assert counts(10**6) == [3, 6]  # 50, 50 and 20 sentences
 
 
 def test_the_sample_is_even_over_the_lengths():
     sizes = [5, 1, 4, 2, 3, 8, 7, 6]
-    assert sorted(np.array(sizes)[spread(sizes, 8, 1.0)]) == list(range(1, 9))
-    assert sorted(np.array(sizes)[spread(sizes, 8, 0.5)]) == [2, 4, 6, 8]
-    assert sorted(np.array(sizes)[spread(sizes, 16, 1.0)]) == sorted(sizes * 2)
-
-
-def test_a_side_that_fails_is_named_in_one_line(tmp_path):
-    work = Work("cpu", tmp_path, 1.0, 8, 32, tiny_config().to_dict(), (), (10, 4))
-    set_up = STAGES["evaluation"].side("plain", work)
-    worker = benchmark.Worker("evaluation, plain", set_up, work)
-    with pytest.raises(UserError, match="evaluation, plain: .*vocab.txt") as error:
-        worker.answer()
-    worker.close()
-    assert "\n" not in str(error.value)
+    assert sorted(np.array(sizes)[spread(sizes, 8)]) == list(range(1, 9))
+    assert sorted(np.array(sizes)[spread(sizes, 4)]) == [2, 4, 6, 8]
+    assert sorted(np.array(sizes)[spread(sizes, 16)]) == sorted(sizes * 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--repeats", 0], "--repeats 0; expected at least 1"),
     (["--rows", 0], "--rows 0; expected at least 1"),
     (["--corpus", "nowhere.txt"], "--corpus nowhere.txt: no such file"),
+    (["--corpus", "empty.txt"], "empty.txt: 0 documents; expected at least 2"),
+    (["--against", "nowhere"], "--against nowhere: has no benchmarks/stages.py"),
+    pytest.param(["--device", "cuda"], "--device cuda: torch sees no GPU here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
-def test_arguments_that_make_no_sense_are_refused(tmp_path, capsys, arguments, message):
-    glue = make_glue(tmp_path / "glue" / "SST-2").parent
-    line = error_line(capsys, benchmark, "--quick", "--glue_dir", glue,
-                      "--output_dir", tmp_path / "out", *arguments)
-    assert message in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
-    line = error_line(capsys, benchmark, "--device", "cuda", "--output_dir", tmp_path / "out")
-    assert "--device cuda: torch sees no GPU here" in line
+def test_arguments_that_make_no_sense_are_refused(
+        inputs, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n\n", encoding="utf-8")
+    assert message in error_line(
+        capsys, benchmark, *inputs, "--output_dir", tmp_path / "out", *arguments)
