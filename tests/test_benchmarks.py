@@ -404,7 +404,7 @@ def test_the_corpus_is_followed_by_glue_up_to_a_size(tmp_path):
                  for name in ("general.txt", "corpus.txt")]
         return [text.count("\n\n") + 1 for text in texts]
 
-    assert counts(11) == [2, 3]  # the last document is cut, a document of GLUE fills the size
+    assert counts(12) == [2, 3]  # the last document is cut, a document of GLUE fills the size
     assert counts(10**6) == [3, 6]  # 50, 50 and 20 sentences
 
 
