@@ -39,8 +39,7 @@ from transformer.augmentation import (
 )
 from transformer.checkpoint import weights_path
 from transformer.file_utils import UserError
-from transformer.inference import freeze
-from transformer.modeling import BertForMaskedLM
+from transformer.modeling import BertForMaskedLM, freeze
 from transformer.parts import WorkFolder, fingerprint, share
 from transformer.runtime import (
     add_precision_argument,

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from transformer.checkpoint import fetch_model
-from transformer.classifiers import load_classifier
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
 from transformer.file_utils import UserError
-from transformer.inference import freeze
+from transformer.inference import load_classifier
+from transformer.modeling import freeze
 from transformer.runtime import (
     add_precision_argument,
     get_device,

@@ -149,7 +149,7 @@ def measure(
         batch = to_device(batch, device)
         labels = batch.pop("labels")
         with autocast(device, dtype):
-            logits = model(**batch, masked_positions=labels != IGNORED)  # [count, vocabulary]
+            logits = model(**batch, masked_positions=labels != IGNORED).logits  # [count, vocab]
         labels = labels[labels != IGNORED]
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         correct += int((logits.argmax(dim=-1) == labels).sum())
@@ -247,7 +247,7 @@ def train(
     for step in progress:
         batch = to_device(next(batches), run.device)
         with autocast(run.device, run.dtype):
-            loss = model(**batch)
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Make a task's classifier smaller and faster: half precision or 8-bit integers, PyTorch or ONNX.
+"""Make a task's classifier smaller and faster: half precision, or 8-bit integers as ONNX.
 
 The output folder is a model directory: `task_distill.py --do_eval` and `predict.py` take it, and
 `quantization.json` says how it was made. Which method fits which format:
@@ -6,8 +6,8 @@ The output folder is a model directory: `task_distill.py --do_eval` and `predict
     fp32          onnx          the graph, fused
     fp16          torch, onnx   weights in 16 bits; on a CPU computed in 32
     bf16          torch         weights in 16 bits; computed so where the processor can
-    int8-dynamic  torch, onnx   8-bit weights, inputs rounded as they come
-    int8-static   torch, onnx   the same, within ranges measured once on training rows
+    int8-dynamic  onnx          8-bit weights, inputs rounded as they come
+    int8-static   onnx          the same, within ranges measured once on training rows
 
 Examples:
     python quantize.py --model models/distilled_tinybert_4l_rte --method int8-dynamic \
@@ -28,22 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transformer.checkpoint import fetch_model, save_config, save_pretrained, weights_path
-from transformer.classifiers import load_classifier
+from transformer.checkpoint import (
+    clear_model,
+    fetch_model,
+    save_config,
+    save_pretrained,
+    weights_path,
+)
 from transformer.evaluation import evaluate, write_results
 from transformer.features import Features, cached_features
 from transformer.file_utils import (
     ONNX_NAME,
-    SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
     UserError,
     atomic_path,
     file_sha256,
     write_json,
 )
-from transformer.inference import freeze
-from transformer.int8 import CpuClassifier, cpu_has_vnni, input_ranges, to_int8
-from transformer.modeling import TinyBertForSequenceClassification, model_inputs
+from transformer.inference import load_classifier
+from transformer.modeling import TinyBertForSequenceClassification, freeze, model_inputs
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import commit_id, get_device, run_script
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
@@ -52,7 +55,12 @@ from transformer.tokenization import BertTokenizer
 logger = logging.getLogger(__name__)
 
 METHODS = {"fp32": ("onnx",), "fp16": ("torch", "onnx"), "bf16": ("torch",),
-           "int8-dynamic": ("torch", "onnx"), "int8-static": ("torch", "onnx")}
+           "int8-dynamic": ("onnx",), "int8-static": ("onnx",)}
+# Why the other format makes no sense.
+REASONS = {"fp32": "an fp32 PyTorch model is what --model already is",
+           "bf16": "ONNX Runtime computes no bfloat16 on a CPU",
+           "int8-dynamic": "int8 as ONNX is as small and faster, and other tools read it",
+           "int8-static": "int8 as ONNX is as small and faster, and other tools read it"}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION_BATCH = 8
 RECORD_NAME = "quantization.json"
@@ -100,10 +108,8 @@ def check_arguments(args: argparse.Namespace) -> GlueTask | None:
     if Path(args.model).resolve() == Path(args.output_dir).resolve():
         raise UserError(f"--output_dir {args.output_dir}: is --model; expected another folder")
     if args.format not in METHODS[args.method]:
-        reasons = {"fp32": "an fp32 PyTorch model is what --model already is",
-                   "bf16": "ONNX Runtime computes no bfloat16 on a CPU"}
-        raise UserError(f"--method {args.method} --format {args.format}: {reasons[args.method]};"
-                        f" expected --format {' or '.join(METHODS[args.method])}")
+        raise UserError(f"--method {args.method} --format {args.format}: {REASONS[args.method]};"
+                        f" expected --format {METHODS[args.method][0]}")
     needs = [flag for flag, needed in (("--do_eval", args.do_eval),
                                        ("--method int8-static", args.method == "int8-static"))
              if needed]
@@ -123,9 +129,8 @@ def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
         Path, TinyBertForSequenceClassification, BertTokenizer]:
     """Load the model in float32, with its vocabulary."""
     folder = fetch_model(args.model, args.cache_dir or None)
+    weights_path(folder)  # an ONNX model cannot be quantized again
     model = load_classifier(folder, None if task is None else task.num_labels)
-    if isinstance(model, CpuClassifier):
-        raise UserError(f"{folder}: is made by quantize.py already; expected the model before")
     tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
     model.config.check_vocabulary(len(tokenizer), folder)
     if task is not None:
@@ -147,48 +152,29 @@ def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple
         yield model_inputs(rows.collate(chosen[begin : begin + CALIBRATION_BATCH]))
 
 
-def write_torch(model: nn.Module, method: str, folder: Path, tokenizer: BertTokenizer,
-                calibration: Iterator[tuple[Tensor, ...]] | None) -> dict[str, Any]:
-    """Write a PyTorch checkpoint; returns what is to be said about it."""
-    if method in HALF:
-        made = model.to(HALF[method])
-    else:
-        made = to_int8(model, None if calibration is None else input_ranges(model, calibration))
-    save_pretrained(made, folder, tokenizer)
-    return {}
-
-
-def write_onnx(model: nn.Module, method: str, folder: Path, tokenizer: BertTokenizer,
+def write_onnx(model: nn.Module, method: str, folder: Path,
                calibration: Iterator[tuple[Tensor, ...]] | None,
-               reduce_range: bool) -> dict[str, Any]:
+               reduce_range: bool | None) -> dict[str, Any]:
     """Write a model.onnx; returns its opset, its fused nodes and the versions that made it."""
     import onnx  # here, as onnx_model: a second to load
     import onnxruntime
 
-    from transformer.onnx_model import OPSET, build, fuse, fused_nodes, quantize
+    from transformer.onnx_model import OPSET, build, cpu_has_vnni, fuse, fused_nodes, quantize
 
     int8 = method.startswith("int8")
-    fused = fuse(build(model, even=int8), attention=not int8)
-    facts = {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
-             "fused_nodes": fused_nodes(fused.model)}
-    logger.info("fused nodes: %s", facts["fused_nodes"])
-    save_config(model, folder, tokenizer)
+    fused = fuse(build(model, scale_rows=int8), attention=not int8)
+    record = {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
+              "fused_nodes": fused_nodes(fused.model)}
+    logger.info("fused nodes: %s", record["fused_nodes"])
     with atomic_path(folder / ONNX_NAME) as temporary:
         if int8:
+            reduce_range = not cpu_has_vnni() if reduce_range is None else reduce_range
             quantize(fused.model, temporary, reduce_range, calibration)
-            facts["reduce_range"] = reduce_range
-        else:
-            if method == "fp16":
-                fused.convert_float_to_float16(keep_io_types=True)
-            onnx.save(fused.model, temporary)
-    return facts
-
-
-def clear(folder: Path) -> None:
-    """Remove the model that is to be overwritten, and what was said of it."""
-    for name in (ONNX_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, RECORD_NAME, "kprune.json",
-                 "eval_results.json", "eval_results.txt", "log.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+            return {**record, "reduce_range": reduce_range}
+        if method == "fp16":
+            fused.convert_float_to_float16(keep_io_types=True)
+        onnx.save(fused.model, temporary)
+    return record
 
 
 def single_class(result: dict[str, Any]) -> bool:
@@ -197,7 +183,7 @@ def single_class(result: dict[str, Any]) -> bool:
 
 
 def computed_in(method: str, device: torch.device) -> torch.dtype | None:
-    """Return what a PyTorch model of the method computes in; None: float32, or its own int8.
+    """Return what a PyTorch model of the method computes in; None: float32.
 
     A CPU computes float16 too slowly to be of use; its weights are rounded all the same.
     """
@@ -258,28 +244,27 @@ def main(args: argparse.Namespace) -> None:
 
     # The smaller model
     folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    clear(folder)
-    reduce_range = not cpu_has_vnni() if args.reduce_range is None else args.reduce_range
+    clear_model(folder)
     weights = weights_path(source)
-    size = weights.stat().st_size
     record = {"method": args.method, "format": args.format, "source": args.model,
-              "source_sha256": file_sha256(weights)}
-    facts = (write_torch(model, args.method, folder, tokenizer, calibration)
-             if args.format == "torch" else
-             write_onnx(model, args.method, folder, tokenizer, calibration, reduce_range))
+              "source_sha256": file_sha256(weights), "bytes_before": weights.stat().st_size}
+    if args.format == "torch":
+        save_pretrained(model.to(HALF[args.method]), folder, tokenizer)
+    else:
+        save_config(model, folder, tokenizer)
+        record |= write_onnx(model, args.method, folder, calibration, args.reduce_range)
 
     # How it was made
     made = folder / (ONNX_NAME if args.format == "onnx" else WEIGHTS_NAME)
-    made_size = made.stat().st_size
-    write_json(folder / RECORD_NAME, {
-        **record, "sha256": file_sha256(made), "bytes_before": size, "bytes_after": made_size,
-        "commit": commit_id(), "torch": torch.__version__, **facts,
-        **({} if calibration is None else {
-            "calibration": {"task": task.name, "split": "train", "seed": args.seed,
-                            "rows": min(args.calibration_rows, len(train)),
-                            "max_seq_length": args.max_seq_length}}),
-    })
-    print(f"{made}: {made_size / 1e6:.1f} MB, {100 * made_size / size:.1f} % of {size / 1e6:.1f}")
+    before_size, size = record["bytes_before"], made.stat().st_size
+    if calibration is not None:
+        record["calibration"] = {"task": task.name, "split": "train", "seed": args.seed,
+                                 "rows": min(args.calibration_rows, len(train)),
+                                 "max_seq_length": args.max_seq_length}
+    write_json(folder / RECORD_NAME, {**record, "sha256": file_sha256(made), "bytes_after": size,
+                                      "commit": commit_id(), "torch": torch.__version__})
+    print(f"{made}: {size / 1e6:.1f} MB, {100 * size / before_size:.1f} % of"
+          f" {before_size / 1e6:.1f}")
     if args.do_eval:
         compare(args, task, folder, before, dev)
 

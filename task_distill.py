@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from transformer.batching import padded_collate, padding_multiple
 from transformer.checkpoint import fetch_model
-from transformer.classifiers import load_classifier
 from transformer.distillation import (
     Batch,
     IntermediateLoss,
@@ -45,6 +44,7 @@ from transformer.evaluation import (
 )
 from transformer.features import Features, cached_features
 from transformer.file_utils import UserError
+from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, param_groups
 from transformer.run import Output, Run, check_training_disk, uploads

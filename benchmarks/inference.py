@@ -39,7 +39,6 @@ import torch
 from benchmarks.measure import machine
 from quantize import RECORD_NAME, computed_in
 from transformer.checkpoint import save_pretrained
-from transformer.classifiers import load_classifier
 from transformer.features import Features, load_features
 from transformer.file_utils import (
     ONNX_NAME,
@@ -49,9 +48,13 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
-from transformer.inference import freeze
-from transformer.int8 import CpuClassifier
-from transformer.modeling import BertConfig, TinyBertForSequenceClassification, model_inputs
+from transformer.inference import load_classifier
+from transformer.modeling import (
+    BertConfig,
+    TinyBertForSequenceClassification,
+    freeze,
+    model_inputs,
+)
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tasks import get_task, split_path
@@ -126,14 +129,18 @@ class Candidate:
     load: Callable[[], torch.nn.Module]  # with as many threads as PyTorch is set to
 
 
-def make_model(name: str) -> torch.nn.Module | CpuClassifier:
+def is_onnx(model: torch.nn.Module) -> bool:
+    return not isinstance(model, TinyBertForSequenceClassification)
+
+
+def make_model(name: str) -> torch.nn.Module:
     """Return a model of a known shape with random weights, or the one of NAME=FOLDER."""
     folder = name.partition("=")[2]
     if not folder and name not in SHAPES:
         raise UserError(f"--models {name}: expected NAME=FOLDER or one of {', '.join(SHAPES)}")
     if folder:
         model = load_classifier(folder)
-        if isinstance(model, CpuClassifier):
+        if is_onnx(model):
             return model
     else:
         torch.manual_seed(SEED)
@@ -142,8 +149,8 @@ def make_model(name: str) -> torch.nn.Module | CpuClassifier:
     return freeze(model)
 
 
-def parameter_total(model: torch.nn.Module | CpuClassifier) -> int:
-    if isinstance(model, CpuClassifier):
+def parameter_total(model: torch.nn.Module) -> int:
+    if is_onnx(model):
         return model.parameter_total
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -160,7 +167,7 @@ def make_candidates(name: str, engines: list[str], folder: Path,
 
     model = make_model(name)
     short, _, source = name.partition("=")
-    if isinstance(model, CpuClassifier) or (source and (Path(source) / RECORD_NAME).is_file()):
+    if is_onnx(model) or (source and (Path(source) / RECORD_NAME).is_file()):
         yield as_it_is(short, Path(source), model, device)
         return
     parameters = parameter_total(model)
@@ -177,7 +184,7 @@ def make_candidates(name: str, engines: list[str], folder: Path,
             (place / WEIGHTS_NAME).unlink()
             path = place / ONNX_NAME
             int8 = precision == "int8"
-            fused = fuse(build(model, even=int8), attention=not int8)
+            fused = fuse(build(model, scale_rows=int8), attention=not int8)
             if int8:
                 quantize(fused.model, path, reduce_range=False)
             else:
@@ -187,12 +194,12 @@ def make_candidates(name: str, engines: list[str], folder: Path,
                         model.config.vocab_size, load)
 
 
-def as_it_is(name: str, folder: Path, model: torch.nn.Module | CpuClassifier,
+def as_it_is(name: str, folder: Path, model: torch.nn.Module,
              device: torch.device) -> Candidate:
     """Return the candidate that quantize.py has made, its engine by the name of the method."""
     made = read_json(folder / RECORD_NAME)
     path = folder / (ONNX_NAME if made["format"] == "onnx" else WEIGHTS_NAME)
-    load = (partial(load_classifier, folder, None, device) if isinstance(model, CpuClassifier)
+    load = (partial(load_classifier, folder, None, device) if is_onnx(model)
             else partial(load_torch, model, computed_in(made["method"], device), device))
     return Candidate(name, f"{made['format']} {made['method']}", parameter_total(model),
                      path.stat().st_size / 1e6, model.config.vocab_size, load)

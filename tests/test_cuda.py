@@ -6,8 +6,7 @@ from helpers import make_glue, make_model, random_batch, read_json, read_log, ru
 
 import task_distill
 from transformer.distillation import IntermediateLoss, show_nothing
-from transformer.inference import freeze
-from transformer.modeling import BertModel, TinyBertForPreTraining
+from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.runtime import compile_models, get_device, resolve_precision
 from transformer.training import Learner, train
 

@@ -116,7 +116,7 @@ def test_the_base_model_keeps_its_masked_lm_head(hub, tmp_path):
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(saved).eval()
     with torch.no_grad():
         expected = wanted(IDS, attention_mask=MASK).logits
-        assert torch.allclose(ours(IDS, attention_mask=MASK), expected, atol=1e-5)
+        assert torch.allclose(ours(IDS, attention_mask=MASK).logits, expected, atol=1e-5)
         assert torch.allclose(theirs(IDS, attention_mask=MASK).logits, expected, atol=1e-5)
 
 

@@ -7,12 +7,15 @@ import torch
 from helpers import make_model, random_batch, tiny_config
 from torch import nn
 
-from transformer import inference
-from transformer.inference import PackedLinear, can_pack, freeze, inference_copy
+from transformer import modeling
 from transformer.modeling import (
     BertForQuestionAnswering,
     BertModel,
+    PackedLinear,
     TinyBertForSequenceClassification,
+    can_pack,
+    freeze,
+    inference_copy,
 )
 
 CPU = torch.device("cpu")
@@ -57,7 +60,7 @@ def test_a_packed_model_gives_the_bits_of_the_plain_one(tmp_path):
 def test_float32_and_a_torch_without_onednn_keep_plain_layers(monkeypatch):
     model = freeze(BertModel(tiny_config()), None, CPU)
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
-    monkeypatch.setattr(inference, "can_pack", lambda: False)
+    monkeypatch.setattr(modeling, "can_pack", lambda: False)
     model = freeze(BertModel(tiny_config()), torch.bfloat16, CPU)
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
     assert model(*random_batch()).hidden_states[-1].dtype == torch.bfloat16
@@ -109,6 +112,6 @@ def test_a_pruned_model_is_packed_but_for_the_layers_that_have_nothing_left():
 def test_logits_of_a_bf16_question_answerer_are_not_rounded():
     torch.manual_seed(0)
     model = freeze(BertForQuestionAnswering(tiny_config()), torch.bfloat16)
-    logits = model(*random_batch())
+    logits = model(*random_batch()).logits
     assert logits.dtype == torch.float32
     assert not torch.equal(logits.bfloat16().float(), logits)

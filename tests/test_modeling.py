@@ -8,7 +8,6 @@ import transformers
 from helpers import REPO, make_model, random_batch, read_json, tiny_config
 from transformers import (
     AutoModelForMaskedLM,
-    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -20,7 +19,6 @@ from transformer.modeling import (
     MASKED_SCORE,
     BertConfig,
     BertForMaskedLM,
-    BertForPreTraining,
     BertModel,
     Dropout,
     TinyBertForPreTraining,
@@ -100,25 +98,14 @@ def test_classifier_of_hugging_face_gives_the_same_logits_here(tmp_path, safe):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForPreTraining"])
 @torch.no_grad()
-def test_masked_lm_of_hugging_face_gives_the_same_logits_here(tmp_path, safe):
-    their_model = theirs(tmp_path, transformers.BertForMaskedLM, safe=safe)
+def test_masked_lm_of_hugging_face_gives_the_same_logits_here(tmp_path, safe, kind):
+    their_model = theirs(tmp_path, getattr(transformers, kind), safe=safe)
     ids, segments, mask = random_batch(vocab=40)
-    expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)[0]
     model = BertForMaskedLM.from_pretrained(tmp_path).eval()
-    close(model(ids, segments, mask)[mask.bool()], expected[mask.bool()])
-
-
-@torch.no_grad()
-def test_both_pre_training_heads_agree_with_hugging_face(tmp_path):
-    their_model = theirs(tmp_path, transformers.BertForPreTraining)
-    ids, segments, mask = random_batch(vocab=40)
-    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)
-    words, following = BertForPreTraining.from_pretrained(tmp_path).eval()(ids, segments, mask)
-    close(words[mask.bool()], expected.prediction_logits[mask.bool()])
-    close(following, expected.seq_relationship_logits)
-    # The same folder serves augmentation, which needs the masked-LM head only.
-    close(BertForMaskedLM.from_pretrained(tmp_path).eval()(ids, segments, mask), words)
+    close(model(ids, segments, mask).logits[mask.bool()], expected[mask.bool()])
 
 
 @torch.no_grad()
@@ -138,16 +125,7 @@ def test_our_masked_lm_gives_the_same_logits_in_hugging_face(tmp_path):
     their_model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     ids, segments, mask = random_batch()
     expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
-    close(ours(ids, segments, mask)[mask.bool()], expected[mask.bool()])
-
-
-@torch.no_grad()
-def test_our_pre_training_model_gives_the_same_logits_in_hugging_face(tmp_path):
-    ours = make_model(tmp_path, BertForPreTraining)
-    their_model = AutoModelForPreTraining.from_pretrained(tmp_path).eval()
-    ids, segments, mask = random_batch()
-    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)
-    close(ours(ids, segments, mask)[1], expected.seq_relationship_logits)
+    close(ours(ids, segments, mask).logits[mask.bool()], expected[mask.bool()])
 
 
 def test_the_saved_vocabulary_gives_the_same_ids_in_hugging_face(tmp_path):
@@ -213,12 +191,12 @@ def test_masked_positions_and_labels_agree_with_the_full_logits():
     torch.manual_seed(0)
     model = BertForMaskedLM(tiny_config()).eval()
     ids, segments, mask = random_batch()
-    logits = model(ids, segments, mask)
+    logits = model(ids, segments, mask).logits
     positions = (ids % 3 == 0) & mask.bool()
     for chosen in (positions, positions.nonzero(as_tuple=True)):
-        close(model(ids, segments, mask, masked_positions=chosen), logits[positions])
+        close(model(ids, segments, mask, masked_positions=chosen).logits, logits[positions])
     labels = torch.where(positions, (ids + 1) % len(logits[0, 0]), -100)
-    close(model(ids, segments, mask, labels=labels),
+    close(model(ids, segments, mask, labels=labels).loss,
           torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),
                                             ignore_index=-100))
 

@@ -25,7 +25,7 @@ from helpers import (
 
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
-from transformer.modeling import BertForQuestionAnswering
+from transformer.modeling import BertForQuestionAnswering, model_inputs
 
 sys.path.insert(0, str(REPO / "K-prune" / "src"))
 kprune_main = importlib.import_module("main")
@@ -198,7 +198,7 @@ def test_the_question_answerer_agrees_with_hugging_face(tmp_path):
     theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
     ids, segments, mask = random_batch()
     expected = theirs(ids, token_type_ids=segments, attention_mask=mask)
-    found = ours(ids, segments, mask)[mask.bool()]
+    found = ours(ids, segments, mask).logits[mask.bool()]
     torch.testing.assert_close(found[:, 0], expected.start_logits[mask.bool()], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[:, 1], expected.end_logits[mask.bool()], atol=1e-5, rtol=0)
 
@@ -251,7 +251,7 @@ def test_a_model_that_has_learned_to_answer_keeps_answering_after_pruning(tmp_pa
     aims = torch.tensor(places)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
-        logits = model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        logits = model(*model_inputs(batch)).logits
         loss = sum(torch.nn.functional.cross_entropy(logits[..., side], aims) for side in (0, 1))
         optimizer.zero_grad()
         loss.backward()

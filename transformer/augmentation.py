@@ -493,7 +493,7 @@ class DataAugmentor:
         *inputs, rows, positions = (
             torch.from_numpy(array).to(self.device)
             for array in (ids, segments, attention_mask, rows, positions))
-        logits = self.model(*inputs, masked_positions=(rows, positions))  # [batch, vocabulary]
+        logits = self.model(*inputs, masked_positions=(rows, positions)).logits  # [batch, vocab]
         logits = logits.masked_fill(self._forbidden, float("-inf"))
         return logits.topk(min(self.M, self._allowed)).indices
 

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # Parts of a checkpoint that stand beside the encoder; a model without them may leave them unread.
 HEADS = ("cls.", "classifier.", "fit_dense.", "fit_denses.", "qa_outputs.", "dropout.")
+# A model, and what evaluation, quantization and pruning write beside it.
+MODEL_FILES = (ONNX_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, "quantization.json", "kprune.json",
+               "eval_results.json", "eval_results.txt", "log.jsonl")
 # Buffers that some versions of the Hugging Face library store; they carry no weights.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -126,6 +129,9 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise UserError(f"{path}: expected a dictionary of tensors")
+    if any(key.endswith(".weight_scale") for key in state):
+        raise UserError(f"{path}: int8 weights of an older quantize.py; expected the model that"
+                        " they were made from (quantize.py --format onnx makes int8 models)")
     named = {}
     for key, tensor in state.items():
         key = canonical_key(key)
@@ -177,9 +183,6 @@ def load_weights(
                 f"{source}: cls.predictions.decoder.weight differs from the word embeddings;"
                 " expected the same tensor"
             )
-    if any(key.endswith(".weight_scale") for key in state.keys() - own.keys()):
-        raise UserError(f"{source}: an int8 model, made by quantize.py; expected the model that it"
-                        " was made from")
     missing = [key for key in own if key not in state]
     # A part may be missing as a whole only: half a classifier is a damaged one.
     excused = tuple(part for part in allow_missing if not any(k.startswith(part) for k in state))
@@ -240,6 +243,12 @@ def save_pretrained(
     """
     save_config(model, output_dir, tokenizer)
     save_weights(model, Path(output_dir) / WEIGHTS_NAME)
+
+
+def clear_model(folder: Path | str) -> None:
+    """Remove the model that is to be overwritten, in whatever format, and what is told of it."""
+    for name in MODEL_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ states of a run

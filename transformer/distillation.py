@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.file_utils import UserError
-from transformer.inference import freeze as freeze  # a teacher's first step
 from transformer.modeling import BertConfig, BertModel, BertModelOutput, model_inputs
+from transformer.modeling import freeze as freeze  # a teacher's first step
 
 
 def map_layers(teacher_layers: int, student_layers: int) -> tuple[list[int], list[int]]:

@@ -16,8 +16,7 @@ from transformer import distributed
 from transformer.batching import batches, padded_collate, padding_multiple
 from transformer.features import Features
 from transformer.file_utils import UserError, write_json, write_text
-from transformer.inference import inference_copy
-from transformer.modeling import model_inputs
+from transformer.modeling import inference_copy, model_inputs
 from transformer.tasks import GlueTask, get_task
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ Parameter names are those of the original and of Hugging Face, so checkpoints of
 Every model returns what distillation needs: raw attention scores and all hidden states.
 """
 
+import copy
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformer.checkpoint import load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config
 from transformer.file_utils import UserError
 
+LOGIT_LAYERS = ("classifier", "qa_outputs")
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
 FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
 
@@ -111,7 +113,7 @@ def project(dense: nn.Linear, units: Tensor, residual: Tensor) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Return the attention that each query pays to the keys (the last dimension).
+    """Return the attention probabilities of scores; the last dimension is that of the keys.
 
     A CPU's bfloat16 kernel treats what exceeds a multiple of 32 keys one by one and takes up to 5
     times as long there; float32 and rounding differ from it in the last bit of 1 value in 100,000.
@@ -291,7 +293,7 @@ class BertLMPredictionHead(nn.Module):
         return self.decoder(self.transform(hidden)) + self.bias
 
 
-# ------------------------------------------------------------------ wholes
+# ------------------------------------------------------------------ models
 
 
 def model_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,6 +313,36 @@ class BertModelOutput(NamedTuple):
     hidden_states: list[Tensor]
     attention_scores: list[Tensor | None]
     pooled_output: Tensor | None
+
+
+class PretrainingStudentOutput(NamedTuple):
+    """What `TinyBertForPreTraining` returns: all layers, hidden states at the teacher's width."""
+
+    attention_scores: list[Tensor | None]
+    hidden_states: list[Tensor]
+
+
+class TaskOutput(NamedTuple):
+    """What models with the head of a task return.
+
+    logits: float32 [batch, labels], or for question answering [batch, length, 2].
+    attention_scores, hidden_states: those of `BertModelOutput`.
+    """
+
+    logits: Tensor
+    attention_scores: list[Tensor | None]
+    hidden_states: list[Tensor]
+
+
+class MaskedLMOutput(NamedTuple):
+    """What `BertForMaskedLM` returns.
+
+    logits: [batch, length, vocab], or [count, vocab] where positions were chosen.
+    loss: the mean cross-entropy over the labelled tokens; None without labels.
+    """
+
+    logits: Tensor
+    loss: Tensor | None
 
 
 class BertPreTrainedModel(nn.Module):
@@ -354,10 +386,16 @@ class BertPreTrainedModel(nn.Module):
             UserError: missing or damaged files, or a checkpoint that does not fill the model.
         """
         config = BertConfig.from_json_file(find_config(model_dir))
-        state = load_state(model_dir)
-        model = cls(config, **cls.constructor_arguments(config, state, model_dir, kwargs))
-        allowed = cls.optional + (cls.head if new_head else ())
-        load_weights(model, state, model_dir, allowed)
+        return cls.from_state(config, load_state(model_dir), model_dir, new_head, **kwargs)
+
+    @classmethod
+    def from_state(
+        cls, config: BertConfig, state: dict[str, Tensor], source: Path | str,
+        new_head: bool = False, **kwargs: Any,
+    ) -> "BertPreTrainedModel":
+        """Build a model of `config` from weights that `load_state` read, as `from_pretrained`."""
+        model = cls(config, **cls.constructor_arguments(config, state, source, kwargs))
+        load_weights(model, state, source, cls.optional + (cls.head if new_head else ()))
         return model
 
     @classmethod
@@ -411,18 +449,16 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(all_hidden, all_scores, pooled)
 
 
-class _PreTrainingHeads(nn.Module):
-    def __init__(
-        self, config: BertConfig, word_embeddings: nn.Embedding, next_sentence: bool
-    ) -> None:
+class BertOnlyMLMHead(nn.Module):
+    """Holds the masked-LM head under the name that checkpoints give it."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config, word_embeddings)
-        if next_sentence:
-            self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
 class BertForMaskedLM(BertPreTrainedModel):
-    """BERT with its masked-LM head (data augmentation and the demo's pre-training)."""
+    """BERT with its masked-LM head (data augmentation, masked-LM training)."""
 
     hugging_face_class = "BertForMaskedLM"
     head = ("cls.predictions.bias", "cls.predictions.transform.")
@@ -430,7 +466,7 @@ class BertForMaskedLM(BertPreTrainedModel):
     def __init__(self, config: BertConfig, add_pooler: bool = True) -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooler)
-        self.cls = _PreTrainingHeads(config, self.bert.embeddings.word_embeddings, False)
+        self.cls = BertOnlyMLMHead(config, self.bert.embeddings.word_embeddings)
         self.init_weights(self.cls.predictions.transform)
 
     @classmethod
@@ -444,11 +480,10 @@ class BertForMaskedLM(BertPreTrainedModel):
         attention_mask: Tensor | None = None,
         masked_positions: Tensor | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,  # [batch, length], -100 is ignored
-    ) -> Tensor:
-        """Return logits [batch, length, vocab], those [count, vocab] at `masked_positions`,
-        or with `labels` the mean cross-entropy over the labelled tokens, a scalar.
+    ) -> MaskedLMOutput:
+        """Compute the logits of all positions, or of `masked_positions` or labelled ones only.
 
-        `masked_positions` is a mask [batch, length], or the numbers of rows and of positions.
+        `masked_positions` is a mask [batch, length], or the indices of rows and of positions.
         """
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
         hidden = output.hidden_states[-1]
@@ -457,33 +492,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         if masked_positions is not None:
             hidden = hidden[masked_positions]  # [count, hidden]
         logits = self.cls.predictions(hidden).float()
-        if labels is None:
-            return logits
-        return F.cross_entropy(logits, labels[masked_positions])
-
-
-class BertForPreTraining(BertPreTrainedModel):
-    """BERT with both of its pre-training heads."""
-
-    hugging_face_class = "BertForPreTraining"
-    head = (*BertForMaskedLM.head, "cls.seq_relationship.")
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = _PreTrainingHeads(config, self.bert.embeddings.word_embeddings, True)
-        self.init_weights(self.cls.predictions.transform, self.cls.seq_relationship)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return masked-LM logits [batch, length, vocab] and next-sentence logits [batch, 2]."""
-        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
-        words = self.cls.predictions(output.hidden_states[-1])
-        return words, self.cls.seq_relationship(output.pooled_output)
+        loss = None if labels is None else F.cross_entropy(logits, labels[masked_positions])
+        return MaskedLMOutput(logits, loss)
 
 
 class _FittedModel(BertPreTrainedModel):
@@ -549,10 +559,10 @@ class TinyBertForPreTraining(_FittedModel):
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return attention scores and hidden states, the latter at the teacher's width."""
+    ) -> PretrainingStudentOutput:
         output = self.bert(input_ids, token_type_ids, attention_mask)
-        return output.attention_scores, self.fit_hidden(output.hidden_states)
+        return PretrainingStudentOutput(
+            output.attention_scores, self.fit_hidden(output.hidden_states))
 
 
 class TinyBertForSequenceClassification(_FittedModel):
@@ -565,7 +575,7 @@ class TinyBertForSequenceClassification(_FittedModel):
 
     hugging_face_class = "BertForSequenceClassification"
     head = ("classifier.",)
-    answers_from_first_token = True  # of the last layer's output
+    only_cls_reaches_head = True  # of the last layer's output
 
     def __init__(
         self,
@@ -606,15 +616,14 @@ class TinyBertForSequenceClassification(_FittedModel):
         attention_mask: Tensor | None = None,
         is_student: bool = False,
         score_layers: Collection[int] | None = None,
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-        """Return logits [batch, labels], attention scores and hidden states.
+    ) -> TaskOutput:
+        """Classify rows; with `is_student` the hidden states are at the teacher's width.
 
-        With `is_student` the hidden states are mapped to the teacher's width. `score_layers` is
-        that of `BertModel`.
+        `score_layers` is that of `BertModel`.
         """
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
         hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
-        return self.classify(output.pooled_output), output.attention_scores, hidden
+        return TaskOutput(self.classify(output.pooled_output), output.attention_scores, hidden)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return logits [batch, labels] for the pooler's output [batch, hidden]."""
@@ -625,7 +634,7 @@ class TinyBertForSequenceClassification(_FittedModel):
         with torch.autocast(pooled.device.type, enabled=False):
             return self.classifier(pooled.float())
 
-    def answer(self, hidden: Tensor) -> Tensor:
+    def head_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [batch, labels] for the last layer's output [batch, length, hidden]."""
         return self.classify(self.bert.pooler(hidden))
 
@@ -635,7 +644,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
     hugging_face_class = "BertForQuestionAnswering"
     head = ("qa_outputs.",)
-    answers_from_first_token = False
+    only_cls_reaches_head = False
 
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config)
@@ -648,12 +657,89 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the logits of start and end at every position, [batch, length, 2]."""
-        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers=())
-        return self.answer(output.hidden_states[-1])
+        score_layers: Collection[int] | None = None,
+    ) -> TaskOutput:
+        """Compute the logits of an answer's start and end at every position."""
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
+        logits = self.head_logits(output.hidden_states[-1])
+        return TaskOutput(logits, output.attention_scores, output.hidden_states)
 
-    def answer(self, hidden: Tensor) -> Tensor:
+    def head_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [batch, length, 2] for the last layer's output [batch, length, hidden]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.qa_outputs(hidden.float())
+
+
+# ------------------------------------------------------------------ models that only compute
+
+
+class PackedLinear(nn.Module):
+    """A frozen bfloat16 linear layer whose weight lies as oneDNN's kernels read it.
+
+    `nn.Linear` brings its weight into that order at every call, which costs a tenth of BERT-base's
+    forward pass on a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        raise RuntimeError("a packed model cannot be saved; save it before freeze packs it")
+
+    def _apply(self, *arguments: Any) -> None:
+        raise RuntimeError("a packed model cannot be moved or cast; do it before freeze packs it")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def can_pack() -> bool:
+    """Say whether this build of torch has oneDNN and the operations of `PackedLinear`."""
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every bfloat16 linear layer below `module` by a packed one."""
+    for name, child in module.named_children():
+        # A layer all of whose units were pruned has nothing to pack; it is not computed either.
+        if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16 \
+                and child.weight.numel():
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)
+
+
+def freeze(
+    model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None,
+    pack: bool = True,
+) -> nn.Module:
+    """Put a model that is not trained into eval mode and stop its gradients; returns it.
+
+    Args:
+        model: a teacher, or a model that is evaluated; changed in place.
+        dtype: precision to keep its weights and to compute in, the head's own weights apart, so
+            that scores are not rounded; None leaves it.
+        device: where to move it. In bfloat16 on a CPU its linear layers are packed as well, after
+            which it can no longer be saved.
+        pack: false leaves them, for torch.compile, which does not know packed ones.
+    """
+    model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    for name in LOGIT_LAYERS:
+        if hasattr(model, name):
+            getattr(model, name).float()
+    on_cpu = device is not None and device.type == "cpu"
+    if pack and on_cpu and dtype == torch.bfloat16 and can_pack():
+        pack_linears(model)
+    return model
+
+
+def inference_copy(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device
+) -> nn.Module:
+    """Return a frozen copy of a model that is in training; a frozen model is returned itself."""
+    if not model.training and not any(p.requires_grad for p in model.parameters()):
+        return model
+    return freeze(copy.deepcopy(model), dtype, device)

@@ -36,15 +36,9 @@ from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
 from utils.checkpoint import is_distilbert, load_model
 from utils.latency import ROWS, measure_latency
 
-from transformer.checkpoint import save_pretrained
-from transformer.file_utils import (
-    ONNX_NAME,
-    SAFE_WEIGHTS_NAME,
-    VOCAB_NAME,
-    UserError,
-    write_json,
-)
-from transformer.inference import freeze
+from transformer.checkpoint import clear_model, save_pretrained
+from transformer.file_utils import VOCAB_NAME, UserError, write_json
+from transformer.modeling import freeze
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
 from transformer.tokenization import BertTokenizer, saved_lower_case
@@ -52,9 +46,6 @@ from transformer.tokenization import BertTokenizer, saved_lower_case
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-# What other scripts write into a model directory and this one does not replace.
-STALE_NAMES = (ONNX_NAME, SAFE_WEIGHTS_NAME, "quantization.json", "eval_results.json",
-               "eval_results.txt", "log.jsonl")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -251,8 +242,7 @@ def main(args: argparse.Namespace) -> None:
     report(before, after, pruned)
 
     # Results
-    for name in STALE_NAMES:  # a folder holds one model, and what was said of it
-        (output_dir / name).unlink(missing_ok=True)
+    clear_model(output_dir)
     save_pretrained(pruned.model, output_dir, tokenizer)
     write_json(output_dir / "kprune.json", {
         "task": args.task_name, "model": args.ckpt_dir, "exp_name": args.exp_name,

@@ -223,7 +223,7 @@ def first_knowledge(model: Model, remaining: list[SubLayer], sample: list[Sample
             features = part.features(hidden, batch.added_mask)
             squares += squared_features(features, batch.real)
             hidden = part.output(features, hidden)
-        batch.logits = model.answer(hidden)
+        batch.logits = model.head_logits(hidden)
     return [Knowledge(*both) for both in zip(*found, strict=True)]
 
 
@@ -240,11 +240,11 @@ def knowledge(model: Model, remaining: list[SubLayer], sample: list[SampleBatch]
         hidden = batch.hidden
         all_features = []
         for part, squares in zip(remaining, found[1], strict=True):
-            if part is remaining[-1] and model.answers_from_first_token:
+            if part is remaining[-1] and model.only_cls_reaches_head:
                 with torch.no_grad():
                     squares += squared_features(
                         part.features(hidden, batch.added_mask), batch.real)
-                hidden = hidden[:, :1]  # the answer hears of no other token from here on
+                hidden = hidden[:, :1]  # only [CLS] reaches the head from here on
                 features = part.features(hidden, batch.added_mask)
             else:
                 features = part.features(hidden, batch.added_mask)
@@ -253,7 +253,7 @@ def knowledge(model: Model, remaining: list[SubLayer], sample: list[SampleBatch]
                 features.requires_grad_()
             hidden = part.output(features, hidden)
             all_features.append(features)
-        loss = divergence(model.answer(hidden), batch.logits, temperature, batch.real)
+        loss = divergence(model.head_logits(hidden), batch.logits, temperature, batch.real)
         if not loss.requires_grad:  # no sub-layer has units left
             continue
         gradients = torch.autograd.grad(

@@ -11,8 +11,7 @@ from dataset.squad import Question, Windows
 from torch import nn
 
 from transformer.batching import batches
-from transformer.inference import inference_copy
-from transformer.modeling import model_inputs
+from transformer.modeling import inference_copy, model_inputs
 
 BEST_PLACES = 20  # of starts and of ends that are combined
 LONGEST_ANSWER = 30  # word pieces
@@ -122,7 +121,8 @@ def window_logits(
     with torch.inference_mode():
         for indices in batches(features.lengths, batch_size):
             inputs = [tensor.to(device) for tensor in model_inputs(features.collate(indices))]
-            for window, scores in zip(indices, model(*inputs).cpu().numpy(), strict=True):
+            found = model(*inputs, score_layers=()).logits.cpu().numpy()
+            for window, scores in zip(indices, found, strict=True):
                 logits[window] = scores[: features.lengths[window]]
     return logits
 

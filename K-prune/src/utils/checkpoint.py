@@ -6,21 +6,13 @@ from typing import Any
 
 from torch import Tensor, zeros
 
-from transformer.checkpoint import load_state, load_weights, weights_path
-from transformer.file_utils import (
-    ONNX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    UserError,
-    read_json,
-)
-from transformer.int8 import is_int8
+from transformer.checkpoint import load_state, weights_path
+from transformer.config import BertConfig, find_config
+from transformer.file_utils import UserError, read_json
 from transformer.modeling import (
-    BertConfig,
     BertForQuestionAnswering,
     BertPreTrainedModel,
     TinyBertForSequenceClassification,
-    find_config,
 )
 
 HEAD_NAMES = {TinyBertForSequenceClassification: "classifier",
@@ -90,14 +82,7 @@ def load_model(
             trained head, or was made by `quantize.py` in a format that cannot be pruned.
     """
     path = find_config(folder)
-    made = f"{folder}: was made by quantize.py; expected the model before it"
-    kinds = {name for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME, ONNX_NAME)
-             if (Path(folder) / name).is_file()}
-    if kinds == {ONNX_NAME}:
-        raise UserError(made)
     state = load_state(folder)
-    if is_int8(state):
-        raise UserError(made)
     if not any(key.startswith(model_class.head) for key in state):
         raise UserError(f"{weights_path(folder)}: holds no trained {HEAD_NAMES[model_class]};"
                         " expected a model that was fine-tuned or distilled on a task")
@@ -106,6 +91,4 @@ def load_model(
         state = convert_weights(state, config)
     else:
         config = BertConfig.from_json_file(path)
-    model = model_class(config, **model_class.constructor_arguments(config, state, folder, kwargs))
-    load_weights(model, state, folder, model_class.optional)
-    return model
+    return model_class.from_state(config, state, folder, **kwargs)
