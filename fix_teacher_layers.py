@@ -18,14 +18,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from transformer.checkpoint import BUFFERS, canonical_key, load_state, load_weights, weights_path
+from transformer.checkpoint import (
+    BUFFERS,
+    canonical_key,
+    load_state,
+    load_weights,
+    weights_path,
+    write_tensors,
+)
+from transformer.config import BertConfig, find_config
 from transformer.file_utils import UserError, atomic_path
 from transformer.modeling import (
-    BertConfig,
     BertForMaskedLM,
     BertModel,
     TinyBertForSequenceClassification,
-    find_config,
 )
 from transformer.runtime import run_script
 
@@ -92,7 +98,7 @@ def check_complete(state: State, folder: Path) -> None:
     head = find_head(state)
     model_class = BertModel if head is None else (
         BertForMaskedLM if head.startswith("masked") else TinyBertForSequenceClassification
-    )  # fmt: skip
+    )
     arguments = model_class.constructor_arguments(config, state, folder, {})
     with torch.device("meta"):  # the shapes are all that is needed
         model = model_class(config, **arguments)
@@ -110,9 +116,9 @@ def repair(folder: Path) -> str | None:
             if path.suffix == ".safetensors":
                 save_file(state, temporary, metadata={"format": "pt"})
             else:
-                torch.save(state, temporary)
+                write_tensors(state, temporary)
     logger.info("%s: %s; %s", path, "; ".join(changes) or "sound, nothing to do",
-                head or "NO HEAD")  # fmt: skip
+                head or "NO HEAD")
     return head
 
 

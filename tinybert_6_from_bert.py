@@ -17,16 +17,11 @@ from pathlib import Path
 
 import torch
 
-from transformer.checkpoint import load_state, load_weights
+from transformer.checkpoint import load_state, load_weights, write_tensors
+from transformer.config import BertConfig, find_config
 from transformer.distillation import map_layers
-from transformer.file_utils import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    UserError,
-    atomic_path,
-    write_json,
-)
-from transformer.modeling import BertConfig, BertModel, find_config, has_pooler
+from transformer.file_utils import CONFIG_NAME, WEIGHTS_NAME, UserError, atomic_path, write_json
+from transformer.modeling import BertModel, has_pooler
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
@@ -34,7 +29,7 @@ from transformer.tokenization import BertTokenizer
 logger = logging.getLogger(__name__)
 
 # The models of the full reproduction: which BERT becomes which student.
-SEED_MODELS = {
+STUDENT_OF = {
     "bert-base-uncased": "tinybert_6l_smart_init_direct_base",
     "final_rte_teacher": "tinybert_6l_smart_init_direct_rte",
     "final_cola_teacher": "tinybert_6l_smart_init_direct_cola",
@@ -76,9 +71,7 @@ def layers_to_keep(keep_layers: str | None, teacher_layers: int, num_layers: int
     return kept
 
 
-def copy_layers(
-    state: dict[str, torch.Tensor], kept: list[int]
-) -> dict[str, torch.Tensor]:
+def copy_layers(state: dict[str, torch.Tensor], kept: list[int]) -> dict[str, torch.Tensor]:
     """Return the weights of a student whose layers are those in `kept`, counted from 1."""
     student = {}
     for key, tensor in state.items():
@@ -98,7 +91,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     config = BertConfig.from_json_file(find_config(bert_model))
     kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
     state = load_state(bert_model)
-    # A whole model is a condition of half of one: nothing may be missing or left over.
+    # Strictly, so that nothing is missing and nothing left over.
     load_weights(BertModel(config, has_pooler(state)), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite)
@@ -108,7 +101,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     write_json(output_dir / CONFIG_NAME, {"architectures": [architecture], **config.to_dict()})
     tokenizer.save_vocabulary(output_dir)
     with atomic_path(output_dir / WEIGHTS_NAME) as temporary:
-        torch.save(copy_layers(state, kept), temporary)
+        write_tensors(copy_layers(state, kept), temporary)
     logger.info("%s: layers %s of %s", output_dir, ", ".join(map(str, kept)), bert_model)
 
 
@@ -121,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
                         " contradict each other; one of them is enough")
     if args.bert_model is None:
         models = Path(args.models_dir)
-        pairs = [(models / source, models / target) for source, target in SEED_MODELS.items()]
+        pairs = [(models / source, models / target) for source, target in STUDENT_OF.items()]
         absent = [str(source) for source, _ in pairs if not source.is_dir()]
         if absent:
             raise UserError(f"{', '.join(absent)}: no such folder; expected the models of the"

@@ -17,7 +17,7 @@ import logging
 import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
-from transformer.tasks import TaskRows, TsvWriter, get_task, task_rows
+from transformer.tasks import TaskRows, get_task, task_rows, write_tsv
 from transformer.tokenization import BertTokenizer
 from transformer.training import Collate, Learner, train
 
@@ -497,14 +497,17 @@ def write_augmented_rows(setup: Setup) -> None:
     task, generator = get_task("sst-2"), random.Random(SEED)
     folder = setup.folder / "glue" / task.folder
     table = task_rows(task, folder)
-    with TsvWriter(folder / task.files["aug"]) as writer:
-        writer.write(table.header)
+
+    def rows() -> Iterator[list[str]]:
+        yield table.header
         for index in range(setup.memory_rows):
             cells = list(table.rows[index % len(table.rows)])
             words = cells[table.text_a].split()
             generator.shuffle(words)
             cells[table.text_a] = " ".join(words)
-            writer.write(cells)
+            yield cells
+
+    write_tsv(folder / task.files["aug"], rows())
 
 
 def our_memory(setup: Setup, rows: int) -> TimedRun:

@@ -197,7 +197,7 @@ def test_a_head_of_the_wrong_size_and_no_rows_are_the_users_errors(rows):
     with pytest.raises(UserError, match="puts out 3 numbers a row; expected 2 for task rte"):
         evaluate(BagOfPieces(3), features, "rte", "cpu")
     with pytest.raises(UserError, match="no rows of rte"):
-        evaluate(BagOfPieces(2), features.first(0), "rte", "cpu")
+        evaluate(BagOfPieces(2), features.subset([]), "rte", "cpu")
 
 
 def test_f1_of_a_checkpoint_with_swapped_labels_is_the_same(rows):

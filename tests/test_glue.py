@@ -15,7 +15,6 @@ from transformer.file_utils import UserError
 from transformer.tasks import (
     GLUE_TASKS,
     Example,
-    TsvWriter,
     get_task,
     label_order,
     load_examples,
@@ -173,9 +172,13 @@ def test_a_row_that_would_read_back_differently_is_refused(tmp_path, row):
 
 def test_an_interrupted_writer_keeps_the_old_file(tmp_path):
     path = put(tmp_path, "rows.tsv", "old")
-    with pytest.raises(KeyboardInterrupt), TsvWriter(path) as writer:
-        writer.write(["new", "row"])
+
+    def rows():
+        yield ["new", "row"]
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tsv(path, rows())
     assert read_tsv(path) == [["old"]]
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.tsv"]
 
@@ -411,8 +414,6 @@ def test_labels_count_in_the_order_given_and_scores_stay_numbers(tokenizer):
     scores = [Example("0", "a", "b", "3.25")]
     labels = encode_examples(scores, tokenizer, 8, (), regression=True).labels
     assert labels.dtype == torch.float32 and labels.tolist() == [3.25]
-    with pytest.raises(UserError, match="example 7: label 'maybe'; expected one of 0, 1"):
-        encode_examples([Example("7", "a", None, "maybe")], tokenizer, 8, ("0", "1"))
 
 
 def test_many_unknown_words_are_warned_about(tokenizer, caplog):
@@ -442,7 +443,6 @@ def test_a_subset_holds_the_same_rows_as_the_whole(tokenizer, examples, data):
     assert len(subset) == len(indices)
     whole, part = features.collate(indices), subset.collate(range(len(indices)))
     assert all(torch.equal(whole[key], part[key]) for key in whole)
-    assert len(features.first(3)) == min(3, len(examples))
 
 
 # ------------------------------------------------------------------ batches

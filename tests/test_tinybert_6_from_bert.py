@@ -57,18 +57,28 @@ def test_the_layers_that_distillation_aims_at_are_copied_bit_for_bit(tmp_path):
         tmp_path / "m" / "vocab.txt").read_bytes()
 
 
-def test_any_depth_that_divides_works(tmp_path):
-    make_model(tmp_path / "m", num_hidden_layers=6)
-    copy(tmp_path / "m", tmp_path / "s", "--num_layers", 3)
-    check_layers(tmp_path / "m", tmp_path / "s", [2, 4, 6])
+def test_another_process_writes_the_same_bytes(tmp_path):
+    make_model(tmp_path / "m", num_hidden_layers=4)
+    copy(tmp_path / "m", tmp_path / "here", "--num_layers", 2)
+    result = run_process("tinybert_6_from_bert.py", "--bert_model", tmp_path / "m",
+                         "--output_dir", tmp_path / "there", "--num_layers", 2)
+    assert result.returncode == 0, result.stderr
+    for path in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_other_layers_can_be_chosen(tmp_path):
-    make_model(tmp_path / "m", num_hidden_layers=12)
-    copy(tmp_path / "m", tmp_path / "seed", "--keep_layers", "1,3,5,7,9,11")
-    check_layers(tmp_path / "m", tmp_path / "seed", [1, 3, 5, 7, 9, 11])
-    copy(tmp_path / "m", tmp_path / "few", "--keep_layers", "12,1")
-    check_layers(tmp_path / "m", tmp_path / "few", [12, 1])
+@pytest.mark.parametrize(("layers", "flags", "kept"), [
+    (6, ("--num_layers", 3), [2, 4, 6]),
+    (2, ("--num_layers", 2), [1, 2]),
+    (12, ("--keep_layers", "1,3,5,7,9,11"), [1, 3, 5, 7, 9, 11]),
+    (12, ("--keep_layers", "12,1"), [12, 1]),
+])
+def test_any_depth_that_divides_works_and_other_layers_can_be_chosen(
+    tmp_path, layers, flags, kept
+):
+    make_model(tmp_path / "m", num_hidden_layers=layers)
+    copy(tmp_path / "m", tmp_path / "s", *flags)
+    check_layers(tmp_path / "m", tmp_path / "s", kept)
 
 
 def test_the_classifier_and_its_names_are_kept(tmp_path):
@@ -103,12 +113,6 @@ def test_a_base_model_without_prefix_works(tmp_path):
     expected = BertModel.from_pretrained(tmp_path / "m").encoder.layer[3]
     found = BertModel.from_pretrained(tmp_path / "s").encoder.layer[1]
     assert torch.equal(found.output.dense.weight, expected.output.dense.weight)
-
-
-def test_as_many_layers_as_the_teacher_has_is_a_copy(tmp_path):
-    make_model(tmp_path / "m", num_hidden_layers=2)
-    copy(tmp_path / "m", tmp_path / "s", "--num_layers", 2)
-    check_layers(tmp_path / "m", tmp_path / "s", [1, 2])
 
 
 def test_the_result_starts_both_stages_of_task_distillation(tmp_path):

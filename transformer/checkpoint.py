@@ -89,17 +89,12 @@ def weights_path(model_dir: Path | str) -> Path:
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
 
 
-ZIP_FOLDER = 0x10  # the attribute of a zip archive's part that says that it is a folder
-
-
 def read_tensors(path: Path) -> Any:
     """Read what `torch.save` wrote, onto the CPU; a damaged file raises, whatever is wrong."""
     if zipfile.is_zipfile(path):  # PyTorch's older format is none, and has no check sums
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load leaves the check sums alone
                 raise ValueError(f"the check sum of its part {damaged} does not agree")
-            if any(part.external_attr & ZIP_FOLDER for part in archive.infolist()):
-                raise ValueError("its directory is damaged")  # torch.load would read nothing
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -23,6 +23,11 @@ ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
 UNKNOWN_SHARE_LIMIT = 0.10
 
 
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Return where each of consecutive slices starts, and the end: [slices + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """List the indices of consecutive slices of a flat array: [sum of lengths]."""
     shifts = starts - (np.cumsum(lengths) - lengths)
@@ -84,14 +89,9 @@ class Features:
         indices = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[indices]
         return Features(
-            self.ids[flat_indices(self.offsets[indices], lengths)], _offsets(lengths),
+            self.ids[flat_indices(self.offsets[indices], lengths)], offsets_of(lengths),
             self.first_lengths[indices], self.labels[torch.from_numpy(indices)],
-            self.label_names, self.pad_id,
-        )  # fmt: skip
-
-    def first(self, count: int) -> "Features":
-        """Copy the first `count` rows, or all when there are fewer."""
-        return self.subset(range(min(count, len(self))))
+            self.label_names, self.pad_id)
 
 
 def truncate_pair(
@@ -106,46 +106,23 @@ def truncate_pair(
     return keep_a, np.minimum(length_b, budget - keep_a)
 
 
-def _label_numbers(
-    examples: Sequence[Example], labels: Sequence[str], regression: bool
-) -> np.ndarray:
-    """Turn label strings into class numbers or scores, [rows]; an unknown one is a `UserError`."""
-    number_of = {label: number for number, label in enumerate(labels)}
-    numbers = []
-    for example in examples:
-        try:
-            label = example.label
-            numbers.append(float(label) if regression else number_of[label])
-        except (KeyError, TypeError, ValueError) as error:
-            expected = "a number" if regression else f"one of {', '.join(labels)}"
-            raise UserError(
-                f"example {example.guid}: label {example.label!r}; expected {expected}"
-            ) from error
-    return np.array(numbers, dtype=np.float32 if regression else np.int64)
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    """Return where each of consecutive slices starts, and the end: [slices + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _encode_rows(
+def encode_rows(
     examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode rows: framed word pieces of all, and of each row the length and first length."""
+    """Encode rows: word pieces of all, [CLS] and [SEP] included, row lengths and first lengths."""
     # Each different text is tokenized once: augmented rows repeat the sentence they do not vary.
     texts = dict.fromkeys(text for example in examples for text in example[1:3] if text is not None)
     pieces, text_lengths = tokenizer.encode_flat(texts)
-    text_starts = _offsets(text_lengths)
-    number_of = {text: number for number, text in enumerate(texts)}
-    a = np.array([number_of[example.text_a] for example in examples])  # [rows]
-    b = np.array([number_of.get(example.text_b, -1) for example in examples])  # [rows]
+    text_starts = offsets_of(text_lengths)
+    index_of = {text: index for index, text in enumerate(texts)}
+    a = np.array([index_of[example.text_a] for example in examples])  # [rows]
+    b = np.array([index_of.get(example.text_b, -1) for example in examples])  # [rows]
     paired = b >= 0
     keep_a, keep_b = truncate_pair(
         text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - paired)
 
     lengths = keep_a + 2 + keep_b + paired
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     starts = offsets[:-1]
     ids = np.full(
         offsets[-1], tokenizer.sep_id, np.uint16 if len(tokenizer) <= 2**16 else np.int32)
@@ -156,11 +133,8 @@ def _encode_rows(
 
 
 def encode_examples(
-    examples: Iterable[Example],
-    tokenizer: BertTokenizer,
-    max_seq_length: int,
-    labels: Sequence[str],
-    regression: bool = False,
+    examples: Iterable[Example], tokenizer: BertTokenizer, max_seq_length: int,
+    labels: Sequence[str], regression: bool = False,
 ) -> Features:
     """Encode rows as "[CLS] a [SEP]" or "[CLS] a [SEP] b [SEP]" of at most `max_seq_length`.
 
@@ -170,31 +144,30 @@ def encode_examples(
     """
     if max_seq_length < 3:
         raise UserError(f"maximum sequence length {max_seq_length}; expected at least 3 positions")
-    examples = iter(examples)
+    examples, class_ids = iter(examples), {label: index for index, label in enumerate(labels)}
+    dtype = np.float32 if regression else np.int64
     chunks = []
-    while part := list(islice(examples, ENCODING_CHUNK)):
-        rows = _encode_rows(part, tokenizer, max_seq_length)
-        chunks.append((*rows, _label_numbers(part, labels, regression)))
+    while chunk := list(islice(examples, ENCODING_CHUNK)):
+        targets = [float(example.label) if regression else class_ids[example.label]
+                   for example in chunk]
+        chunks.append((*encode_rows(chunk, tokenizer, max_seq_length), np.array(targets, dtype)))
     if not chunks:
         raise UserError("no examples to encode; expected at least one")
-    ids, lengths, first_lengths, numbers = map(np.concatenate, zip(*chunks, strict=True))
-    features = Features(
-        ids, _offsets(lengths), first_lengths, torch.from_numpy(numbers),
-        () if regression else tuple(labels), tokenizer.pad_id,
-    )  # fmt: skip
-    _warn_of_unknown_pieces(features, tokenizer)
+    ids, lengths, first_lengths, targets = map(np.concatenate, zip(*chunks, strict=True))
+    features = Features(ids, offsets_of(lengths), first_lengths, torch.from_numpy(targets),
+                        () if regression else tuple(labels), tokenizer.pad_id)
+    warn_of_unknown_pieces(features, tokenizer)
     return features
 
 
-def _warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None:
+def warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None:
+    """Warn where more than a tenth of the word pieces, special tokens aside, are unknown."""
     special = 2 * len(features) + int((features.first_lengths < features.lengths).sum())
     share = int((features.ids == tokenizer.unk_id).sum()) / max(1, len(features.ids) - special)
     if share > UNKNOWN_SHARE_LIMIT:
-        logger.warning(
-            "%.0f %% of the word pieces are [UNK]: the vocabulary does not fit this text "
-            "(do_lower_case is %s; is the model uncased?)",
-            100 * share, tokenizer.do_lower_case,
-        )  # fmt: skip
+        logger.warning("%.0f %% of the word pieces are [UNK]: the vocabulary does not fit this text"
+                       " (do_lower_case is %s; is the model uncased?)",
+                       100 * share, tokenizer.do_lower_case)
 
 
 # ------------------------------------------------------------------ features on disk
@@ -223,7 +196,7 @@ def load_features(
         features = _read_cache(cache_file)
     from_cache = features is not None
     if from_cache:
-        _warn_of_unknown_pieces(features, tokenizer)
+        warn_of_unknown_pieces(features, tokenizer)
     else:
         examples = iterate_examples(task, data_dir, split, max_rows)
         features = encode_examples(

@@ -171,24 +171,24 @@ class BertSelfAttention(nn.Module):
         return scores.view(batch, heads, length, length)
 
 
-class BertSelfOutput(nn.Module):
-    """Projection of the attention's context, added to its input and normalised."""
+class BertOutput(nn.Module):
+    """Output projection of a sub-layer's units, added to its input and normalised."""
 
-    def __init__(self, config: BertConfig, heads: int) -> None:
+    def __init__(self, config: BertConfig, inputs: int) -> None:
         super().__init__()
-        self.dense = linear(heads * config.head_width, config.hidden_size)
+        self.dense = linear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(project(self.dense, context, residual)) + residual)
+    def forward(self, units: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(project(self.dense, units, residual)) + residual)
 
 
 class BertAttention(nn.Module):
     def __init__(self, config: BertConfig, heads: int) -> None:
         super().__init__()
         self.self = BertSelfAttention(config, heads)
-        self.output = BertSelfOutput(config, heads)
+        self.output = BertOutput(config, heads * config.head_width)
 
     def forward(
         self, hidden: Tensor, mask: Tensor, need_scores: bool
@@ -208,17 +208,6 @@ class BertIntermediate(nn.Module):
         if not self.neurons:  # all were pruned
             return hidden[..., :0]
         return self.activation(self.dense(hidden))  # [batch, length, neurons]
-
-
-class BertOutput(nn.Module):
-    def __init__(self, config: BertConfig, neurons: int) -> None:
-        super().__init__()
-        self.dense = linear(neurons, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
-
-    def forward(self, intermediate: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(project(self.dense, intermediate, residual)) + residual)
 
 
 class BertLayer(nn.Module):
@@ -474,9 +463,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         return {"add_pooler": has_pooler(state), **kwargs}
 
     def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None = None,
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         masked_positions: Tensor | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,  # [batch, length], -100 is ignored
@@ -555,9 +542,7 @@ class TinyBertForPreTraining(_FittedModel):
         self.add_fit_dense(fit_size, per_layer_fit)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None = None,
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> PretrainingStudentOutput:
         output = self.bert(input_ids, token_type_ids, attention_mask)
@@ -578,10 +563,7 @@ class TinyBertForSequenceClassification(_FittedModel):
     only_cls_reaches_head = True  # of the last layer's output
 
     def __init__(
-        self,
-        config: BertConfig,
-        num_labels: int | None = None,
-        fit_size: int | None = None,
+        self, config: BertConfig, num_labels: int | None = None, fit_size: int | None = None,
         per_layer_fit: bool = False,
     ) -> None:
         super().__init__(config)
@@ -610,9 +592,7 @@ class TinyBertForSequenceClassification(_FittedModel):
         self.init_weights(self.classifier)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None = None,
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         is_student: bool = False,
         score_layers: Collection[int] | None = None,
@@ -653,9 +633,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         self.init_weights(self.qa_outputs)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None = None,
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         score_layers: Collection[int] | None = None,
     ) -> TaskOutput:

@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -110,7 +109,7 @@ _TASKS = (
         "wnli", "WNLI", BINARY, "sentence1", "sentence2", "label",
         aliases=("not_entailment", "entailment"),
     ),
-)  # fmt: skip
+)
 GLUE_TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
 
 
@@ -163,34 +162,6 @@ def read_tsv(path: Path | str) -> list[list[str]]:
     return [cells for _, cells in iterate_tsv(path)]
 
 
-class TsvWriter:
-    """Writes rows that `read_tsv` reads back unchanged; the file appears when all are written.
-
-    Use it as a context manager; leaving the block with an error leaves no file. A row that the
-    dialect cannot express (a tab or line break inside a cell) is a `UserError`.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.rows_written = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "TsvWriter":
-        with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
-            self._file = stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.__exit__(*exception)
-
-    def write(self, row: Sequence[str]) -> None:
-        """Write one row."""
-        self._file.write(tsv_line(row, self.path, self.rows_written + 1))
-        self.rows_written += 1
-
-
 def tsv_line(row: Sequence[str], path: Path | str, number: int) -> str:
     """Return the line of a row; one that the dialect cannot express is a `UserError`.
 
@@ -213,10 +184,13 @@ def tsv_line(row: Sequence[str], path: Path | str, number: int) -> str:
 
 
 def write_tsv(path: Path | str, rows: Iterable[Sequence[str]]) -> None:
-    """Write `rows` atomically in the dialect that `read_tsv` reads (see `TsvWriter`)."""
-    with TsvWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
+    """Write rows that `read_tsv` reads back unchanged; the file appears when all are written.
+
+    A row that the dialect cannot express (a tab or line break inside a cell) is a `UserError`.
+    """
+    with atomic_path(path) as temporary, temporary.open(
+            "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(tsv_line(row, path, number) for number, row in enumerate(rows, start=1))
 
 
 # ------------------------------------------------------------------ rows of a task
