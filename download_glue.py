@@ -8,19 +8,18 @@ built here: `msr_paraphrase_train.txt` is split into train and dev by a list of 
 `--path_to_mrpc` or downloaded. GLUE publishes no checksums. So the SHA-256 of every file is
 written to `<data_dir>/SHA256SUMS` (for `sha256sum -c`) when it is first downloaded, and every
 later run is held to that; the first download itself is checked for completeness and against the
-archive's own CRC only, unless `--checksums` names a file of sums that you trust, or the mirror
-named by `--base_url` (http, https or s3) has a file SHA256SUMS beside its archives. A task whose
+archive's own CRC only, unless `--checksums` names a file of sums that you trust. A task whose
 train and dev files are there is skipped, an interrupted download goes on where it ended.
 """
 
 import argparse
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from transformer.file_utils import (
-    CHECKSUMS_NAME,
     UserError,
     add_download_arguments,
     download,
@@ -28,8 +27,6 @@ from transformer.file_utils import (
     extract_zip,
     file_lock,
     file_sha256,
-    mirror_checksums,
-    read_checksums,
     write_text,
 )
 from transformer.runtime import run_script
@@ -39,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+CHECKSUMS_NAME = "SHA256SUMS"
 SCRATCH_NAME = ".downloads"
 # The archives, as they are published; each holds one folder named like the task's.
 ARCHIVES = {
@@ -77,8 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"folder with {MRPC_TRAIN}, {MRPC_TEST} and, if you have it, {MRPC_DEV_IDS}; "
         "'': download them")
     add("--base_url", type=str, default=GLUE_URL,
-        help="address of a mirror (http, https or s3) that holds all files side by side, and, "
-        f"if it can, their sums in {CHECKSUMS_NAME}, which are held to")
+        help="address of a mirror (http, https or s3) that holds all files side by side")
     add("--checksums", type=Path, default=None,
         help="file in the format of sha256sum that names the archives (RTE.zip) or the files "
         "(RTE/train.tsv) of every task; what it does not name or what differs is refused")
@@ -88,24 +85,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_tasks(text: str) -> list[str]:
     """Return the folders of the tasks named in `text`, in the order of the table."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--tasks {text!r} names no task; expected 'all' or {', '.join(FOLDERS)}")
-    if "all" in map(str.lower, names):
-        names = [*names, *FOLDERS]
-    chosen = {find_folder(name) for name in names if name.lower() != "all"}
+    chosen = set()
+    for name in map(str.strip, text.lower().split(",")):
+        try:
+            folder = OTHER_NAMES.get(name) or get_task(name).folder
+        except UserError:
+            if name != "all":
+                raise UserError(f"--tasks {text}: unknown task {name!r}; expected 'all' or "
+                                f"{', '.join(FOLDERS)}") from None
+            chosen.update(FOLDERS)
+        else:
+            chosen.add(folder)
     return [folder for folder in FOLDERS if folder in chosen]
-
-
-def find_folder(name: str) -> str:
-    """Return the folder of a task; a `UserError` lists the names."""
-    if name.lower() in OTHER_NAMES:
-        return OTHER_NAMES[name.lower()]
-    try:
-        return get_task(name).folder
-    except UserError:
-        known = ", ".join(FOLDERS)
-        raise UserError(f"unknown task {name!r}; expected 'all' or {known}") from None
 
 
 def needed_files(folder: str) -> list[str]:
@@ -118,18 +109,55 @@ def needed_files(folder: str) -> list[str]:
 # ------------------------------------------------------------------ checksums
 
 
-def check_files(paths: dict[str, Path], sums: Sums, source: Path | str, advice: str) -> None:
-    """Compare files, given under the names they have in `sums`, with those of them it knows."""
-    for name, path in paths.items():
-        if name in sums and (found := file_sha256(path)) != sums[name]:
-            raise UserError(f"{path}: SHA-256 is {found}; {source} says {sums[name]}; {advice}")
+def read_checksums(path: Path) -> Sums:
+    """Read the format of sha256sum: 64 hexadecimal digits, white space, an optional `*`, a name."""
+    sums = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        digest, _, name = line.partition(" ")
+        name = name.strip().removeprefix("*").removeprefix("./")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef") or not name:
+            raise UserError(
+                f"{path}, line {number}: expected 64 hexadecimal digits, two spaces and a name"
+            )
+        sums[name] = digest.lower()
+    return sums
 
 
-def check_named(folder: str, source: Path, trusted: Sums) -> None:
-    """Refuse a task that `source` (from --checksums) does not name."""
-    for name in needed_files(folder):
-        if f"{folder}/{name}" not in trusted:
-            raise UserError(f"{source}: names neither {folder}/{name} nor what it is made from")
+def recorded_sums(data_dir: Path) -> Sums:
+    """Return the sums of what was downloaded into `data_dir` before."""
+    record = data_dir / CHECKSUMS_NAME
+    return read_checksums(record) if record.is_file() else {}
+
+
+def task_sums(folder: str, place: Path) -> Sums:
+    """Return the sums of the files in `place` under the names that they have in a file of sums."""
+    return {f"{folder}/{path.relative_to(place).as_posix()}": file_sha256(path)
+            for path in all_files(place)}  # fmt: skip
+
+
+def check_sums(folder: str, found: Sums, args: argparse.Namespace, trusted: Sums,
+               downloaded: Collection[str] = ()) -> None:
+    """Hold a task's files to the sums of their first download and those of --checksums.
+
+    With --checksums a task is refused unless that file names its files, or every one of the
+    `downloaded` sources, or its files were recorded when their sources were checked.
+    """
+    record = Path(args.data_dir) / CHECKSUMS_NAME
+    recorded = recorded_sums(record.parent)
+    for source, sums in ((args.checksums, trusted), (record, recorded)):
+        for name in found.keys() & sums.keys():
+            if found[name] != sums[name]:
+                raise UserError(
+                    f"{name}: SHA-256 is {found[name]}; {source} says {sums[name]}; delete "
+                    f"{record.parent / name} to download it again, or the line if it is outdated"
+                )
+    needed = {f"{folder}/{name}" for name in needed_files(folder)}
+    is_named = needed <= trusted.keys() or needed <= recorded.keys()
+    if args.checksums and not is_named and not (downloaded and trusted.keys() >= set(downloaded)):
+        raise UserError(f"{args.checksums}: names neither the files of {folder} (such as "
+                        f"{min(needed)}) nor what they are made from")
 
 
 # ------------------------------------------------------------------ preparing one task
@@ -211,52 +239,36 @@ def write_mrpc_test(test_source: Path, path: Path) -> None:
 
 
 def all_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def task_files(folder: str, place: Path) -> dict[str, Path]:
-    """Return the files in `place` under the names that they have in a file of sums."""
-    return {f"{folder}/{path.relative_to(place).as_posix()}": path for path in all_files(place)}
+def is_complete(folder: str, data_dir: Path) -> bool:
+    return all((data_dir / folder / name).is_file() for name in needed_files(folder))
 
 
 def files_to_move(prepared: Path, target: Path) -> list[tuple[Path, Path]]:
     """Return what a task's folder lacks; a file that is there with other content is an error."""
-    missing = []
-    for path in all_files(prepared):
-        place = target / path.relative_to(prepared)
-        if not place.exists():
-            missing.append((path, place))
-        elif file_sha256(place) != file_sha256(path):
+    pairs = [(path, target / path.relative_to(prepared)) for path in all_files(prepared)]
+    for path, place in pairs:
+        if place.exists() and file_sha256(place) != file_sha256(path):
             raise UserError(f"{place}: differs from what was downloaded; move it away and repeat")
-    return missing
+    return [(path, place) for path, place in pairs if not place.exists()]
 
 
-def install(prepared: Path, target: Path) -> None:
-    """Move a prepared task to its place."""
-    if not target.is_dir() or not any(target.iterdir()):
-        prepared.replace(target)  # all files at once
-        return
-    for path, place in files_to_move(prepared, target):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
-
-
-def prepare_task(
-    folder: str, args: argparse.Namespace, scratch: Path, trusted: Sums
-) -> tuple[Path, set[str]]:
-    """Bring a task's files into a folder in `scratch`; return it and the names downloaded."""
-    base = args.base_url.rstrip("/")
-    fetched = set()
+def download_task(
+    folder: str, args: argparse.Namespace, trusted: Sums, scratch: Path
+) -> None:
+    """Download, prepare, check, record and move one task."""
+    base, data_dir = args.base_url.rstrip("/"), Path(args.data_dir)
+    downloaded = set()
 
     def fetch(name: str, base: str = base) -> Path:
-        fetched.add(name)
+        downloaded.add(name)
         return download(
             f"{base}/{name}", scratch / name, trusted.get(name), **download_settings(args)
         )
 
     prepared = scratch / "prepared"
-    for rest_of_an_interrupted_run in (prepared, scratch / "unpacked"):
-        shutil.rmtree(rest_of_an_interrupted_run, ignore_errors=True)
     prepared.mkdir(parents=True)
     if folder == MRPC:
         prepare_mrpc(args.path_to_mrpc, fetch, MRPC_URL if base == GLUE_URL else base, prepared)
@@ -267,108 +279,49 @@ def prepare_task(
     for name in needed_files(folder):
         if not (prepared / name).is_file():
             raise UserError(f"{folder}: what was downloaded holds no {name}")
-    return prepared, fetched
-
-
-def get_task_files(folder: str, args: argparse.Namespace, recorded: Sums, trusted: Sums) -> None:
-    """Download, prepare, check, record and install one task."""
-    data_dir = Path(args.data_dir)
-    # Inside the data folder, so that the last step is a renaming, and under a name that stays
-    # the same, so that an interrupted download goes on.
-    scratch = data_dir / SCRATCH_NAME / folder
-    try:
-        prepared, fetched = prepare_task(folder, args, scratch, trusted)
-        files = task_files(folder, prepared)
-        if args.checksums and not (fetched and fetched <= set(trusted)):
-            check_named(folder, args.checksums, trusted)
-        check_files(files, trusted, args.checksums or args.base_url, "the file is refused")
-        check_files(files, recorded, data_dir / CHECKSUMS_NAME,
-                    "delete its line there if the new version is right")  # fmt: skip
-        files_to_move(prepared, data_dir / folder)
-    except UserError:
-        forget_downloads(scratch)
-        raise
+    found = task_sums(folder, prepared)
+    check_sums(folder, found, args, trusted, downloaded)
+    moves = files_to_move(prepared, data_dir / folder)
     # Recorded first: a task that is there and has no sums is taken for the user's own.
-    recorded = {**recorded, **{name: file_sha256(path) for name, path in files.items()}}
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(recorded.items())]
+    lines = [f"{digest}  {name}\n"
+             for name, digest in sorted({**recorded_sums(data_dir), **found}.items())]  # fmt: skip
     write_text(data_dir / CHECKSUMS_NAME, "".join(lines))
-    install(prepared, data_dir / folder)
+    for path, place in moves:  # by name: train.tsv, without which a task is not complete, is last
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
 
 
-def forget_downloads(scratch: Path) -> None:
-    """Remove what proved to be no good, save unfinished downloads, which can go on."""
+def clean(scratch: Path) -> None:
+    """Remove everything save unfinished downloads, which a later call goes on with."""
     for path in scratch.glob("*"):
         if path.is_dir():
             shutil.rmtree(path)
-        elif not path.name.endswith((".part", ".part.json")):
+        elif ".part" not in path.suffixes:
             path.unlink()
-    remove_if_empty(scratch)
-
-
-def remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def check_present(folder: str, args: argparse.Namespace, recorded: Sums, trusted: Sums) -> None:
-    """Hold the files of a task that is already there to the sums that are known of them."""
-    target = Path(args.data_dir) / folder
-    files = task_files(folder, target)
-    advice = f"delete {target} to download it again"
-    check_files(files, recorded, Path(args.data_dir) / CHECKSUMS_NAME, advice)
-    needed = {f"{folder}/{name}" for name in needed_files(folder)}
-    if not needed & set(trusted) and needed <= set(recorded):
-        return  # the sums of an archive say nothing about its files; those of its download do
-    if args.checksums:
-        check_named(folder, args.checksums, trusted)
-        check_files(files, trusted, args.checksums, "the file is refused")
-
-
-def recorded_sums(data_dir: Path) -> Sums:
-    """Return the sums of what was downloaded into `data_dir` before."""
-    record = data_dir / CHECKSUMS_NAME
-    return read_checksums(record) if record.is_file() else {}
-
-
-def is_complete(folder: str, data_dir: Path) -> bool:
-    return all((data_dir / folder / name).is_file() for name in needed_files(folder))
-
-
-def trusted_sums(args: argparse.Namespace) -> Sums:
-    """Return the sums that --checksums gives, else those that the mirror has."""
-    base = args.base_url.rstrip("/")
-    if args.checksums or base == GLUE_URL:  # which publishes none
-        return read_checksums(args.checksums) if args.checksums else {}
-    return mirror_checksums(base, Path(args.data_dir) / SCRATCH_NAME, **download_settings(args))
+    for folder in (scratch, scratch.parent):
+        with suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def main(args: argparse.Namespace) -> None:
-    folders = parse_tasks(args.tasks)
-    data_dir = Path(args.data_dir)
-
-    # What is there already
-    given = read_checksums(args.checksums) if args.checksums else {}
+    folders, data_dir = parse_tasks(args.tasks), Path(args.data_dir)
+    trusted = read_checksums(args.checksums) if args.checksums else {}
     for folder in folders:
         if is_complete(folder, data_dir):
-            check_present(folder, args, recorded_sums(data_dir), given)
+            check_sums(folder, task_sums(folder, data_dir / folder), args, trusted)
             logger.info("%s: complete in %s, skipped", folder, data_dir / folder)
-    missing = [folder for folder in folders if not is_complete(folder, data_dir)]
-    if not missing and not (data_dir / SCRATCH_NAME).exists():
-        return
-
-    # One task after the other; each is complete and recorded before the next begins
-    with file_lock(data_dir / CHECKSUMS_NAME):
-        try:
-            trusted = trusted_sums(args) if missing else {}
-            for folder in folders:
-                if not is_complete(folder, data_dir):  # nor has another process been faster
-                    get_task_files(folder, args, recorded_sums(data_dir), trusted)
+            continue
+        # Inside the data folder, so that files only need a new name, and under a name that stays
+        # the same, so that an interrupted download goes on.
+        scratch = data_dir / SCRATCH_NAME / folder
+        with file_lock(data_dir / CHECKSUMS_NAME):
+            clean(scratch)
+            try:
+                if not is_complete(folder, data_dir):  # another process may have been faster
+                    download_task(folder, args, trusted, scratch)
                     logger.info("%s: written to %s", folder, data_dir / folder)
-                shutil.rmtree(data_dir / SCRATCH_NAME / folder, ignore_errors=True)
-        finally:
-            remove_if_empty(data_dir / SCRATCH_NAME)
-            for left_by_a_killed_call in data_dir.glob(f".{CHECKSUMS_NAME}.*.tmp"):
-                left_by_a_killed_call.unlink()
+            finally:
+                clean(scratch)
 
 
 if __name__ == "__main__":

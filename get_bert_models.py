@@ -8,47 +8,38 @@ Example:
 Writes `models/bert-base-uncased` with its masked-LM head (data augmentation needs it) and
 `models/bert-base-uncased-{rte,sst2,cola,mrpc}` with their classifiers and label names, each as
 `config.json`, `pytorch_model.bin`, `vocab.txt` and `tokenizer_config.json`. A model is named by
-its id on the Hugging Face hub (`ID` or `ID@REVISION`), by a folder, or as `package:NAME`, an
-installed Python package that carries it. Loading is strict: a model without the head that is
-asked for is an error, never a random head. A folder that is complete is skipped.
+its id on the Hugging Face hub (`ID` or `ID@REVISION`), by a folder, by the address of one (http,
+https or s3), or as `package:NAME`, an installed Python package that carries it. Loading is
+strict: a model without the head that is asked for is an error, never a random head. A folder
+that is complete is skipped.
 
-Files are taken from the hub's cache (HF_HOME) where it has all of a model's. Else they are
-downloaded into the cache of this package (`$TINYBERT_CACHE`, else `~/.cache/tinybert`), all from
-one commit, each held to the sum that the hub announces. An interrupted download goes on where
-it ended. `--base_url` names a mirror (http, https or s3) with the files under the hub's names,
-`ID/resolve/REVISION/FILE`, or simply under `ID/FILE`, where `ID/SHA256SUMS` may hold their sums.
+Models of the hub are fetched into the hub's own cache, all files from one commit; its library
+obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. `--base_url` names a mirror of the hub.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import logging
-import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_token, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import constants, errors, get_session, snapshot_download
 from torch import nn
 
-from transformer.checkpoint import load_state, save_pretrained
+from transformer.checkpoint import fetch_model, load_state, save_pretrained
 from transformer.file_utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_NAME,
     VOCAB_NAME,
     WEIGHTS_NAME,
-    MissingError,
     UnreachableError,
     UserError,
     add_download_arguments,
-    answer_headers,
     atomic_folder,
-    cache_root,
-    download,
     download_settings,
     file_lock,
-    mirror_checksums,
     read_json,
     write_text,
 )
@@ -66,16 +57,8 @@ from transformer.tokenization import (
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
-HUB_URL = "https://huggingface.co"
-COMMIT_NAME = "commit"  # in a cached model's folder: the hub's name of what is cached
-# What is fetched of a model, the weights last: of each line the first file that there is.
-WANTED_FILES = (
-    (CONFIG_NAME,),
-    (VOCAB_NAME, FAST_TOKENIZER_NAME),
-    (TOKENIZER_CONFIG_NAME,),  # may be missing
-    (SAFE_WEIGHTS_NAME, WEIGHTS_NAME),
-)
-NEEDED_FILES = (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME)
+SMALL_FILES = (CONFIG_NAME, VOCAB_NAME, FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME)
+WRITTEN_FILES = (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, default=Path("models"),
         help="folder that gets one folder a model")
     add("--base_model", type=str, default="google-bert/bert-base-uncased",
-        help="hub id (ID or ID@REVISION), folder, or package:NAME of the base model")
+        help="hub id (ID or ID@REVISION), folder, its address, or package:NAME of the base model")
     add("--base_name", type=str, default="bert-base-uncased",
         help="name of the base model's folder, and the beginning of the teachers' names")
     add("--fallback_model", type=str, default="",
@@ -103,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--overwrite_output_dir", action="store_true",
         help="fetch and write models whose folders are there already")
     add("--base_url", type=str, default="",
-        help="address of a mirror of the hub (http, https or s3); '': HF_ENDPOINT, else the hub")
+        help="address of a mirror of the hub; '': HF_ENDPOINT, else the hub itself")
     add_download_arguments(parser)
     return parser
 
@@ -136,39 +119,14 @@ def find_model(model: str, base_url: str = "", **settings: Any) -> Path:
     """
     if model.startswith(PACKAGE_PREFIX):
         return find_package(model.removeprefix(PACKAGE_PREFIX))
+    if "://" in model:
+        return fetch_model(model, **settings)
     if Path(model).is_dir():
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model}: no such folder")
     repository, _, revision = model.partition("@")
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"{explain(repository)}: {error}") from error
-    # A mirror's files are kept apart: it may have others under the same names.
-    digest = hashlib.sha256(f"{base_url} {repository} {revision}".encode()).hexdigest()[:16]
-    folder = cache_root() / "models" / f"{digest}-{repository.replace('/', '--')}"
-    if any((folder / name).is_file() for name in WANTED_FILES[-1]):
-        logger.info("%s: taken from the cache, %s", model, folder)
-        return folder
-    if base_url:
-        return fetch(base_url, repository, revision, folder, **settings)
-    if cached := find_in_hub_cache(repository, revision):
-        logger.info("%s: taken from the hub's cache, %s", model, cached)
-        return cached
-    if constants.HF_HUB_OFFLINE:
-        raise UnreachableError(
-            f"{explain(repository)}: cannot be reached while HF_HUB_OFFLINE is set, and this "
-            "machine's cache lacks it; give a local folder instead of the id"
-        )
-    token = get_token()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    base_url = os.environ.get("HF_ENDPOINT") or HUB_URL
-    return fetch(base_url, repository, revision, folder, headers=headers, **settings)
-
-
-def explain(repository: str) -> str:
-    return f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    return fetch_from_hub(repository, revision or None, base_url or None, **settings)
 
 
 def find_package(name: str) -> Path:
@@ -191,101 +149,49 @@ def find_package(name: str) -> Path:
     return found[0]
 
 
-def find_in_hub_cache(repository: str, revision: str) -> Path | None:
-    """Return the folder of a model that the hub's own library has fetched, if all of it is there.
+def fetch_from_hub(
+    repository: str,
+    revision: str | None,
+    endpoint: str | None,
+    attempts: int = 5,
+    delay: float = 1.0,
+    timeout: float = 30.0,
+) -> Path:
+    """Return the folder of a model in the hub's cache, fetching what is missing there.
 
-    Its `tokenizer_config.json` may be missing.
+    `endpoint` is the address of a mirror; the other arguments are those of `download`.
     """
-    folder = None
-    for names in WANTED_FILES:
-        found = [try_to_load_from_cache(repository, name, revision=revision or None)
-                 for name in names]  # fmt: skip
-        found = [Path(path) for path in found if isinstance(path, str)]
-        if found:
-            folder = found[0].parent
-        elif TOKENIZER_CONFIG_NAME not in names:
-            return None
-    return folder
-
-
-def fetch(base_url: str, repository: str, revision: str, folder: Path, **settings: Any) -> Path:
-    """Download the few files that are needed of a model into `folder`; what is there is kept.
-
-    Args:
-        base_url: address of the hub or a mirror.
-        repository: such as `org/name`.
-        revision: branch, tag or commit; "": main.
-        settings: those of `download`.
-    """
-    with file_lock(folder):
+    name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every request
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
+    get_session().timeout = timeout  # of the requests that ask which files there are
+    options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}
+    while True:
         try:
-            address, sums = find_files(base_url.rstrip("/"), repository, revision, folder,
-                                       **settings)  # fmt: skip
-            for names in WANTED_FILES:
-                fetch_first(names, address, sums, folder, **settings)
-        except MissingError as error:
-            raise UserError(f"{explain(repository)}: {error}{reasons(error, revision)}") from error
-        except UnreachableError as error:
-            raise UnreachableError(
-                f"{explain(repository)}: cannot be reached, and this machine's cache lacks it "
-                f"({error}); give a local folder instead of the id"
-            ) from error
-    return folder
+            folder = Path(snapshot_download(
+                repository, allow_patterns=[*SMALL_FILES, SAFE_WEIGHTS_NAME], **options
+            ))  # fmt: skip
+            if not (folder / SAFE_WEIGHTS_NAME).is_file():
+                snapshot_download(repository, allow_patterns=[WEIGHTS_NAME], **options)
+            return folder
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+                errors.HFValidationError) as error:  # fmt: skip
+            raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
+                            f"login ({first_line(error)})") from error
+        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+            attempts -= 1
+            if attempts <= 0 or constants.HF_HUB_OFFLINE:
+                raise UnreachableError(
+                    f"{name}: cannot be reached, and this machine's cache lacks it "
+                    f"({first_line(error)}); give a local folder instead of the id"
+                ) from error
+            logger.warning("%s: %s; once more", repository, first_line(error))
+            time.sleep(delay)
+            delay *= 2
 
 
-def reasons(error: MissingError, revision: str) -> str:
-    """Return the end of a sentence about a file that is not there."""
-    if error.reason == "EntryNotFound":
-        return ""
-    return f"; no such model, revision {revision or 'main'}, or it needs a login"
-
-
-def find_files(
-    base: str, repository: str, revision: str, folder: Path, **settings: Any
-) -> tuple[str, dict[str, str]]:
-    """Return the address of a model's files, and the sums that its mirror gives.
-
-    The hub names the commit that `revision` is now. It is kept, so that all files, also of a
-    later call, are of one version.
-    """
-    commit = folder / COMMIT_NAME
-    if commit.is_file():
-        return f"{base}/{repository}/resolve/{commit.read_text().strip()}", {}
-    address = f"{base}/{repository}/resolve/{revision or 'main'}"
-    try:
-        name = answer_headers(f"{address}/{CONFIG_NAME}", **settings).get("X-Repo-Commit", "")
-    except MissingError as error:
-        if error.reason == "EntryNotFound":
-            return address, {}
-        if error.reason or revision:  # the hub itself, or a revision, which simple mirrors lack
-            raise
-        plain = f"{base}/{repository}"
-        try:
-            answer_headers(f"{plain}/{CONFIG_NAME}", **settings)
-        except MissingError:
-            raise error from None
-        return plain, mirror_checksums(plain, folder, **settings)
-    if not name:
-        return address, {}
-    write_text(commit, name + "\n")
-    return f"{base}/{repository}/resolve/{name}", {}
-
-
-def fetch_first(
-    names: tuple[str, ...], address: str, sums: dict[str, str], folder: Path, **settings: Any
-) -> None:
-    """Bring the first of the named files that there is into `folder`."""
-    if any((folder / name).is_file() for name in names):
-        return
-    missing = None
-    for name in names:
-        try:
-            download(f"{address}/{name}", folder / name, sums.get(name), **settings)
-            return
-        except MissingError as error:
-            missing = missing or error
-    if TOKENIZER_CONFIG_NAME not in names:
-        raise MissingError(f"has no {' and no '.join(names)} ({missing})", missing.reason)
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ------------------------------------------------------------------ saving a model
@@ -330,7 +236,7 @@ def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
 def check_present(name: str, target: Path, load: Callable[[Path], nn.Module]) -> None:
     """Raise a `UserError` unless `target` holds a complete model of the wanted kind."""
     try:
-        missing = [file for file in NEEDED_FILES if not (target / file).is_file()]
+        missing = [file for file in WRITTEN_FILES if not (target / file).is_file()]
         if missing:
             raise UserError(f"{target}: lacks {', '.join(missing)}")
         load(target)
@@ -352,45 +258,26 @@ def save_model(
 ) -> None:
     """Fetch `model`, load it with `load(folder)` and write it to `target`; skip what is there.
 
-    `settings` are those of `find_model`.
+    `fallback` is taken if the hub cannot be reached; `settings` are those of `find_model`.
     """
-    def is_there() -> bool:
-        if overwrite or not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            return False
-        check_present(name, target, load)
-        logger.info("%s: complete in %s, skipped", name, target)
-        return True
-
-    if is_there():
-        return
     with file_lock(target):
-        if not is_there():  # another process may have been faster
-            fetch_and_save(name, model, target, overwrite, load, fallback, **settings)
-
-
-def fetch_and_save(
-    name: str,
-    model: str,
-    target: Path,
-    overwrite: bool,
-    load: Callable[[Path], nn.Module],
-    fallback: str,
-    **settings: Any,
-) -> None:
-    """Do the work of `save_model` for a model that is not there."""
-    try:
-        source = find_model(model, **settings)
-    except UnreachableError as error:
-        if not fallback:
-            raise
-        logger.warning("%s", error)
-        logger.warning("%s: taking --fallback_model %s instead", name, fallback)
-        model, source = fallback, find_model(fallback, **settings)
-    loaded = load(source)
-    with atomic_folder(target, replace=overwrite) as temporary:
-        tokenizer = load_tokenizer(source, temporary)
-        loaded.config.check_vocabulary(len(tokenizer), source)
-        save_pretrained(loaded, temporary, tokenizer)
+        if not overwrite and target.is_dir() and any(target.iterdir()):
+            check_present(name, target, load)
+            logger.info("%s: complete in %s, skipped", name, target)
+            return
+        try:
+            source = find_model(model, **settings)
+        except UnreachableError as error:
+            if not fallback:
+                raise
+            logger.warning("%s", error)
+            logger.warning("%s: taking --fallback_model %s instead", name, fallback)
+            model, source = fallback, find_model(fallback, **settings)
+        loaded = load(source)
+        with atomic_folder(target, replace=overwrite) as temporary:
+            tokenizer = load_tokenizer(source, temporary)
+            loaded.config.check_vocabulary(len(tokenizer), source)
+            save_pretrained(loaded, temporary, tokenizer)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     logger.info("%s: %s written to %s as %s, %d parameters, lower case: %s", name, model, target,
                 loaded.hugging_face_class, parameters, tokenizer.do_lower_case)  # fmt: skip

@@ -72,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
     add("--cache_dir", type=str, default="",
-        help="folder for models given as URLs; empty: .cache/models")
+        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
     add("--no_cuda", action="store_true", help="compute on the CPU")
     add_precision_argument(parser)
     return parser

@@ -95,7 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
     add("--cache_dir", type=str, default="",
-        help="folder for models given as URLs; empty: .cache/models")
+        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
     add("--no_cuda", action="store_true", help="evaluate on the CPU")
     add("--seed", type=int, default=42, help="seed of the choice of calibration rows")
     add("--overwrite_output_dir", action="store_true",

@@ -88,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=None, type=str, required=True, nargs="+",
         help="folder for the student, its logs and results; one for each student")
     add("--cache_dir", default="", type=str,
-        help="folder for models given as URLs; empty: .cache/models")
+        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
     add("--max_seq_length", default=128, type=int,
         help="longest input in word pieces; not given: the task's (64 for single sentences)")
     add("--do_eval", action="store_true", help="only evaluate the student on the dev set")

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -19,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
+from server import FileServer  # noqa: E402
 
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
 
@@ -47,3 +49,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the project's shared data, not at {SHARED}; set TINYBERT_SHARED")
     return SHARED
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    """An HTTP server of this test alone, which misbehaves where it is told to."""
+    with FileServer() as running:
+        yield running
+        running.shutdown()

@@ -1,30 +1,27 @@
-"""File names, atomic writing, downloads and uploads that every script shares."""
+"""File names, errors, atomic writing, downloads and copies to S3 that every script shares."""
 
 import argparse
-import base64
-import binascii
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import ssl
 import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from filelock import FileLock
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.util import Retry
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +30,14 @@ SAFE_WEIGHTS_NAME = "model.safetensors"
 ONNX_NAME = "model.onnx"
 CONFIG_NAME = "config.json"
 VOCAB_NAME = "vocab.txt"
-CHECKSUMS_NAME = "SHA256SUMS"  # what a mirror may hold beside its files
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
-Answer = TypeVar("Answer")
+CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
+RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+MISSING_STATUSES = (401, 403, 404, 410)  # a store that does not list its files answers 403
+LONGEST_WAIT_SECONDS = 60
+LOG_SECONDS = 30.0  # between two lines of progress where no bar can be shown
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -43,11 +45,7 @@ class UserError(Exception):
 
 
 class MissingError(UserError):
-    """A server has no such file, or keeps it from us; `reason` is its own word for that, or ""."""
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
+    """A server has no such file, or keeps it from us."""
 
 
 class UnreachableError(UserError):
@@ -81,43 +79,15 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-@contextmanager
-def file_lock(target: Path | str) -> Iterator[None]:
-    """Let one process at a time into the blocks for the same `target`; the others wait.
+def file_lock(target: Path | str) -> FileLock:
+    """Return a context that one process at a time can be in for the same `target`; others wait.
 
-    The lock is an empty file `.NAME.lock` beside it. The system takes it from a process that
-    ends, however it ends; one that is killed leaves the file, which locks nothing then. A file
-    system without locks is a warning.
+    The lock is the empty file `.NAME.lock` beside it, which stays; the system unlocks it when its
+    process ends, however it ends.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
-    while True:
-        with lock.open("ab") as stream:
-            _lock(stream, target)
-            try:
-                if not os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
-                    continue
-            except FileNotFoundError:  # the one before has removed what we waited for
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _lock(stream: IO[bytes], target: Path) -> None:
-    try:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another process is making it; waiting", target)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        log.warning("%s: the file system has no locks; let one process at a time make it", target)
+    return FileLock(target.with_name(f".{target.name}.lock"))
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -142,44 +112,32 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def file_sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_sha256(path: Path, expected: str | None, what: str) -> None:
+    """Raise a `UserError` about `what` unless the file has the expected sum, if there is one."""
+    if expected is not None and (found := file_sha256(path)) != expected.lower():
+        raise UserError(f"{what}: SHA-256 is {found}; expected {expected.lower()}")
+
+
+def _check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise a `UserError` where the disk of an existing folder has not the bytes that it takes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {free / 1e9:.3f} GB free on its disk; {what} needs "
+                        f"{needed / 1e9:.3f} GB")
+
+
 # ---------------------------------------------------------------------------------------------
 # Downloads
 # ---------------------------------------------------------------------------------------------
-
-CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
-TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-MISSING_STATUSES = (401, 403, 404, 410)  # a store that does not list its files answers 403
-LONGEST_WAIT_SECONDS = 60.0
-LOG_SECONDS = 30.0  # between two lines of progress where no bar can be shown
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class _TemporaryError(Exception):
-    """The server or the line failed in a way that may pass; `wait` is in seconds."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _Body(NamedTuple):
-    """An open answer: its bytes from `start` on, and what is said of the whole file.
-
-    `size` is in bytes, `tag` names the version, `digest` is such as "sha256:0123...".
-    """
-
-    chunks: Iterator[bytes]
-    start: int
-    size: int | None
-    tag: str | None
-    digest: str | None
-    headers: Mapping[str, str]
-    close: Callable[[], None]
-
-
-def file_sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
-    return _file_digest(Path(path), hashlib.sha256())
 
 
 def cache_root() -> Path:
@@ -203,17 +161,14 @@ def cached_path(
         path = Path(text).expanduser()
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; expected a local path or an URL")
-        if sha256 is not None:
-            _check_sha256(path, sha256, str(path))
+        _check_sha256(path, sha256, str(path))
         return path
     if scheme not in ("http", "https", "s3"):
         raise UserError(f"{text}: unknown scheme {scheme!r}; expected http, https or s3")
-    if cache_dir is None:
-        cache_dir = cache_root()
     # The digest keeps apart files of the same name, the name lets a reader see what is cached.
     prefix = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = PurePosixPath(urlsplit(text).path).name or "index"
-    return download(text, Path(cache_dir) / f"{prefix}-{name}", sha256)
+    return download(text, Path(cache_dir or cache_root()) / f"{prefix}-{name}", sha256)
 
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +177,7 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attempts", type=int, default=5,
         help="number of attempts in a row that may bring nothing before a download fails")
     add("--retry_delay", type=float, default=1.0,
-        help="seconds before the second attempt; each further wait is twice as long")
+        help="seconds in which the waits between attempts are counted: each is twice the last")
     add("--timeout", type=float, default=30.0, help="longest silence of a server, in seconds")
 
 
@@ -236,96 +191,84 @@ def download(
     target: Path | str,
     sha256: str | None = None,
     *,
-    headers: Mapping[str, str] | None = None,
     attempts: int = 5,
     delay: float = 1.0,
     timeout: float = 30.0,
-    progress: bool = True,
 ) -> Path:
     """Download `url` (http, https or s3) to the file `target` and return its path.
 
     A file already under that name is kept, after its SHA-256 was checked where one is given. Data
-    gathers in `target.part`; a later call goes on from there if the server still offers the same
-    version (entity tag and size in bytes). Of several processes one downloads, the others wait
-    for it. Refused requests (429, 5xx), dropped connections and silence of more than `timeout`
-    seconds are repeated until `attempts` of them in a row brought no new byte, after `delay`,
-    2 x `delay`, 4 x `delay`, ... seconds, or what the server asks for, at most a minute.
+    gathers in `target.part`; after a dropped connection, or in a later call, the download goes on
+    from there if the server still offers the same version (entity tag or date), or if `sha256`
+    will tell. Of several processes one downloads, the others wait. Length and SHA-256 are checked
+    before the file gets its name.
 
-    Before the file gets its name the announced length is checked, and its bytes against
-    `sha256`, else against a sum that the server announces; wrong ones are fetched a second time.
-    `headers` go along with requests over http(s). Raises `UserError` naming the URL:
-    `MissingError` for a file that is not there, `UnreachableError` when attempts are used up.
+    Args:
+        attempts: how many refusals (429, 5xx), drops and silences in a row may bring no new byte.
+        delay: seconds in which the growing waits between them are counted, at most a minute,
+            where the server does not say how long to wait.
+        timeout: longest silence of the server in seconds.
+
+    Raises:
+        UserError: naming the URL; `MissingError` for a file that is not there, `UnreachableError`
+            when attempts are used up.
     """
     target = Path(target)
-    if target.exists():
-        return _checked(target, sha256, url)
-    with file_lock(target):
-        if target.exists():  # another process was faster
-            return _checked(target, sha256, url)
-        part = target.with_name(target.name + ".part")
-        log.info("downloading %s to %s", url, target)
-        for last in (False, True):
-            _insist(url, attempts, delay, part,
-                    lambda: _fetch(url, part, sha256, headers or {}, timeout, progress))
-            wrong = _wrong_bytes(part, sha256)
-            if wrong is None:
-                break
-            _remove_part(part)
-            if last:
-                raise UserError(f"{url}: {wrong}")
-            log.warning("%s: %s; once more from the start", url, wrong)
+    part = target.with_name(target.name + ".part")
+    if not target.exists():
+        with file_lock(target):
+            if not target.exists():  # another process may have been faster
+                log.info("downloading %s to %s", url, target)
+                _fill(part, url, sha256 is not None, attempts, delay, timeout)
+                _name(part, target, sha256, url)
+    _check_sha256(target, sha256, f"{target}, already there; delete it to download {url}")
+    return target
+
+
+def _name(part: Path, target: Path, sha256: str | None, url: str) -> None:
+    """Give a whole part its name; a wrong one is removed."""
+    try:
+        _check_sha256(part, sha256, url)
         _sync(part)
         part.replace(target)
-        _remove_part(part)
-    return target
+    finally:
+        part.unlink(missing_ok=True)
+        _record(part).unlink(missing_ok=True)
 
 
-def answer_headers(
-    url: str,
-    *,
-    headers: Mapping[str, str] | None = None,
-    attempts: int = 5,
-    delay: float = 1.0,
-    timeout: float = 30.0,
-) -> Mapping[str, str]:
-    """Return the headers that answer a request for `url`, those of redirections among them.
-
-    The bytes stay where they are; errors and repeated attempts are those of `download`.
-    """
-    body = _insist(url, attempts, delay, None, lambda: _open(url, 0, None, headers or {}, timeout))
-    body.close()
-    return body.headers
+def _record(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
 
 
-def _checked(target: Path, sha256: str | None, url: str) -> Path:
-    if sha256 is not None:
-        _check_sha256(target, sha256, f"{target}, already there; delete it to download {url}")
-    return target
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
-def _insist(
-    url: str, attempts: int, delay: float, part: Path | None, attempt: Callable[[], Answer]
-) -> Answer:
-    """Call `attempt` until it succeeds, or `attempts` calls in a row brought `part` no new byte."""
-    failures, most_bytes = 0, _size(part)
+def _fill(
+    part: Path, url: str, is_checked: bool, attempts: int, delay: float, timeout: float
+) -> None:
+    """Bring `part` to its full length, with at most `attempts` in a row that bring no new byte."""
+    session = requests.Session()
+    retry = Retry(
+        attempts - 1, backoff_factor=delay, backoff_max=LONGEST_WAIT_SECONDS,
+        retry_after_max=LONGEST_WAIT_SECONDS, status_forcelist=RETRY_STATUSES,
+        raise_on_status=False,
+    )  # fmt: skip
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    failures, longest = 0, _size(part)
     while True:
         try:
-            return attempt()
-        except _TemporaryError as error:
-            failures = 0 if _size(part) > most_bytes else failures + 1
-            most_bytes = max(most_bytes, _size(part))
+            return _receive(part, url, is_checked, session, timeout)
+        except requests.RequestException as error:
+            failures = 0 if _size(part) > longest else failures + 1
+            longest = max(longest, _size(part))
             if failures >= attempts:
-                kept = f"; {_size(part)} bytes are kept in {part} for another call"
-                raise UnreachableError(
-                    f"{url}: could not be downloaded: {error} ({attempts} attempts brought "
-                    f"nothing new{kept if _size(part) else ''})"
-                ) from error
-            wait = delay * 2 ** max(failures - 1, 0) if error.wait is None else error.wait
-            wait = min(wait, LONGEST_WAIT_SECONDS)
-            log.warning("%s: %s; next attempt in %.1f s", url, error, wait)
-            time.sleep(wait)
+                raise UnreachableError(f"{url}: the connection broke ({_cause(error)})") from error
+            log.warning("%s: the connection broke (%s), going on", url, _cause(error))
+            time.sleep(min(delay * 2**failures, LONGEST_WAIT_SECONDS))
         except OSError as error:
-            if part is None or error.errno not in FULL_DISK:
+            if error.errno not in FULL_DISK:
                 raise
             raise UserError(
                 f"{part}: no space left on the disk while loading {url} ({error.strerror}); "
@@ -333,372 +276,90 @@ def _insist(
             ) from error
 
 
-def _fetch(
-    url: str,
-    part: Path,
-    sha256: str | None,
-    headers: Mapping[str, str],
-    timeout: float,
-    progress: bool,
+def _receive(
+    part: Path, url: str, is_checked: bool, session: requests.Session, timeout: float
 ) -> None:
-    """Bring `part` to its full length, going on where it ended if that is still possible."""
-    start, version = _size(part), _read_version(part)
-    if start and version.get("url") != url:
-        start = 0
-    body = _open(url, start, version.get("tag"), headers, timeout)
-    try:
-        unchanged = (body.size, body.tag) == (version.get("size"), version.get("tag"))
-        # A server that names no version could have changed it: then only a sum would tell.
-        provable = body.tag or sha256 or version.get("digest")
-        if start and (body.start != start or not unchanged or not provable):
-            log.info("%s: cannot go on at byte %d, starting again", url, start)
-            start = 0
-            if body.start != 0:  # else the server has sent the whole file anyway
-                body.close()
-                body = _open(url, 0, None, headers, timeout)
-        if body.size is not None:
-            freed = 0 if start else _size(part)
-            _check_space(part.parent, body.size - start - freed, url)
-        digest = body.digest or (version.get("digest") if start else None)
-        version = {"url": url, "size": body.size, "tag": body.tag, "digest": digest}
-        if not start:  # before the record of the new version: old bytes must not pass for its
-            part.unlink(missing_ok=True)
-        write_json(_version_file(part), version)
-        _write_chunks(url, body, part, start, progress)
-    finally:
-        body.close()
-    if body.size is not None and _size(part) != body.size:
-        reached = _size(part)
-        if reached > body.size:
-            _remove_part(part)
-        raise _TemporaryError(f"{reached} bytes came where {body.size} were announced")
+    """Append what `part` lacks, or write it anew where it is of another version than the server's.
+
+    A connection that breaks is a `requests.RequestException`.
+    """
+    known = read_json(_record(part)) if _record(part).exists() else {}
+    version = known.get("version", "")
+    may_continue = known.get("url") == url and (version or is_checked)
+    start = _size(part) if may_continue else 0
+    with _open(session, url, start, version, timeout) as response:
+        start = start if response.status_code == 206 else 0
+        length = response.headers.get("Content-Length", "")
+        size = start + int(length) if length.isdigit() else None
+        _check_space(part.parent, (size or 0) - start, url)
+        if not start:
+            part.unlink(missing_ok=True)  # before the record: old bytes must not pass for new ones
+            write_json(_record(part), {"url": url, "version": _version(response)})
+        _write_chunks(part, response, start, size, PurePosixPath(urlsplit(url).path).name)
 
 
-def _write_chunks(url: str, body: _Body, part: Path, start: int, progress: bool) -> None:
-    """Append an answer to `part`, or write it anew, and show how far it is."""
-    name, told = PurePosixPath(urlsplit(url).path).name, time.monotonic()
+def _write_chunks(
+    part: Path, response: requests.Response, start: int, size: int | None, name: str
+) -> None:
+    """Append what comes, and show how far it is; `size` in bytes is None if it is not known."""
+    told = time.monotonic()
     with (
-        part.open("ab" if start else "wb") as stream,
-        tqdm(
-            total=body.size,
-            initial=start,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc=name,
-            disable=None if progress else True,  # None: no bar where stderr is a file
-        ) as bar,
+        part.open("ab") as stream,
+        # disable=None: no bar where stderr is a file.
+        tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=name, disable=None) as bar,
     ):
-        for chunk in body.chunks:
+        for chunk in response.iter_content(CHUNK_BYTES):
             stream.write(chunk)
             bar.update(len(chunk))
-            if progress and bar.disable and time.monotonic() - told > LOG_SECONDS:
-                told, whole = time.monotonic(), (body.size or 0) / 1e6
-                log.info("%s: %.0f of %.0f MB", name, stream.tell() / 1e6, whole)
+            if bar.disable and time.monotonic() - told > LOG_SECONDS:
+                told = time.monotonic()
+                log.info("%s: %.0f of %.0f MB", name, stream.tell() / 1e6, (size or 0) / 1e6)
 
 
 def _open(
-    url: str, start: int, tag: str | None, headers: Mapping[str, str], timeout: float
-) -> _Body:
-    """Open `url` at byte `start`, if `tag` still names its version, else at the beginning.
-
-    The server may answer from the beginning in any case.
-    """
-    if url.lower().startswith("s3://"):
-        return _open_s3(url, start, timeout)
-    return _open_http(url, start, tag, headers, timeout)
-
-
-def _open_http(
-    url: str, start: int, tag: str | None, headers: Mapping[str, str], timeout: float
-) -> _Body:
+    session: requests.Session, url: str, start: int, version: str, timeout: float
+) -> requests.Response:
+    """Open `url` at byte `start` (status 206) if it still has `version`, else at its beginning."""
     # "identity": a compressed answer has another length and cannot be continued.
-    headers = {**headers, "Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    if start and tag and tag.startswith('"'):  # a date and a weak tag ("W/...") may not be used so
-        headers["If-Range"] = tag
+    if start and version:
+        headers["If-Range"] = version
+    address = _signed(url) if url.lower().startswith("s3://") else url
     try:
-        response = requests.get(url, headers=headers, stream=True, timeout=timeout)
-    except (requests.ConnectionError, requests.Timeout) as error:
-        if isinstance(_root_cause(error), ssl.SSLCertVerificationError):
-            raise UserError(f"{url}: cannot be opened: {_root_cause(error)}") from error
-        raise _TemporaryError(f"no connection or no answer ({_root_cause(error)})") from error
+        response = session.get(address, headers=headers, stream=True, timeout=timeout)
     except requests.RequestException as error:
-        raise UserError(f"{url}: cannot be opened: {error}") from error
-    said = requests.structures.CaseInsensitiveDict()
-    for answer in (*response.history, response):
-        said.update(answer.headers)
-    code, total = response.status_code, response.headers.get("Content-Range", "").rpartition("/")[2]
-    tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        raise UnreachableError(f"{url}: no connection or no answer ({_cause(error)})") from error
+    code = response.status_code
+    span = response.headers.get("Content-Range", "")
+    goes_on = span.startswith(f"bytes {start}-") and version in ("", _version(response))
+    if start and (code == 416 or (code == 206 and not goes_on)):
+        response.close()
+        log.info("%s: cannot go on at byte %d, starting again", url, start)
+        return _open(session, url, 0, "", timeout)
     if code in (200, 206):
-        plain = response.headers.get("Content-Encoding", "identity") == "identity"
-        length = response.headers.get("Content-Length", "") if plain else ""
-        size = total if code == 206 else length
-        first = response.headers.get("Content-Range", "")[len("bytes ") :].partition("-")[0]
-        return _Body(
-            _http_chunks(response),
-            int(first) if code == 206 and first.isdigit() else 0,
-            int(size) if size.isdigit() else None,
-            tag,
-            _http_digest(said) if plain else None,
-            said,
-            response.close,
-        )
+        return response
     response.close()
-    if code == 416 and start:
-        # Nothing lies behind `start`: the part is whole, or it belongs to another version.
-        whole = total.isdigit() and int(total) == start
-        return _Body(iter(()), start if whole else -1, start, tag, None, said, response.close)
-    reason = f"the server answered {code} {response.reason}"
-    raise _refusal(url, code, reason, said.get("Retry-After", ""), said.get("X-Error-Code", ""))
+    kind = UnreachableError if code in RETRY_STATUSES else UserError
+    kind = MissingError if code in MISSING_STATUSES else kind
+    raise kind(f"{url}: the server answered {code} {response.reason}")
 
 
-def _refusal(url: str, code: int, reason: str, retry_after: str, word: str) -> Exception:
-    """Return the error for an answer that is no file."""
-    if code in TEMPORARY_STATUSES:
-        return _TemporaryError(reason, _seconds(retry_after))
-    if code in MISSING_STATUSES:
-        return MissingError(f"{url}: {reason}", word)
-    return UserError(f"{url}: {reason}")
+def _version(response: requests.Response) -> str:
+    """Return what names a file's version to a server, its strong entity tag or date, else ""."""
+    headers = response.headers
+    if "Content-Encoding" in headers:  # its bytes are counted otherwise than ours
+        return ""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
-def _seconds(retry_after: str) -> float | None:
-    """Read a Retry-After header, a number of seconds or a date; None if it is neither."""
-    if retry_after.isdigit():
-        return float(retry_after)
-    try:
-        return max(parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return None
-
-
-def _http_digest(headers: Mapping[str, str]) -> str | None:
-    """Return the sum of the whole file that a server announces, such as "md5:0123..."."""
-    tags = {
-        name: headers.get(name, "").removeprefix("W/").strip('"').lower()
-        for name in ("X-Linked-ETag", "ETag")
-    }
-    if "X-Repo-Commit" in headers:  # a model hub: SHA-256 of large files, git's SHA-1 of others
-        for tag in tags.values():
-            if re.fullmatch("[0-9a-f]{64}", tag):
-                return f"sha256:{tag}"
-        return f"git:{tags['ETag']}" if re.fullmatch("[0-9a-f]{40}", tags["ETag"]) else None
-    for name in ("Repr-Digest", "Digest"):  # RFC 9530 and the one before, RFC 3230
-        found = re.search(r"sha-256=:?([A-Za-z0-9+/]{43}=)", headers.get(name, ""), re.IGNORECASE)
-        if found:
-            return _base64_digest("sha256", found[1])
-    encrypted = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
-    if "AmazonS3" in headers.get("Server", "") and not encrypted:
-        return _s3_tag_digest(tags["ETag"])
-    return None
-
-
-def _s3_tag_digest(tag: str) -> str | None:
-    """Return the MD5 that an object's tag is, unless it was sent in several parts."""
-    return f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else None
-
-
-def _base64_digest(algorithm: str, value: str) -> str | None:
-    """Return "algorithm:digits"; None for the sum of an object's parts, which end in "-3"."""
-    try:
-        return f"{algorithm}:{base64.b64decode(value, validate=True).hex()}"
-    except binascii.Error:
-        return None
-
-
-def _http_chunks(response: requests.Response) -> Iterator[bytes]:
-    try:
-        yield from response.iter_content(CHUNK_BYTES)
-    except requests.RequestException as error:
-        raise _TemporaryError(f"the connection broke ({_root_cause(error)})") from error
-
-
-def s3_session(url: str) -> Any:
-    """Return boto3's session; without boto3 a `UserError` says what `url` needs it for."""
-    try:
-        import boto3  # here, because it takes a second to load and few runs need it
-    except ImportError as error:
-        raise UserError(f"{url}: S3 needs the package boto3; install it") from error
-    return boto3.session.Session()
-
-
-def _open_s3(url: str, start: int, timeout: float) -> _Body:
-    session = s3_session(url)
-    import botocore.exceptions
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    bucket, _, key = url[len("s3://") :].partition("/")
-    if not bucket or not key:
-        raise UserError(f"{url}: expected s3://bucket/key")
-    options = {"connect_timeout": timeout, "read_timeout": timeout}
-    if session.get_credentials() is None:
-        options["signature_version"] = UNSIGNED  # public buckets need no account
-    try:
-        client = session.client("s3", config=Config(retries={"total_max_attempts": 1}, **options))
-        wanted = {"Range": f"bytes={start}-"} if start else {}
-        answer = client.get_object(Bucket=bucket, Key=key, **wanted)
-    except botocore.exceptions.ClientError as error:
-        said = error.response["ResponseMetadata"]
-        code = said["HTTPStatusCode"]
-        if code == 416 and start:
-            return _open_s3(url, 0, timeout)
-        raise _refusal(url, code, str(error), said["HTTPHeaders"].get("retry-after", ""), ""
-                       ) from error
-    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
-        raise _TemporaryError(f"no connection or no answer ({_root_cause(error)})") from error
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise UserError(f"{url}: {error}") from error
-    total = answer.get("ContentRange", "").rpartition("/")[2]
-    partial = total.isdigit()
-    return _Body(
-        _s3_chunks(answer["Body"]),
-        start if partial else 0,
-        int(total) if partial else answer["ContentLength"],
-        answer.get("ETag"),
-        _s3_digest(bucket, answer),
-        answer["ResponseMetadata"]["HTTPHeaders"],
-        answer["Body"].close,
-    )
-
-
-def _s3_digest(bucket: str, answer: dict[str, Any]) -> str | None:
-    """Return the sum of the whole object that S3 knows; with a part of it comes the tag only."""
-    for name, algorithm in (("ChecksumSHA256", "sha256"), ("ChecksumCRC32", "crc32")):
-        if digest := _base64_digest(algorithm, answer.get(name) or "-"):
-            return digest
-    # Amazon's own encryption keeps the tag an MD5; with another's, or a key of one's own, it is
-    # something else, and in a "directory bucket" always.
-    server = answer["ResponseMetadata"]["HTTPHeaders"].get("server", "")
-    encrypted = answer.get("ServerSideEncryption") not in (None, "AES256" if server == "AmazonS3"
-                                                           else None)
-    if encrypted or "SSECustomerAlgorithm" in answer or bucket.endswith("--x-s3"):
-        return None
-    return _s3_tag_digest(answer.get("ETag", "").strip('"'))
-
-
-def _s3_chunks(body: Any) -> Iterator[bytes]:
-    from botocore.exceptions import BotoCoreError, FlexibleChecksumError
-
-    try:
-        yield from body.iter_chunks(CHUNK_BYTES)
-    except FlexibleChecksumError:
-        return  # all bytes are here; that they are wrong is found when the whole file is checked
-    except BotoCoreError as error:
-        raise _TemporaryError(f"the connection broke ({_root_cause(error)})") from error
-
-
-def _root_cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException) -> BaseException:
     """Return what happened first; the libraries wrap it in several lines of their own."""
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
     return error
-
-
-def _check_sha256(path: Path, expected: str, what: str) -> None:
-    found = file_sha256(path)
-    if found != expected.lower():
-        raise UserError(f"{what}: SHA-256 is {found}; expected {expected.lower()}")
-
-
-def _wrong_bytes(part: Path, sha256: str | None) -> str | None:
-    """Say what is wrong with the sum of a whole part; None if it is right, or not known."""
-    if sha256 is not None:
-        found = file_sha256(part)
-        return None if found == sha256.lower() else f"SHA-256 is {found}; expected {sha256.lower()}"
-    digest = _read_version(part).get("digest")
-    if digest is None:
-        return None
-    algorithm, _, expected = digest.partition(":")
-    if algorithm == "crc32":
-        found = [_file_crc32(part)]
-    elif algorithm == "git":  # some mirrors of a hub announce the plain SHA-1
-        beginning = f"blob {_size(part)}\0".encode()
-        found = [_file_digest(part, hashlib.sha1(beginning, usedforsecurity=False)),
-                 _file_digest(part, hashlib.sha1(usedforsecurity=False))]
-    else:
-        found = [_file_digest(part, hashlib.new(algorithm, usedforsecurity=False))]
-    if expected in found:
-        return None
-    return f"{algorithm} sum is {found[0]}; the server announced {expected}"
-
-
-def _file_digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _file_crc32(path: Path) -> str:
-    crc = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
-
-
-def _check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise a `UserError` where the disk of an existing folder has not the bytes that it takes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(f"{folder}: {free / 1e9:.3f} GB free on its disk; {what} needs "
-                        f"{needed / 1e9:.3f} GB")
-
-
-def _size(path: Path | None) -> int:
-    return path.stat().st_size if path is not None and path.exists() else 0
-
-
-def _version_file(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _read_version(part: Path) -> dict[str, Any]:
-    """Return what is known of a part: url, size in bytes, tag and digest; {} if that is lost."""
-    try:
-        return read_json(_version_file(part))
-    except UserError:
-        return {}
-
-
-def _remove_part(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _version_file(part).unlink(missing_ok=True)
-
-
-def read_checksums(path: Path) -> dict[str, str]:
-    """Read the format of sha256sum: 64 hexadecimal digits, white space, an optional `*`, a name."""
-    sums = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        digest, _, name = line.partition(" ")
-        name = name.strip().removeprefix("*").removeprefix("./")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef") or not name:
-            raise UserError(
-                f"{path}, line {number}: expected 64 hexadecimal digits, two spaces and a name"
-            )
-        sums[name] = digest.lower()
-    return sums
-
-
-def mirror_checksums(base_url: str, scratch: Path, **settings: Any) -> dict[str, str]:
-    """Return the sums in the file SHA256SUMS of a mirror; none where it has no such file.
-
-    It is fetched anew each time, into the folder `scratch`. `settings` are those of `download`.
-    """
-    target = scratch / CHECKSUMS_NAME
-    target.unlink(missing_ok=True)
-    try:
-        return read_checksums(download(f"{base_url}/{CHECKSUMS_NAME}", target, **settings))
-    except MissingError:
-        log.info("%s has no %s; its files are checked for what it announces", base_url,
-                 CHECKSUMS_NAME)
-        return {}
-    finally:
-        target.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -731,67 +392,118 @@ def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-# A file standing where a folder should be is an archive that contradicts itself.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    RuntimeError,
-    NotADirectoryError,
-    FileExistsError,
-    IsADirectoryError,
-)
-
-
 def extract_zip(archive: Path | str, folder: Path | str) -> Path:
     """Unpack a zip archive into the new or empty `folder` and return it.
 
     The folder appears only when everything is unpacked and every check sum agreed. Raises
-    `UserError` for a damaged or encrypted archive and for a member that would land outside the
-    folder: an absolute path, a drive, `..`, or a symbolic link that leads out; and before the
-    first byte for a disk without room for all of it.
+    `UserError` for a damaged or encrypted archive, for a member that would land outside the
+    folder or is a link, and for a disk without room for all of it.
     """
     archive = Path(archive)
     try:
         with zipfile.ZipFile(archive) as source, atomic_folder(folder) as temporary:
-            links = []
-            unpacked = sum(member.file_size for member in source.infolist())
+            members = source.infolist()
+            unpacked = sum(member.file_size for member in members)
             _check_space(temporary, unpacked, f"the content of {archive}")
-            for member in source.infolist():
-                _check_member(archive, member.filename)
-                if stat.S_ISLNK(member.external_attr >> 16):
-                    links.append(member)
-                else:
-                    source.extract(member, temporary)
-            # Last, so that no file is ever written through a link.
-            for member in links:
-                destination = source.read(member).decode(errors="replace")
-                _make_link(archive, destination, temporary, member.filename)
-            for member in links:
-                _check_link(archive, temporary, member.filename)
-    except _ZIP_ERRORS as error:
+            for member in members:
+                place = PureWindowsPath(member.filename)  # takes both kinds of slash
+                is_link = stat.S_ISLNK(member.external_attr >> 16)
+                if is_link or place.drive or place.root or ".." in place.parts:
+                    raise UserError(f"{archive}: member {member.filename!r} is a link, or would "
+                                    "land outside the folder; refused")
+            source.extractall(temporary)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, FileExistsError,
+            NotADirectoryError, IsADirectoryError) as error:  # fmt: skip
         raise UserError(f"{archive}: not a sound zip archive ({error})") from error
     return Path(folder)
 
 
-def _check_member(archive: Path, name: str) -> None:
-    windows = PureWindowsPath(name)  # takes both kinds of slash
-    if windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise UserError(f"{archive}: member {name!r} would land outside the folder; refused")
+# ---------------------------------------------------------------------------------------------
+# S3
+# ---------------------------------------------------------------------------------------------
 
 
-def _make_link(archive: Path, destination: str, folder: Path, name: str) -> None:
-    if PureWindowsPath(destination).drive or PureWindowsPath(destination).root:
-        raise UserError(f"{archive}: link {name!r} points to {destination!r}, outside; refused")
-    place = folder / name
-    # Before the folders are made: an earlier link may stand on the way to this one.
-    _check_link(archive, folder, str(PurePosixPath(name).parent))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_symlink() or place.exists():
-        raise UserError(f"{archive}: {name!r} occurs twice; refused")
-    place.symlink_to(destination)
+def s3_address(url: str) -> tuple[str, str] | None:
+    """Split s3://bucket/prefix into bucket and prefix; None for an empty address."""
+    if not url:
+        return None
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket:
+        raise UserError(f"{url}: expected s3://bucket/prefix")
+    return bucket, prefix.strip("/")
 
 
-def _check_link(archive: Path, folder: Path, name: str) -> None:
-    if not Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder)):
-        raise UserError(f"{archive}: link {name!r} leads outside the folder; refused")
+def _s3_client(where: str, **options: Any) -> Any:
+    """Return boto3's client for S3; `where` is for its errors, `options` are its settings."""
+    try:
+        import boto3  # here, because it takes a second to load and few runs need it
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError as error:
+        raise UserError(f"{where}: S3 needs the package boto3; install it") from error
+    try:
+        return boto3.session.Session().client("s3", config=Config(**options))
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _signed(url: str, **options: Any) -> str:
+    """Return an http address at which the object `url` can be read for an hour."""
+    client = _s3_client(url, **{"signature_version": "s3v4", **options})
+    from botocore import UNSIGNED
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket, key = s3_address(url)
+    try:
+        with suppress(ClientError):  # boto3 learns the bucket's region from the answer
+            client.head_object(Bucket=bucket, Key=key)
+        return client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key})
+    except NoCredentialsError:  # public buckets need no account
+        return _signed(url, signature_version=UNSIGNED)
+    except BotoCoreError as error:
+        raise UnreachableError(f"{url}: {error}") from error
+
+
+def upload_folder(
+    folder: Path | str, address: tuple[str, str], skip: Collection[str] = ()
+) -> None:
+    """Copy the files below `folder` that are new or changed to an S3 bucket.
+
+    Args:
+        address: bucket and prefix from `s3_address`.
+        skip: names of files and subfolders that stay here; hidden ones (locks, temporary files)
+            do, too.
+
+    Raises:
+        UserError: a file could not be uploaded; it says where the files still are.
+    """
+    folder, (bucket, prefix) = Path(folder), address
+    client = _s3_client(f"s3://{bucket}/{prefix}")
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        hidden = any(name.startswith(".") or name in skip for name in inner.parts)
+        if hidden or not path.is_file():
+            continue
+        key = str(PurePosixPath(prefix) / inner.as_posix())
+        try:
+            _upload_changed(client, path, bucket, key)
+        except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+            raise UserError(f"{path}: could not be uploaded to s3://{bucket}/{key} ({error}); the "
+                            f"files are in {folder}") from error
+
+
+def _upload_changed(client: Any, path: Path, bucket: str, key: str) -> None:
+    """Upload a file unless the bucket has it with the same size and time of change."""
+    from botocore.exceptions import ClientError
+
+    version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+    try:
+        if client.head_object(Bucket=bucket, Key=key)["Metadata"].get("version") == version:
+            return
+    except ClientError:  # it is not there, or we may write but not read
+        pass
+    client.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"version": version}})
+    log.info("uploaded %s to s3://%s/%s", path, bucket, key)

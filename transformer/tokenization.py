@@ -18,13 +18,19 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from transformer.file_utils import VOCAB_NAME, UserError, read_json, write_json, write_text
+from transformer.file_utils import (
+    TOKENIZER_CONFIG_NAME,
+    VOCAB_NAME,
+    UserError,
+    read_json,
+    write_json,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
 UNK, SEP, PAD, CLS, MASK = SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 MAX_CHARACTERS_PER_WORD = 100
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 FAST_TOKENIZER_NAME = "tokenizer.json"
 FINAL_SIGMA_CANDIDATE = "\u03a3"
 

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from transformer.file_utils import UserError, s3_session
+import boto3
+
+from transformer.file_utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class Uploader:
 
     def _connect(self) -> Any:
         """Return a client for the bucket, which repeats failed requests after growing waits."""
-        session = s3_session(self.name)
+        session = boto3.session.Session()
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
