@@ -293,17 +293,6 @@ def test_the_first_thirty_lines_say_what_it_is_and_what_it_gave_and_the_three_co
     ]  # fmt: skip
 
 
-def test_the_readme_lists_every_script_module_and_folder():
-    (block,) = re.findall(r"^## Files\n+```\n(.*?)^```", read(README), re.S | re.M)
-    first_columns = "\n".join(re.split(r"\s{2,}", line.strip())[0] for line in block.splitlines())
-    listed = {name.rstrip("/") for name in re.findall(r"[\w./-]+", first_columns)}
-    scripts = {path.name for path in REPO.glob("*.py")} | {"reproduction.sh"}
-    modules = {path.stem for path in (REPO / "transformer").glob("[a-z]*.py")}
-    assert scripts | modules <= listed
-    others = listed - scripts - modules
-    assert [name for name in others if not (REPO / name).exists()] == []
-
-
 def test_the_troubleshooting_has_at_most_eight_entries():
     section = read(README).partition("## Troubleshooting")[2].partition("\n## ")[0]
     assert 1 <= len(re.findall(r"^- ", section, re.M)) <= 8
