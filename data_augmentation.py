@@ -5,7 +5,7 @@ sentence, then up to N times with other words in its second one; the sentence th
 stays the original. Replacements of words that are one word piece come from BERT's masked-LM head,
 those of other words are the nearest neighbours among the word vectors.
 
-Finished rows wait in a folder beside the output, .unfinished-train_aug.tsv, until all are there;
+Finished shards wait in a folder beside the output, .unfinished-train_aug.tsv, until all are there;
 --resume goes on with them after a kill. Under torchrun each process varies its share of the rows.
 
 Example:
@@ -37,29 +37,25 @@ from transformer.augmentation import (
     compose_vectors,
     write_vectors,
 )
-from transformer.checkpoint import weights_path
 from transformer.file_utils import UserError
 from transformer.modeling import BertForMaskedLM, freeze
-from transformer.parts import WorkFolder, fingerprint, share
 from transformer.runtime import (
     add_precision_argument,
     add_resume_argument,
-    check_room,
+    check_disk,
     get_device,
     log_start,
     resolve_precision,
     run_script,
 )
+from transformer.shards import ShardedFile, fingerprint, share
 from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_path, task_rows, tsv_line
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")
 
-CHUNK_ROWS = 512  # rows of a part, whose masked words are sorted by length together
-JOINED, SUFFIX = "rows", ".tsv"
+SHARD_ROWS = 512  # rows of a shard, whose masked words are sorted by length together
 UNKNOWN_SHARE_LIMIT = 0.10
-VECTOR_MEMORY = 300_000_000  # bytes that word vectors take at most, as only the first are read
-WORK_MEMORY = 500_000_000  # bytes, for blocks of similarities and batches
 
 
 class ComposeVectors(argparse.Action):
@@ -124,7 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """Rows [begin, end) of the table; all of them are varied, or none."""
 
     begin: int
@@ -136,25 +132,25 @@ class Part(NamedTuple):
         return f"rows_{self.begin}"
 
 
-def cut(rows: int, varied: int) -> list[Part]:
-    """Cut so many rows into parts; the first `varied` are to be varied."""
-    parts = [Part(begin, min(begin + CHUNK_ROWS, varied), True)
-             for begin in range(0, varied, CHUNK_ROWS)]
-    return parts + [Part(varied, rows, False)] * (varied < rows)
+def cut(rows: int, varied: int) -> list[Shard]:
+    """Cut so many rows into shards; the first `varied` are to be varied."""
+    shards = [Shard(begin, min(begin + SHARD_ROWS, varied), True)
+              for begin in range(0, varied, SHARD_ROWS)]
+    return shards + [Shard(varied, rows, False)] * (varied < rows)
 
 
 def augmented_rows(
-    table: TaskRows, augmentor: DataAugmentor, part: Part
+    table: TaskRows, augmentor: DataAugmentor, shard: Shard
 ) -> Iterator[list[list[str]]]:
-    """Yield for each row of the part the rows that replace it: itself, then its variations.
+    """Yield for each row of the shard the rows that replace it: itself, then its variations.
 
     The two sentences of a pair are varied one at a time, each beside the original of the other.
     """
     columns = [column for column in (table.text_a, table.text_b) if column is not None]
-    rows = table.rows[part.begin : part.end]
-    if not part.varied:
+    rows = table.rows[shard.begin : shard.end]
+    if not shard.varied:
         columns = []
-    augmentor.next_sentence = part.begin * len(columns)
+    augmentor.next_sentence = shard.begin * len(columns)
     variations = iter(augmentor.augment([row[column] for row in rows for column in columns]))
     for row in rows:
         new_rows = [row]
@@ -172,76 +168,57 @@ def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
     return path
 
 
-def begin(
-    folder: WorkFolder, output_file: Path, args: argparse.Namespace, source: Path,
-    device: torch.device, dtype: torch.dtype | None,
-) -> bool:
-    """Begin or go on; False if the output is there already."""
-    exists = output_file.exists() and not args.overwrite
+def fingerprints(
+    args: argparse.Namespace, source: Path, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, str]:
+    """Return what flags stand for: digests of files, and the precision that auto chooses."""
     model_files = sorted(path for path in Path(args.pretrained_bert_model).glob("*")
                          if path.is_file())
-    inputs = {
+    return {
         "--task_name": fingerprint([source]),
         "--glove_embs": fingerprint([Path(args.glove_embs)]),
         "--pretrained_bert_model": fingerprint(model_files),
-        "--precision": f"{dtype} on {device.type}",  # what auto stands for
+        "--precision": f"{dtype} on {device.type}",
     }
-    taken = f"{output_file}: exists; --overwrite replaces it" if exists else None
-    return folder.begin(args, inputs, taken)
 
 
-def check_needs(
-    folder: WorkFolder, table: TaskRows, varied: int, args: argparse.Namespace
-) -> None:
-    """Raise a `UserError` if the disk or the memory will not do."""
+def check_size(folder: Path, table: TaskRows, varied: int, draws: int) -> None:
+    """Raise a `UserError` if the disk does not hold the rows twice: in shards, and merged."""
     sizes = [len("\t".join(row).encode()) + 1 for row in table.rows]
-    new = args.N * (1 if table.text_b is None else 2)  # of each row, at most
-    need = 2 * (sum(sizes) + new * sum(sizes[:varied]))  # once in parts, once joined
-    model = weights_path(args.pretrained_bert_model).stat().st_size
-    memory = 2 * model + min(Path(args.glove_embs).stat().st_size, VECTOR_MEMORY) + WORK_MEMORY
-    check_room("augmentation", folder.path, max(0, need - folder.used()), memory)
+    new = draws * (1 if table.text_b is None else 2)  # of each row, at most
+    check_disk("augmentation", folder, 2 * (sum(sizes) + new * sum(sizes[:varied])))
 
 
-def write_part(
-    folder: WorkFolder, part: Part, table: TaskRows, augmentor: DataAugmentor, source: Path
+def write_shard(
+    output: ShardedFile, shard: Shard, table: TaskRows, augmentor: DataAugmentor, source: Path
 ) -> None:
-    """Write the rows that replace those of a part, and in the first one the header before them."""
+    """Write the rows that replace those of a shard, in the first one after the header."""
     header = [] if table.header is None else [table.header]
     augmentor.counts.clear()
-    written = 0
-    with folder.writing(part.name, SUFFIX) as new:
-        if part.begin == 0:
-            for row in header:
-                new.files[0].write(tsv_line(row, source, 1).encode())
-        first = part.begin + len(header) + 1
-        for number, new_rows in enumerate(augmented_rows(table, augmentor, part), first):
-            lines = [tsv_line(row, source, number) for row in new_rows]
-            new.files[0].write("".join(lines).encode())
-            written += len(lines)
-        new.facts.update(augmentor.counts, written=written)
+    with output.write_shard(shard.name) as (file, counts):
+        if shard.begin == 0:
+            file.write("".join(tsv_line(row, source, 1) for row in header).encode())
+        first = shard.begin + len(header) + 1
+        for number, new_rows in enumerate(augmented_rows(table, augmentor, shard), first):
+            file.write("".join(tsv_line(row, source, number) for row in new_rows).encode())
+            counts["written"] += len(new_rows)
+        counts.update(augmentor.counts)
 
 
-def write_augmented(
-    folder: WorkFolder, table: TaskRows, augmentor: DataAugmentor, varied: int, source: Path
-) -> tuple[dict[str, int], int]:
-    """Write header and rows; return the counts, and how many rows were varied by this call."""
-    parts = cut(len(table.rows), varied)
-    mine = share(parts)
-    made = 0
-
-    def make() -> None:
-        nonlocal made
-        progress = tqdm(total=sum(part.end - part.begin for part in mine), unit="row",
-                        desc="augment", disable=None if distributed.is_main() else True)
-        with progress:
-            for part in mine:
-                if folder.facts(part.name) is None:
-                    write_part(folder, part, table, augmentor, source)
-                    made += part.end - part.begin
-                progress.update(part.end - part.begin)
-
-    counts = folder.joined(JOINED, [SUFFIX], [part.name for part in parts], make)
-    return counts, sum(distributed.gather(made))
+def write_shards(
+    output: ShardedFile, shards: Sequence[Shard], table: TaskRows, augmentor: DataAugmentor,
+    source: Path,
+) -> int:
+    """Write what is missing of this process's share; return how many rows this call has varied."""
+    made, mine = 0, share(shards)
+    with tqdm(total=sum(shard.end - shard.begin for shard in mine), unit="row", desc="augment",
+              disable=None if distributed.is_main() else True) as progress:
+        for shard in mine:
+            if not output.is_finished(shard.name):
+                write_shard(output, shard, table, augmentor, source)
+                made += shard.end - shard.begin
+            progress.update(shard.end - shard.begin)
+    return sum(distributed.gather(made))
 
 
 def report(counts: Counter[str], rows: int, made: int, seconds: float) -> None:
@@ -298,14 +275,15 @@ def main(args: argparse.Namespace) -> None:
     dtype = resolve_precision(args.precision, device)
 
     # A new start, or where an earlier call was stopped
-    folder, source = WorkFolder.of_file(output_file), split_path(task, data_dir, "train")
-    if not begin(folder, output_file, args, source, device, dtype):
-        logger.info("%s: whole already, by an earlier call with these arguments", output_file)
+    output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
+    if output.begin(args, fingerprints(args, source, device, dtype)) == "finished":
+        logger.info("%s: finished already, by an earlier call with these arguments", output_file)
         return
 
-    with folder:
+    with output:
         # Model and word vectors
-        check_needs(folder, table, varied, args)
+        if output.state == "new":
+            check_size(output.folder, table, varied, args.N)
         tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
         model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
         glove = GloveIndex.load(args.glove_embs)
@@ -316,11 +294,13 @@ def main(args: argparse.Namespace) -> None:
         log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 
         # Write
-        start = time.perf_counter()
-        counts, made = write_augmented(folder, table, augmentor, varied, source)
+        start, shards = time.perf_counter(), cut(len(table.rows), varied)
+        names = [shard.name for shard in shards]
+        made = write_shards(output, shards, table, augmentor, source)
+        counts = output.total_counts(names)
         if distributed.is_main():
-            folder.publish({folder.file(JOINED, SUFFIX): output_file.name})
-    report(Counter(counts), len(table.rows), made, time.perf_counter() - start)
+            output.merge(names)
+    report(counts, len(table.rows), made, time.perf_counter() - start)
     logger.info("wrote %s", output_file)
 
 

@@ -4,10 +4,10 @@ Writes the corpus as word-piece ids, OUTPUT_DIR/corpus.bin, and for each epoch t
 spans of it, OUTPUT_DIR/epoch_N.bin; with --format json one JSON object an instance,
 OUTPUT_DIR/epoch_N.json. OUTPUT_DIR/epoch_N_metrics.json has the counts.
 
-A process takes at most 150 MB beside its libraries, whatever the corpus (its longest line aside);
-pages of mapped files, which the system takes back when it needs them, are not counted. Finished
-work is kept in OUTPUT_DIR/.unfinished until all is there; --resume goes on with it after a kill.
-Under torchrun the work is split over the processes, which must all see OUTPUT_DIR.
+A process takes at most 150 MB beside its libraries, whatever the corpus (its longest line and
+document aside); pages of mapped files, which the system takes back when it needs them, are not
+counted. The files are made in OUTPUT_DIR/.unfinished and renamed when all are there, so a call that
+was killed leaves nothing that passes for an output; the next one starts again.
 
 Example:
     python pregenerate_training_data.py --train_corpus data/wiki_for_bert.txt \
@@ -16,59 +16,47 @@ Example:
 """
 
 import argparse
-import itertools
 import logging
+import os
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from transformer import distributed
 from transformer.corpus import (
-    BLOCK_SUFFIXES,
     CORPUS_IDS_NAME,
-    CORPUS_SUFFIXES,
+    SENTENCES_PER_BLOCK,
     Corpus,
     EpochSettings,
     Masking,
+    document_blocks,
     line_blocks,
-    read_block,
     tokenize_block,
-    write_blocks,
     write_corpus,
 )
-from transformer.file_utils import UserError
-from transformer.parts import Run, WorkFolder, fingerprint, processes, share
+from transformer.file_utils import UserError, write_json
 from transformer.pretraining_data import (
     CORPUS_INFO_NAME,
     METRICS_SUFFIX,
     EpochWriter,
     epoch_path,
     generated_files,
-    mask_dtype,
-    record_dtype,
-    vocabulary_sha256,
 )
-from transformer.run_folder import prepare_output_dir
-from transformer.runtime import add_resume_argument, check_room, run_script
+from transformer.run_folder import ARGUMENTS_NAME, UNFINISHED, prepare_output_dir
+from transformer.runtime import argument_values, check_disk, run_script
+from transformer.shards import worker_pool
 from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 from transformer.uploads import s3_address, upload_folder
 
 logger = logging.getLogger(__name__)
 
 LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
-PARTS = 32  # of a small corpus; a larger one has more, of the most bytes or sentences
-MOST_BYTES = 1 << 24
-FEWEST_SENTENCES, MOST_SENTENCES = 1 << 13, 1 << 19
-PROCESS_MEMORY = 150_000_000  # bytes, beside the libraries
-# Of English, measured and rounded up: how many times the instances of an epoch would hold the
-# text if they were full, and the bytes of a JSON line.
-COVERED, JSON_ROW_BYTES, JSON_TOKEN_BYTES = 1.6, 100, 13
 
 
 # ------------------------------------------------------------------ checks
@@ -97,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def check_corpus(corpus: Corpus, source: Path, one_seq: bool) -> None:
+def check_corpus(corpus: Corpus, unknown: int, source: Path, one_seq: bool) -> None:
     """Raise a `UserError` for a corpus that no instances can be made from; warn of many [UNK]."""
     if not corpus.documents:
         raise UserError(
@@ -109,205 +97,97 @@ def check_corpus(corpus: Corpus, source: Path, one_seq: bool) -> None:
             f"{source}: 1 document, so there is no other to take random next sentences from; "
             "expected a blank line between documents, or --one_seq"
         )
-    share = corpus.unknown / len(corpus.token_ids)
+    share = unknown / len(corpus.token_ids)
     if share > 0.1:
         logger.warning(
             "%s: %.0f %% of the word pieces are [UNK]; does the vocabulary fit the language "
             "and the case (--do_lower_case)?", source, 100 * share,
         )
-
-
-def check_disk(work: "Work", epochs: int, workers: int) -> None:
-    """Raise a `UserError` if the disk or the memory will not do, judged by the first block."""
-    masks = work.masking.predictions(work.settings.max_seq_len)
-    block = next(line_blocks(work.train_corpus), (0, 0))
-    sample = tokenize_block(work.train_corpus, block, work.tokenizer)
-    growth = work.train_corpus.stat().st_size / max(1, block[1])
-    tokens = growth * len(sample.token_ids)
-    documents = growth * len(sample.blank_lines)  # whose last instances are short
-    rows = COVERED * tokens / work.settings.max_tokens + documents
-    if work.format == "json":
-        row_bytes = JSON_ROW_BYTES + JSON_TOKEN_BYTES * (work.settings.max_seq_len + masks)
-    else:
-        row_bytes = record_dtype(int(tokens)).itemsize
-        row_bytes += masks * mask_dtype(len(work.tokenizer)).itemsize
-    corpus = tokens * sample.token_ids.itemsize + 12 * growth * len(sample.lengths)
-    # What is joined is there twice: first the corpus, later one epoch after the other.
-    need = max(2 * corpus, corpus + (epochs + 1) * rows * row_bytes)
-    check_room("pregeneration", work.folder.path, max(0, round(need) - work.folder.used()),
-               workers * PROCESS_MEMORY)
-
-
-# ------------------------------------------------------------------ parts
-
-
-class TextPart(NamedTuple):
-    """Bytes [start, end) of the corpus, whole lines."""
-
-    start: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"text_{self.start}"
-
-
-class EpochPart(NamedTuple):
-    """The instances of sentences [begin, end) for one epoch."""
-
-    epoch: int
-    begin: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"epoch_{self.epoch}_{self.begin}"
-
-
-@dataclass
-class Work:
-    """What every process knows, and the two kinds of tasks."""
-
-    train_corpus: Path
-    folder: WorkFolder
-    tokenizer: BertTokenizer
-    settings: EpochSettings
-    masking: Masking
-    format: str
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The tokenized corpus, which processes share as files in `folder`."""
-        facts = self.folder.noted("corpus")
-        return Corpus.open(self.folder.stem("corpus"), len(self.tokenizer), facts["unknown"])
-
-    @cached_property
-    def writer(self) -> EpochWriter:
-        """What writes instances of the corpus."""
-        return EpochWriter(self.corpus, self.tokenizer, self.settings, self.masking, self.format)
-
-    def tokenize(self, part: TextPart) -> TextPart:
-        """Tokenize a part of the text, unless that is done."""
-        if self.folder.facts(part.name) is None:
-            with self.folder.writing(part.name, *BLOCK_SUFFIXES) as new:
-                blocks = line_blocks(self.train_corpus, BLOCK_BYTES, *part)
-                new.facts["unknown"] = write_blocks(
-                    self.train_corpus, blocks, self.tokenizer, new.files)
-        return part
-
-    def generate(self, part: EpochPart) -> EpochPart:
-        """Write the instances of a part, unless that is done."""
-        if self.folder.facts(part.name) is None:
-            with self.folder.writing(part.name, *self.writer.suffixes) as new:
-                new.facts["rows"] = self.writer.write(new.files, *part)
-        return part
-
-
-def text_parts(train_corpus: Path) -> list[TextPart]:
-    """Cut the text between lines."""
-    size = min(max(train_corpus.stat().st_size // PARTS, BLOCK_BYTES), MOST_BYTES)
-    return [TextPart(*block) for block in line_blocks(train_corpus, size)]
-
-
-def epoch_parts(corpus: Corpus, epoch: int) -> list[EpochPart]:
-    """Cut an epoch at borders of documents, into parts of roughly the same size."""
-    size = min(max(corpus.sentences // PARTS, FEWEST_SENTENCES), MOST_SENTENCES)
-    wanted = np.arange(0, corpus.sentences, size)
-    borders = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
-    borders = [*borders[borders < corpus.sentences].tolist(), corpus.sentences]
-    return [EpochPart(epoch, *border) for border in itertools.pairwise(borders)]
+    logger.info("%s: %d documents, %d sentences, %d word pieces", source, corpus.documents,
+                corpus.sentences, len(corpus.token_ids))
 
 
 # ------------------------------------------------------------------ stages
 
 
-def say(text: str) -> None:
-    """Print a line, in the first process of the run."""
-    if distributed.is_main():
-        print(text)
+@contextmanager
+def temporary_folder(output_dir: Path) -> Iterator[Path]:
+    """Yield a folder in `output_dir` for unfinished files; it goes, however the block ends."""
+    folder = output_dir / UNFINISHED
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
-def tokenize(work: Work, run: Run) -> Corpus:
-    """Tokenize the corpus, with a bar that counts bytes."""
-    parts = text_parts(work.train_corpus)
-    mine = share(parts)
-
-    def make() -> None:
-        with tqdm(total=sum(part.end - part.start for part in mine), unit="B", unit_scale=True,
-                  desc="tokenize", disable=not distributed.is_main()) as bar:
-            for part in run("tokenize", mine):
-                bar.update(part.end - part.start)
-
-    def join() -> None:
-        blocks = (read_block(work.folder.stem(part.name), len(work.tokenizer),
-                             work.folder.noted(part.name)["unknown"]) for part in parts)
-        with work.folder.writing("corpus", *CORPUS_SUFFIXES, lasting=True) as corpus:
-            corpus.facts["unknown"] = write_corpus(blocks, corpus.files)
-
-    work.folder.whole("corpus", [part.name for part in parts], make, join)
-    return work.corpus
+def progress(results: Iterable[Any], sizes: list[int], unit: str, what: str) -> Iterator[Any]:
+    """Yield results, with a bar that counts the sizes of what each was made of."""
+    with tqdm(total=sum(sizes), unit=unit, unit_scale=True, desc=what) as bar:
+        for result, size in zip(results, sizes, strict=True):
+            yield result
+            bar.update(size)
 
 
-def generate(work: Work, run: Run, epoch: int) -> int:
-    """Write the data files of an epoch; return its number of instances."""
-    parts = epoch_parts(work.corpus, epoch)
-    mine = share(parts)
-
-    def make() -> None:
-        with tqdm(total=sum(part.end - part.begin for part in mine), unit="sentence",
-                  unit_scale=True, desc=f"epoch {epoch}", disable=not distributed.is_main()) as bar:
-            for part in run("generate", mine):
-                bar.update(part.end - part.begin)
-
-    names = [part.name for part in parts]
-    return work.folder.joined(f"epoch_{epoch}", work.writer.suffixes, names, make)["rows"]
+def tokenize(folder: Path, source: Path, tokenizer: BertTokenizer, workers: int) -> int:
+    """Write the files of the tokenized corpus; return how many word pieces are [UNK]."""
+    blocks = list(line_blocks(source, BLOCK_BYTES))
+    sizes = [end - start for start, end in blocks]
+    with worker_pool(partial(tokenize_block, source, tokenizer), workers) as run:
+        return write_corpus(folder, progress(run(blocks), sizes, "B", "tokenize"))
 
 
-def begin(work: Work, args: argparse.Namespace) -> bool:
-    """Begin or go on; False if the output is there already."""
-    asked = distributed.is_main() and not args.overwrite_output_dir
-    found = generated_files(args.output_dir) if asked else []
-    taken = f"{found[0]}: exists; --overwrite_output_dir replaces it" if found else None
-    vocabulary = f"{vocabulary_sha256(work.tokenizer)} {work.tokenizer.do_lower_case}"
-    inputs = {"--train_corpus": fingerprint([args.train_corpus]), "--bert_model": vocabulary}
-    return work.folder.begin(args, inputs, taken)
+def generate(
+    folder: Path, corpus: Corpus, writer: EpochWriter, epoch: int, workers: int
+) -> int:
+    """Write the data files of an epoch and its counts; return its number of instances."""
+    blocks, rows = document_blocks(corpus, SENTENCES_PER_BLOCK), 0
+    sizes = [end - begin for begin, end in blocks]
+    with ExitStack() as stack:
+        run = stack.enter_context(worker_pool(partial(writer.encode, epoch), workers))
+        files = [stack.enter_context(epoch_path(folder, epoch, suffix).open("wb"))
+                 for suffix in writer.suffixes]
+        for count, contents in progress(run(blocks), sizes, "sentence", f"epoch {epoch}"):
+            for file, content in zip(files, contents, strict=True):
+                file.write(content)
+            rows += count
+    writer.write_metrics(epoch_path(folder, epoch, METRICS_SUFFIX), rows)
+    return rows
 
 
-def run_stages(work: Work, args: argparse.Namespace) -> tuple[list[int], list[Path]]:
-    """Tokenize, generate and publish; return the instances of each epoch, and the files."""
-    check_disk(work, args.epochs_to_generate, args.num_workers)
-    with processes(work, args.num_workers) as run:
-        corpus = tokenize(work, run)
-        check_corpus(corpus, args.train_corpus, args.one_seq)
-        say(
-            f"{args.train_corpus}: {corpus.documents:,} documents, {corpus.sentences:,} "
-            f"sentences, {len(corpus.token_ids):,} word pieces"
-        )
-        rows = [generate(work, run, epoch) for epoch in range(args.epochs_to_generate)]
-    files = publish(work, rows, args.output_dir) if distributed.is_main() else []
-    return rows, files
+def generate_all(
+    folder: Path, corpus: Corpus, writer: EpochWriter, epochs: int, workers: int
+) -> list[int]:
+    """Write all epochs, and what describes their corpus; return the instances of each."""
+    rows = [generate(folder, corpus, writer, 0, workers)]
+    # The other epochs are as large as the first.
+    size = sum(path.stat().st_size for path in folder.glob("epoch_0*"))
+    check_disk("pregeneration", folder, (epochs - 1) * size)
+    rows += [generate(folder, corpus, writer, epoch, workers) for epoch in range(1, epochs)]
+    if writer.format == "binary":
+        writer.write_info(folder / CORPUS_INFO_NAME)
+    else:
+        (folder / CORPUS_IDS_NAME).unlink()
+    return rows
 
 
-def publish(work: Work, rows: Sequence[int], output_dir: Path) -> list[Path]:
-    """Write what describes the data, and move all to where it belongs, in place of an earlier run.
+def publish(folder: Path, output_dir: Path, args: argparse.Namespace) -> int:
+    """Move the generated files out of `folder`, in place of earlier ones; return their bytes.
 
-    `rows` are the instances of each epoch. Files that are moved in this order do not pass for a
-    run until all are there.
+    Epoch 0 goes first and comes last, as without it none is read: files that a kill has left
+    do not pass for all.
     """
-    folder, files = work.folder, {}
-    if work.format == "binary":
-        work.writer.write_info(folder.path / CORPUS_INFO_NAME)
-        files = {folder.file("corpus", CORPUS_SUFFIXES[0]): CORPUS_IDS_NAME,
-                 folder.path / CORPUS_INFO_NAME: CORPUS_INFO_NAME}
-    # The last epoch first: epochs are only read if they are numbered from 0 without a gap.
-    for epoch in reversed(range(len(rows))):
-        for suffix in work.writer.suffixes:
-            path = folder.file(f"epoch_{epoch}", suffix)
-            files[path] = epoch_path(output_dir, epoch, suffix).name
-        metrics = epoch_path(folder.path, epoch, METRICS_SUFFIX)
-        work.writer.write_metrics(metrics, rows[epoch])
-        files[metrics] = metrics.name
-    return folder.publish(files, obsolete=generated_files(output_dir))
+    for path in generated_files(output_dir):
+        path.unlink()
+    (output_dir / ARGUMENTS_NAME).unlink(missing_ok=True)
+    size = 0
+    for path in reversed(generated_files(folder)):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        size += path.stat().st_size
+        path.replace(output_dir / path.name)
+    write_json(output_dir / ARGUMENTS_NAME, {"arguments": argument_values(args)})
+    return size
 
 
 # ------------------------------------------------------------------ command line
@@ -352,42 +232,39 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="seed of every random choice")
     add("--overwrite_output_dir", action="store_true",
         help="replace the epochs of an output folder that is not empty (switch)")
-    add_resume_argument(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Tokenize the corpus once, write each epoch from it, print the counts."""
+    """Tokenize the corpus once, write each epoch from it, log the counts."""
     start = time.perf_counter()
 
     # Check everything that can be checked before the long work.
+    if distributed.world_size() > 1:
+        raise UserError("torchrun: one process is enough; --num_workers starts more")
     check_arguments(args)
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
-    distributed.connect()
-    folder = WorkFolder.of_folder(args.output_dir)
-    args.resume = folder.resumes(args)
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, args.resume)
+    shutil.rmtree(args.output_dir / UNFINISHED, ignore_errors=True)  # of a killed call
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
     )
     settings = EpochSettings(args.seed, args.max_seq_len, args.short_seq_prob, args.one_seq)
 
-    # All work is done in a folder of its own, so that only a whole run leaves files behind.
-    work = Work(args.train_corpus, folder, tokenizer, settings, masking, args.format)
-    if begin(work, args):
-        with folder:
-            rows, files = run_stages(work, args)
-        say(
-            f"{output_dir}: {len(rows)} epochs of {', '.join(f'{count:,}' for count in rows)} "
-            f"instances, {sum(path.stat().st_size for path in files):,} bytes, "
-            f"{time.perf_counter() - start:.1f} s"
-        )
-    else:
-        say(f"{output_dir}: whole already, by an earlier call with these arguments")
+    # All files are made in a folder of their own, so that only finished ones are left behind.
+    with temporary_folder(output_dir) as folder:
+        unknown = tokenize(folder, args.train_corpus, tokenizer, args.num_workers)
+        corpus = Corpus.open(folder, len(tokenizer))
+        check_corpus(corpus, unknown, args.train_corpus, args.one_seq)
+        writer = EpochWriter(folder, tokenizer, settings, masking, args.format)
+        rows = generate_all(folder, corpus, writer, args.epochs_to_generate, args.num_workers)
+        size = publish(folder, output_dir, args)
+    logger.info("%s: %d epochs of %s instances, %d bytes, %.1f s", output_dir, len(rows),
+                ", ".join(map(str, rows)), size, time.perf_counter() - start)
 
     # Copy, where asked to.
-    if address and distributed.is_main():
+    if address:
         upload_folder(output_dir, *address)
 
 

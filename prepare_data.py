@@ -1,13 +1,15 @@
 """Turn WikiExtractor's JSON files into the corpus that pregenerate_training_data.py reads.
 
-One sentence a line, a blank line between documents. Finished text waits in a folder beside the
-output, .unfinished-NAME, until all is there; --resume goes on with it after a kill. Under torchrun
-each process converts its share of the files.
+One sentence a line, a blank line between documents. Finished shards wait in a folder beside the
+output, .unfinished-NAME, until all are there; --resume goes on with them after a kill. Under
+torchrun each process converts its share of the files.
 
 Example:
     python -m wikiextractor.WikiExtractor DUMP.xml.bz2 --json -o data/extracted_wiki
     python prepare_data.py --input_dir data/extracted_wiki --output_file data/wiki_for_bert.txt
 """
+
+from __future__ import annotations
 
 import argparse
 import bz2
@@ -18,36 +20,34 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import nltk
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTrainer
 from tqdm import tqdm
 
 from transformer import distributed
-from transformer.file_utils import UserError, read_json
-from transformer.parts import WorkFolder, fingerprint, processes, share
-from transformer.runtime import add_resume_argument, check_room, run_script
+from transformer.file_utils import UserError, read_json, write_text
+from transformer.runtime import add_resume_argument, check_disk, run_script
+from transformer.shards import ShardedFile, fingerprint, share, worker_pool
+
+if TYPE_CHECKING:  # imported where it is needed, as it takes a second
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 logger = logging.getLogger(__name__)
 
 PUNKT_DATA = "tokenizers/punkt_tab/english/"
 PUNKT_DOWNLOAD_SECONDS = 30
 PUNKT_SAMPLE_CHARACTERS = 10_000_000
-PARTS = 1024  # of a large corpus, or up to twice as many; a smaller one has one a file
-PROCESS_MEMORY = 200_000_000  # bytes, with the splitter
+SHARDS = 1024  # of a large corpus, or up to twice as many; a smaller one has one a file
 COMPRESSION = 4  # how many times smaller a .bz2 of text is
-SPLITTER_BYTES = 2_000_000
-SPLITTER, SPLITTER_SUFFIX = "splitter", ".json"
-JOINED, SUFFIX = "corpus", ".txt"
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """The input files [begin, end)."""
 
     begin: int
@@ -117,6 +117,8 @@ def sample_articles(files: list[Path], characters: int) -> Iterator[str]:
 
 def train_punkt(texts: Iterable[str]) -> PunktParameters:
     """Learn abbreviations and sentence starters from raw text (Kiss and Strunk 2006)."""
+    from nltk.tokenize.punkt import PunktTrainer
+
     trainer = PunktTrainer()
     # Also word pairs around a full stop that is no known abbreviation's, such as "St. Petersburg".
     trainer.INCLUDE_ALL_COLLOCS = True
@@ -128,6 +130,8 @@ def train_punkt(texts: Iterable[str]) -> PunktParameters:
 
 def downloaded_punkt() -> PunktParameters | None:
     """Load nltk's English model, after one short attempt to download it; None if there is none."""
+    import nltk
+
     try:
         nltk.data.find(PUNKT_DATA)
     except LookupError:
@@ -156,112 +160,91 @@ def get_parameters(choice: str, files: list[Path]) -> tuple[PunktParameters, str
     )
 
 
-def parameters_to_json(parameters: PunktParameters, name: str) -> bytes:
-    """Spell a sentence model out; the same model is the same text."""
-    return json.dumps({
-        "name": name,
-        "abbreviations": sorted(parameters.abbrev_types),
-        "collocations": sorted(parameters.collocations),
-        "sentence_starters": sorted(parameters.sent_starters),
-        "orthography": dict(sorted(parameters.ortho_context.items())),
-    }).encode()
+def write_splitter(path: Path, parameters: PunktParameters, name: str) -> None:
+    """Write a sentence model as JSON, its sets as sorted lists."""
+    write_text(path, json.dumps({"name": name, **vars(parameters)}, default=sorted))
 
 
-def parameters_from_json(content: dict) -> PunktParameters:
-    """Read what `parameters_to_json` wrote."""
-    parameters = PunktParameters()
-    parameters.abbrev_types = set(content["abbreviations"])
-    parameters.collocations = set(map(tuple, content["collocations"]))
-    parameters.sent_starters = set(content["sentence_starters"])
-    parameters.ortho_context = defaultdict(int, content["orthography"])
-    return parameters
+def read_splitter(path: Path) -> PunktSentenceTokenizer:
+    """Read what `write_splitter` wrote, as a sentence splitter."""
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    content, parameters = read_json(path), PunktParameters()
+    parameters.abbrev_types.update(content["abbrev_types"])
+    parameters.collocations.update(map(tuple, content["collocations"]))
+    parameters.sent_starters.update(content["sent_starters"])
+    parameters.ortho_context.update(content["ortho_context"])
+    return PunktSentenceTokenizer(parameters)
 
 
 @dataclass
-class Work:
-    """What every process knows, and its kind of task."""
+class Conversion:
+    """The input files and the corpus that becomes of them, as every process knows them."""
 
     files: list[Path]
-    folder: WorkFolder
+    corpus: ShardedFile
+
+    @property
+    def splitter_path(self) -> Path:
+        return self.corpus.folder / "splitter.json"
 
     @cached_property
     def splitter(self) -> PunktSentenceTokenizer:
-        """The sentence splitter, from the work folder: one model for all processes and calls."""
-        content = read_json(self.folder.file(SPLITTER, SPLITTER_SUFFIX))
-        return PunktSentenceTokenizer(parameters_from_json(content))
+        """The sentence splitter: one model for all processes and calls."""
+        return read_splitter(self.splitter_path)
 
-    def convert(self, part: Part) -> Part:
-        """Split all articles of the part's files, unless that is done."""
-        if self.folder.facts(part.name) is None:
-            with self.folder.writing(part.name, SUFFIX) as new:
-                new.facts.update(documents=0, empty=0, sentences=0)
-                for path in self.files[part.begin : part.end]:
-                    for text in read_articles(path):
-                        sentences = split_sentences(text, self.splitter)
-                        new.facts["empty"] += not sentences
-                        if not sentences:  # such as those of redirects
-                            continue
-                        new.facts["sentences"] += len(sentences)
-                        document = "\n".join(sentences) + "\n"
-                        if new.facts["documents"]:
-                            document = "\n" + document
-                        # JSON can spell half a surrogate pair, which UTF-8 can not.
-                        new.files[0].write(document.encode("utf-8", errors="replace"))
-                        new.facts["documents"] += 1
-        return part
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The files, cut into shards."""
+        size, count = max(1, len(self.files) // SHARDS), len(self.files)
+        return [Shard(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
-
-def cut(files: int) -> list[Part]:
-    """Cut so many files into parts."""
-    size = max(1, files // PARTS)
-    return [Part(begin, min(begin + size, files)) for begin in range(0, files, size)]
+    def convert(self, shard: Shard) -> Shard:
+        """Split all articles of the shard's files, unless that is done."""
+        if self.corpus.is_finished(shard.name):
+            return shard
+        with self.corpus.write_shard(shard.name) as (file, counts):
+            paths = self.files[shard.begin : shard.end]
+            for text in chain.from_iterable(map(read_articles, paths)):
+                sentences = split_sentences(text, self.splitter)
+                if sentences:  # redirects have none
+                    separator = "\n" if counts["documents"] else ""
+                    document = separator + "\n".join(sentences) + "\n"
+                    # JSON can spell half a surrogate pair, which UTF-8 can not.
+                    file.write(document.encode("utf-8", errors="replace"))
+                counts["documents" if sentences else "empty"] += 1
+                counts["sentences"] += len(sentences)
+        return shard
 
 
-def check_needs(work: Work, workers: int) -> None:
-    """Raise a `UserError` if the disk or the memory will not do."""
+def check_size(files: list[Path], folder: Path) -> None:
+    """Raise a `UserError` if the disk does not hold the text twice: in shards, and merged."""
     text_bytes = sum(path.stat().st_size * (COMPRESSION if path.suffix == ".bz2" else 1)
-                     for path in work.files)
-    need = 2 * text_bytes + SPLITTER_BYTES  # the text once in parts, once joined
-    check_room("the corpus", work.folder.path, max(0, need - work.folder.used()),
-               workers * PROCESS_MEMORY)
+                     for path in files)
+    check_disk("the corpus", folder, 2 * text_bytes)
 
 
-def say(text: str) -> None:
-    """Print a line, in the first process of the run."""
-    if distributed.is_main():
-        print(text)
-
-
-def choose_splitter(work: Work, choice: str) -> None:
-    """Keep the sentence model in the work folder, and print which one it is.
+def choose_splitter(conversion: Conversion, choice: str) -> None:
+    """Keep the sentence model beside the shards, and log which one it is.
 
     Where a later call goes on, the model is still the same, whatever can be downloaded then.
     """
-
-    def write() -> None:
-        work.folder.remove(part.name for part in cut(len(work.files)))  # of a model that was lost
-        with work.folder.writing(SPLITTER, SPLITTER_SUFFIX) as new:
-            new.files[0].write(parameters_to_json(*get_parameters(choice, work.files)))
-
-    work.folder.whole(SPLITTER, [], make=lambda: None, join=write)
-    name = read_json(work.folder.file(SPLITTER, SPLITTER_SUFFIX))["name"]
-    say(f"sentence splitter: {name}")
+    path = conversion.splitter_path
+    if distributed.is_main() and not path.is_file():
+        write_splitter(path, *get_parameters(choice, conversion.files))
+    distributed.barrier()
+    logger.info("sentence splitter: %s", read_json(path)["name"])
 
 
-def convert_all(work: Work, workers: int) -> dict[str, int]:
-    """Make the corpus, in the order of the files; return its counts."""
-    parts = cut(len(work.files))
-    mine = share(parts)
-
-    def make() -> None:
-        bar = tqdm(total=sum(part.end - part.begin for part in mine), unit="file",
-                   desc="sentences", disable=not distributed.is_main())
-        with processes(work, max(1, min(workers, len(mine)))) as run, bar:
-            for part in run("convert", mine):
-                bar.update(part.end - part.begin)
-
-    names = [part.name for part in parts]
-    return work.folder.joined(JOINED, [SUFFIX], names, make, separator=b"\n")
+def convert_all(conversion: Conversion, workers: int) -> Counter[str]:
+    """Make all shards of the corpus; return their counts."""
+    mine = share(conversion.shards)
+    bar = tqdm(total=sum(shard.end - shard.begin for shard in mine), unit="file",
+               desc="sentences", disable=not distributed.is_main())
+    with worker_pool(conversion.convert, max(1, min(workers, len(mine)))) as run, bar:
+        for shard in run(mine):
+            bar.update(shard.end - shard.begin)
+    return conversion.corpus.total_counts(shard.name for shard in conversion.shards)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -270,27 +253,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--input_dir", type=Path, default=Path("data/extracted_wiki"),
-        help="folder of WikiExtractor's --json output (AA/wiki_00, ...)",
-    )
-    parser.add_argument(
-        "--output_file", type=Path, default=Path("data/wiki_for_bert.txt"),
-        help="text file to write: one sentence a line, a blank line between documents",
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1,
-        help="number of processes; the output is the same whatever it is",
-    )
-    parser.add_argument(
-        "--punkt", choices=["auto", "train"], default="auto",
+    add = parser.add_argument
+    add("--input_dir", type=Path, default=Path("data/extracted_wiki"),
+        help="folder of WikiExtractor's --json output (AA/wiki_00, ...)")
+    add("--output_file", type=Path, default=Path("data/wiki_for_bert.txt"),
+        help="text file to write: one sentence a line, a blank line between documents")
+    add("--num_workers", type=int, default=os.cpu_count() or 1,
+        help="number of processes; the output is the same whatever it is")
+    add("--punkt", choices=["auto", "train"], default="auto",
         help="sentence model: auto is nltk's punkt_tab where it is there or can be downloaded, "
         f"else train; train learns one from at most {PUNKT_SAMPLE_CHARACTERS:,} characters of "
-        "this corpus",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output file (switch)"
-    )
+        "this corpus")
+    add("--overwrite", action="store_true", help="replace an existing output file (switch)")
     add_resume_argument(parser)
     return parser
 
@@ -309,29 +283,26 @@ def main(args: argparse.Namespace) -> None:
     distributed.connect()
 
     # All work is done in a folder beside the target.
-    folder = WorkFolder.of_file(output)
-    exists = output.exists() and not args.overwrite
-    taken = f"--output_file {output}: exists; --overwrite replaces it" if exists else None
-    if not folder.begin(args, {"--input_dir": fingerprint(files)}, taken):
-        say(f"{output}: whole already, by an earlier call with these arguments")
+    corpus = ShardedFile(output)
+    if corpus.begin(args, {"--input_dir": fingerprint(files)}) == "finished":
+        logger.info("%s: finished already, by an earlier call with these arguments", output)
         return
-    with folder:
-        work = Work(files, folder)
-        check_needs(work, args.num_workers)
-        choose_splitter(work, args.punkt)
-        counts = convert_all(work, args.num_workers)
+    with corpus:
+        conversion = Conversion(files, corpus)
+        if corpus.state == "new":
+            check_size(files, corpus.folder)
+        choose_splitter(conversion, args.punkt)
+        counts = convert_all(conversion, args.num_workers)
         if not counts["documents"]:
             raise UserError(
                 f"--input_dir {args.input_dir}: 0 documents in {len(files)} files "
                 f"({counts['empty']} articles without text); expected articles with text"
             )
         if distributed.is_main():
-            folder.publish({folder.file(JOINED, SUFFIX): output.name})
-            say(
-                f"{output}: {counts['documents']:,} documents, {counts['sentences']:,} sentences, "
-                f"{output.stat().st_size:,} bytes; {counts['empty']:,} articles without text "
-                f"skipped; {time.perf_counter() - start:.1f} s"
-            )
+            corpus.merge([shard.name for shard in conversion.shards], separator=b"\n")
+            logger.info("%s: %d documents, %d sentences, %d bytes; %d articles without text "
+                        "skipped; %.1f s", output, counts["documents"], counts["sentences"],
+                        output.stat().st_size, counts["empty"], time.perf_counter() - start)
 
 
 if __name__ == "__main__":

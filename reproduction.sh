@@ -291,7 +291,7 @@ can_resume() {
   case ${cmd[1]-} in
     task_distill.py) [[ " ${cmd[*]} " != *" --do_eval "* ]] ;;
     general_distill.py | finetune_teacher.py | data_augmentation.py) ;;
-    pregenerate_training_data.py | prepare_data.py) ;;
+    prepare_data.py) ;;
     *) return 1 ;;
   esac
 }

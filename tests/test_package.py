@@ -14,7 +14,7 @@ SCRIPTS = ["download_glue.py", "prepare_data.py", "get_bert_models.py",
            "fix_teacher_layers.py", "finetune_teacher.py", "task_distill.py",
            "tinybert_6_from_bert.py", "quantize.py", "predict.py"]
 # Scripts that compute nothing; their `--help` must not wait for torch.
-WITHOUT_TORCH: list[str] = []
+WITHOUT_TORCH = ["prepare_data"]
 PACKAGE = sorted(path.stem for path in (REPO / "transformer").glob("*.py")
                  if path.stem != "__init__")
 TYPES = {"str": str, "int": int, "float": float, "Path": "Path"}

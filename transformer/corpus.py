@@ -6,13 +6,14 @@ two spans of that array, as cutting it to length only trims ends (BERT, arXiv 18
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,38 +22,7 @@ from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"
-CORPUS_SUFFIXES = (".ids", ".sentences", ".documents")
-BLOCK_SUFFIXES = (".ids", ".lengths", ".blanks")
-
-
-# ------------------------------------------------------------------ flat arrays
-
-
-class Output(Protocol):
-    """What takes bytes one after the other, such as an open file."""
-
-    def write(self, content: Any) -> Any:
-        """Append bytes."""
-
-
-class ArrayWriter:
-    """Collects arrays of one dtype end to end, in memory or, where a path is given, in a file."""
-
-    def __init__(self, dtype: np.dtype | str, path: Path | None = None) -> None:
-        self.dtype = np.dtype(dtype)
-        self.path = path
-        self._output: BinaryIO = path.open("wb") if path else BytesIO()
-
-    def write(self, values: np.ndarray | Sequence) -> None:
-        """Append values, which must fit the dtype."""
-        self._output.write(np.ascontiguousarray(values, dtype=self.dtype).data)
-
-    def close(self) -> np.ndarray:
-        """Return all values: an array in memory, or a read-only map of the file."""
-        if self.path is None:
-            return np.frombuffer(self._output.getbuffer(), dtype=self.dtype)  # shares the memory
-        self._output.close()
-        return map_array(self.path, self.dtype)
+SENTENCES_NAME, DOCUMENTS_NAME = "sentences.bin", "documents.bin"
 
 
 def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
@@ -76,7 +46,6 @@ class Corpus(NamedTuple):
     token_ids: np.ndarray  # [tokens]
     sentence_starts: np.ndarray  # [sentences + 1], counted in tokens
     document_starts: np.ndarray  # [documents + 1], counted in sentences
-    unknown: int  # how many ids are [UNK]
 
     @property
     def documents(self) -> int:
@@ -87,32 +56,25 @@ class Corpus(NamedTuple):
         return len(self.sentence_starts) - 1
 
     @classmethod
-    def open(cls, stem: Path, vocab_size: int, unknown: int = 0) -> "Corpus":
-        """Map the files stem + suffix that `write_corpus` wrote; processes share their memory."""
-        dtypes = (id_dtype(vocab_size), "<i8", "<i8")
-        arrays = (map_array(stem.with_name(stem.name + suffix), dtype)
-                  for suffix, dtype in zip(CORPUS_SUFFIXES, dtypes, strict=True))
-        return cls(*arrays, unknown=unknown)
+    def open(cls, folder: Path, vocab_size: int) -> "Corpus":
+        """Map the files that `write_corpus` wrote; processes share their memory."""
+        return cls(map_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)),
+                   map_array(folder / SENTENCES_NAME, "<i8"),
+                   map_array(folder / DOCUMENTS_NAME, "<i8"))
 
 
 class TokenizedBlock(NamedTuple):
-    """A part of a corpus, from a line's start to a line's end."""
+    """Whole lines of a corpus, tokenized."""
 
     token_ids: np.ndarray  # [tokens]
     lengths: np.ndarray  # [sentences], in tokens
     blank_lines: np.ndarray  # [blank lines], how many of the block's sentences are before each
-    unknown: int
+    unknown: int  # how many ids are [UNK]
 
 
-def line_blocks(
-    path: Path, size: int = BLOCK_BYTES, begin: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more.
-
-    They cover [begin, stop), which begins and stops where lines do; the whole file if not given.
-    """
-    stop = path.stat().st_size if stop is None else stop
-    end = begin
+def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more."""
+    stop, end = path.stat().st_size, 0
     with path.open("rb") as lines:
         while end < stop:
             start = end
@@ -122,7 +84,7 @@ def line_blocks(
             yield start, end
 
 
-def tokenize_block(path: Path, block: tuple[int, int], tokenizer: BertTokenizer) -> TokenizedBlock:
+def tokenize_block(path: Path, tokenizer: BertTokenizer, block: tuple[int, int]) -> TokenizedBlock:
     """Tokenize bytes [start, end) of a UTF-8 file: a sentence a line, blank between documents.
 
     Lines without word pieces are dropped. Bytes that are not UTF-8 are a `UserError` with line.
@@ -160,68 +122,50 @@ def check_utf8(path: Path) -> None:
                 ) from error
 
 
-def write_blocks(
-    path: Path, blocks: Iterable[tuple[int, int]], tokenizer: BertTokenizer,
-    outputs: Sequence[Output],
-) -> int:
-    """Tokenize blocks of a file one by one and write them as one, which `read_block` maps.
+def write_corpus(folder: Path, blocks: Iterable[TokenizedBlock]) -> int:
+    """Write blocks, in the order of the text, as the files of a corpus; return the [UNK] in them.
 
-    `outputs` are the files of `BLOCK_SUFFIXES`. Returns how many word pieces are [UNK].
+    Documents without sentences are dropped. Memory stays at a block whatever the corpus.
     """
-    ids, lengths, blanks = outputs
-    sentences = unknown = 0
-    for start_and_end in blocks:
-        block = tokenize_block(path, start_and_end, tokenizer)
-        ids.write(block.token_ids.data)
-        lengths.write(block.lengths.astype("<u4").data)
-        blanks.write((sentences + block.blank_lines).astype("<i8").data)
-        sentences += len(block.lengths)
-        unknown += block.unknown
-    return unknown
-
-
-def read_block(stem: Path, vocab_size: int, unknown: int = 0) -> TokenizedBlock:
-    """Map the files stem + suffix that `write_blocks` wrote."""
-    dtypes = (id_dtype(vocab_size), "<u4", "<i8")
-    arrays = (map_array(stem.with_name(stem.name + suffix), dtype)
-              for suffix, dtype in zip(BLOCK_SUFFIXES, dtypes, strict=True))
-    return TokenizedBlock(*arrays, unknown=unknown)
-
-
-def write_corpus(blocks: Iterable[TokenizedBlock], outputs: Sequence[Output]) -> int:
-    """Join blocks, in the order of the text; documents without sentences are dropped.
-
-    `outputs` are the files of `CORPUS_SUFFIXES`, which `Corpus.open` maps; memory stays at a
-    block whatever the corpus. Returns how many word pieces are [UNK].
-    """
-    token_ids, sentence_starts, document_starts = outputs
     tokens = sentences = last_start = unknown = 0
 
-    def write_starts(output: Output, values: np.ndarray | list[int]) -> None:
-        output.write(np.ascontiguousarray(values, dtype="<i8").data)
+    def write(file: BinaryIO, values: np.ndarray | list[int]) -> None:
+        file.write(np.ascontiguousarray(values, dtype="<i8").data)
 
-    write_starts(sentence_starts, [0])
-    write_starts(document_starts, [0])
-    for block in blocks:
-        token_ids.write(block.token_ids.data)
-        write_starts(sentence_starts, tokens + np.cumsum(block.lengths, dtype=np.int64))
-        starts = np.unique(sentences + block.blank_lines)
-        starts = starts[starts > last_start]
-        write_starts(document_starts, starts)
-        last_start = int(starts[-1]) if len(starts) else last_start
-        tokens += len(block.token_ids)
-        sentences += len(block.lengths)
-        unknown += block.unknown
-    if sentences > last_start:
-        write_starts(document_starts, [sentences])
+    names = (CORPUS_IDS_NAME, SENTENCES_NAME, DOCUMENTS_NAME)
+    with ExitStack() as stack:
+        token_ids, sentence_starts, document_starts = (
+            stack.enter_context((folder / name).open("wb")) for name in names)
+        write(sentence_starts, [0])
+        write(document_starts, [0])
+        for block in blocks:
+            token_ids.write(block.token_ids.data)
+            write(sentence_starts, tokens + np.cumsum(block.lengths, dtype=np.int64))
+            starts = np.unique(sentences + block.blank_lines)
+            starts = starts[starts > last_start]
+            write(document_starts, starts)
+            last_start = int(starts[-1]) if len(starts) else last_start
+            tokens += len(block.token_ids)
+            sentences += len(block.lengths)
+            unknown += block.unknown
+        if sentences > last_start:
+            write(document_starts, [sentences])
     return unknown
+
+
+def document_blocks(corpus: Corpus, size: int = SENTENCES_PER_BLOCK) -> list[tuple[int, int]]:
+    """Return the sentences [begin, end) of blocks of whole documents, of about `size`."""
+    wanted = np.arange(0, corpus.sentences, size)
+    borders = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
+    borders = [*borders[borders < corpus.sentences].tolist(), corpus.sentences]
+    return list(itertools.pairwise(borders))
 
 
 # ------------------------------------------------------------------ random numbers
 
 
 class RandomNumbers(NamedTuple):
-    """The random numbers of an epoch, each by its purpose and a sentence's or document's number.
+    """The random numbers of an epoch, each by its purpose and the index of a sentence or document.
 
     As no number depends on those drawn before, neither the division of the work nor its order
     changes the result. They are those of SplitMix64 (Steele, Lea and Flood, 2014), which also
@@ -231,10 +175,10 @@ class RandomNumbers(NamedTuple):
     seed: int
     epoch: int
 
-    def bits(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
-        """Return 64 random bits for each of `numbers`, as uint64."""
+    def bits(self, purpose: str, indices: np.ndarray) -> np.ndarray:
+        """Return 64 random bits for each of `indices`, as uint64."""
         name = f"{self.seed}/{self.epoch}/{purpose}"
-        state = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         state += np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u8")[0]
         state ^= state >> np.uint64(30)
         state *= np.uint64(0xBF58476D1CE4E5B9)
@@ -242,21 +186,21 @@ class RandomNumbers(NamedTuple):
         state *= np.uint64(0x94D049BB133111EB)
         return state ^ (state >> np.uint64(31))
 
-    def uniform(self, purpose: str, numbers: np.ndarray) -> np.ndarray:
-        """Return a random number from 0 to below 1 for each of `numbers`."""
-        return (self.bits(purpose, numbers) >> np.uint64(11)) * 2.0**-53
+    def uniform(self, purpose: str, indices: np.ndarray) -> np.ndarray:
+        """Return a random number from 0 to below 1 for each of `indices`."""
+        return (self.bits(purpose, indices) >> np.uint64(11)) * 2.0**-53
 
-    def below(self, purpose: str, numbers: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
-        """Return a random integer from 0 to below the limit for each of `numbers`."""
-        return (self.uniform(purpose, numbers) * limits).astype(np.int64)
+    def below(self, purpose: str, indices: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
+        """Return a random integer from 0 to below the limit for each of `indices`."""
+        return (self.uniform(purpose, indices) * limits).astype(np.int64)
 
-    def heads(self, purpose: str, numbers: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """Return for each of `numbers` how many of so many coin flips are heads."""
-        heads = np.zeros(len(numbers), dtype=np.int64)
+    def heads(self, purpose: str, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """Return for each of `indices` how many of so many coin flips are heads."""
+        heads = np.zeros(len(indices), dtype=np.int64)
         for word in range(-(-int(flips.max(initial=0)) // 64)):
             rows = np.flatnonzero(flips > 64 * word)
             unused = np.maximum(64 * (word + 1) - flips[rows], 0).astype(np.uint64)
-            bits = self.bits(f"{purpose} {word}", numbers[rows]) >> unused
+            bits = self.bits(f"{purpose} {word}", indices[rows]) >> unused
             flipped = np.unpackbits(bits.view(np.uint8).reshape(-1, 8), axis=1)
             heads[rows] += flipped.sum(axis=1, dtype=np.int64)
         return heads
@@ -337,10 +281,10 @@ def _plan_instances(
     """Plan an instance from every sentence in [begin, end)."""
     sentences = np.arange(begin, end)
     documents = np.searchsorted(corpus.document_starts, sentences, side="right") - 1
-    numbers = np.arange(documents[0], documents[-1] + 1)
+    indices = np.arange(documents[0], documents[-1] + 1)
     # Kept from the original: one target length a document, where BERT draws one an instance.
-    is_short = random.uniform("short", numbers) < settings.short_seq_prob
-    short_targets = 2 + random.below("target", numbers, settings.max_tokens - 1)
+    is_short = random.uniform("short", indices) < settings.short_seq_prob
+    short_targets = 2 + random.below("target", indices, settings.max_tokens - 1)
     targets = np.where(is_short, short_targets, settings.max_tokens)[documents - documents[0]]
     # A sentence has a token at least, so no instance reaches further than its target.
     starts = corpus.sentence_starts[begin : end + settings.max_tokens]

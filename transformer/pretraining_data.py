@@ -1,12 +1,13 @@
 """Files of pre-training instances: how an epoch is written, and the dataset that reads it back.
 
-On disk a run is one of two kinds, each with an `epoch_N_metrics.json` an epoch that counts its
+On disk epochs are of one of two formats, each with an `epoch_N_metrics.json` that counts the
 instances:
 
 binary  `corpus.bin` has the ids, `corpus.json` says what they are and of which vocabulary,
         `epoch_N.bin` has a record of spans an instance, and with masking `epoch_N_masks.bin` has
         a fixed number of masked positions an instance.
-json    `epoch_N.json` has one JSON object an instance, as the original wrote it.
+json    `epoch_N.json` has one JSON object an instance, as the original wrote it; it is converted
+        to the arrays of the binary format before it is read.
 """
 
 import hashlib
@@ -28,12 +29,10 @@ from torch.utils.data import Dataset
 
 from transformer.corpus import (
     CORPUS_IDS_NAME,
-    ArrayWriter,
     Corpus,
     EpochSettings,
     Instances,
     Masking,
-    Output,
     RandomNumbers,
     id_dtype,
     make_instances,
@@ -99,7 +98,7 @@ def epoch_path(data_dir: Path | str, epoch: int, suffix: str) -> Path:
 
 
 def generated_files(data_dir: Path) -> list[Path]:
-    """Return the files of earlier runs of any format, those without which no run is read first."""
+    """Return the generated files of any format; first those without which no epoch is read."""
     paths = [path for path in data_dir.iterdir() if GENERATED_FILE.fullmatch(path.name)]
     return sorted(paths, key=lambda path: (not path.name.startswith("epoch_0"), path.name))
 
@@ -108,7 +107,7 @@ def generated_files(data_dir: Path) -> list[Path]:
 
 
 class MaskedRow(NamedTuple):
-    """An instance in full: ids with special tokens, what is masked, and the original ids there."""
+    """An instance as ids with special tokens, what is masked, and the original ids there."""
 
     first_length: int  # tokens of segment 0
     is_random_next: bool
@@ -119,13 +118,18 @@ class MaskedRow(NamedTuple):
 
 @dataclass
 class EpochWriter:
-    """Writes instances as the files of one format, "binary" or "json"."""
+    """Encodes instances of a corpus for the files of one format, "binary" or "json"."""
 
-    corpus: Corpus
+    corpus_dir: Path
     tokenizer: BertTokenizer
     settings: EpochSettings
     masking: Masking
     format: str
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenized corpus, whose files the worker processes share."""
+        return Corpus.open(self.corpus_dir, len(self.tokenizer))
 
     @property
     def predictions(self) -> int:
@@ -139,15 +143,16 @@ class EpochWriter:
             return [JSON_SUFFIX]
         return [BINARY_SUFFIX, MASKS_SUFFIX] if self.predictions else [BINARY_SUFFIX]
 
-    def write(self, files: Sequence[Output], epoch: int, begin: int, end: int) -> int:
-        """Write the instances of the sentences [begin, end) to the files of `suffixes`; count."""
-        contents = self._json if self.format == "json" else self._binary
-        rows = 0
-        for instances in make_instances(self.corpus, self.settings, epoch, begin, end):
-            for file, content in zip(files, contents(epoch, instances), strict=True):
-                file.write(content)
-            rows += len(instances.sentences)
-        return rows
+    def encode(self, epoch: int, block: tuple[int, int]) -> tuple[int, list[bytes]]:
+        """Return the number of instances of sentences [begin, end), and their bytes in each file.
+
+        The files are those of `suffixes`.
+        """
+        encode = self._json if self.format == "json" else self._binary
+        blocks = list(make_instances(self.corpus, self.settings, epoch, *block))
+        contents = zip(*(encode(epoch, instances) for instances in blocks), strict=True)
+        return (sum(len(instances.sentences) for instances in blocks),
+                [b"".join(content) for content in contents])
 
     def _binary(self, epoch: int, instances: Instances) -> Iterator[bytes]:
         """Yield the records, and with masking the masked positions."""
@@ -159,8 +164,8 @@ class EpochWriter:
             return
         masks = np.zeros((len(records), self.predictions), mask_dtype(len(self.tokenizer)))
         for slots, row in zip(masks, self._rows(epoch, instances), strict=True):
-            shown = [(position, row.ids[position]) for position in row.positions]
-            slots[: len(shown)] = shown
+            masked = [(position, row.ids[position]) for position in row.positions]
+            slots[: len(masked)] = masked
         yield masks.tobytes()
 
     def _json(self, epoch: int, instances: Instances) -> Iterator[bytes]:
@@ -199,7 +204,7 @@ class EpochWriter:
         return [json.dumps(piece) for piece in self.tokenizer.vocab]
 
     def write_info(self, path: Path) -> None:
-        """Write `corpus.json`, which says what the ids of a binary run are."""
+        """Write `corpus.json`, which says what the ids of the binary format are."""
         info = CorpusInfo(
             id_dtype(len(self.tokenizer)), len(self.corpus.token_ids), self.predictions,
             vocabulary_sha256(self.tokenizer),
@@ -296,7 +301,7 @@ def read_array(
     if path.stat().st_size != expected:
         raise UserError(
             f"{path}: {path.stat().st_size} bytes; expected {expected}, as {source} says; the "
-            "file is incomplete or of another run"
+            "file is incomplete or of another call"
         )
     return map_array(path, dtype) if mapped else np.fromfile(path, dtype)
 
@@ -334,7 +339,7 @@ def _read_binary_epoch(
             raise UserError(
                 f"{path}: record {begin + int(np.argmin(right))} (from 0) is no pair of spans of "
                 f"the {info.tokens} tokens in {CORPUS_IDS_NAME}; the file is damaged or of "
-                "another run"
+                "another call"
             )
     return _Epoch(token_ids, records, masks.reshape(rows, info.predictions))
 
@@ -403,14 +408,33 @@ def read_json_rows(path: Path, metrics: Metrics, vocab: dict[str, int]) -> Itera
             yield MaskedRow(first, row["is_random_next"], ids, row["masked_lm_positions"], labels)
 
 
-def _read_json_epoch(
-    path: Path, metrics: Metrics, tokenizer: BertTokenizer, folder: Path | None
+class _ArrayFile:
+    """Values of one dtype in a temporary file without a name: a killed process leaves none."""
+
+    def __init__(self, dtype: np.dtype | str) -> None:
+        self.dtype = np.dtype(dtype)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def write(self, values: np.ndarray | Sequence) -> None:
+        """Append values, which must fit the dtype."""
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+
+    def read(self, mapped: bool) -> np.ndarray:
+        """Return all values, or a read-only map of the file."""
+        size = self._file.tell()
+        self._file.seek(0)
+        if mapped and size:
+            return np.asarray(np.memmap(self._file, self.dtype, mode="r"))
+        return np.fromfile(self._file, self.dtype)
+
+
+def _convert_json_epoch(
+    path: Path, metrics: Metrics, tokenizer: BertTokenizer, mapped: bool
 ) -> _Epoch:
-    """Read `epoch_N.json`; with a `folder` the arrays are files in it."""
-    token_ids = ArrayWriter(id_dtype(len(tokenizer)), folder and folder / "token_ids")
-    records = ArrayWriter(record_dtype(1 << 32), folder and folder / "records")
-    masks = ArrayWriter(mask_dtype(len(tokenizer)), folder and folder / "masks")
-    counts = ArrayWriter("<u2", folder and folder / "mask_counts")
+    """Convert `epoch_N.json` to the arrays of the binary format, block by block."""
+    token_ids = _ArrayFile(id_dtype(len(tokenizer)))
+    records = _ArrayFile(record_dtype(1 << 32))
+    masks, counts = _ArrayFile(mask_dtype(len(tokenizer))), _ArrayFile("<u2")
     rows = read_json_rows(path, metrics, tokenizer.vocab)
     start = 0
     while block := list(islice(rows, ROWS_PER_BLOCK)):
@@ -428,40 +452,38 @@ def _read_json_epoch(
         records.write(spans)
         masks.write(masked)
         counts.write([len(row.positions) for row in block])
-    slots = _mask_slots(masks.close(), counts.close(), folder and folder / "slots")
+    slots = _mask_slots(masks.read(True), counts.read(True), mapped)
     if len(slots) != metrics.num_training_examples:
         raise UserError(
             f"{path}: {len(slots)} rows; expected {metrics.num_training_examples}, as "
-            f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another run"
+            f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another call"
         )
-    return _Epoch(token_ids.close(), records.close(), slots)
+    return _Epoch(token_ids.read(mapped), records.read(mapped), slots)
 
 
-def _mask_slots(masks: np.ndarray, counts: np.ndarray, path: Path | None) -> np.ndarray:
+def _mask_slots(masks: np.ndarray, counts: np.ndarray, mapped: bool) -> np.ndarray:
     """Give each row as many places for masks as the longest needs: [masks] to [rows, places]."""
     width = int(counts.max(initial=0))
-    writer = ArrayWriter(masks.dtype, path)
+    file = _ArrayFile(masks.dtype)
     for begin in range(0, len(counts), ROWS_PER_BLOCK):
         is_mask = np.arange(width) < counts[begin : begin + ROWS_PER_BLOCK, None]
         slots = np.zeros(is_mask.shape, masks.dtype)
         slots[is_mask], masks = np.split(masks, [np.count_nonzero(is_mask)])
-        writer.write(slots)
-    return writer.close().reshape(len(counts), width)
+        file.write(slots)
+    return file.read(mapped).reshape(len(counts), width)
 
 
 # ------------------------------------------------------------------ the dataset
 
 
 class PregeneratedDataset(Dataset):
-    """One epoch of instances, binary or JSON, held as flat integer arrays.
+    """One epoch of instances as flat integer arrays, in memory or mapped.
 
-    A binary epoch takes 2 bytes a token of the corpus and 13 an instance, a JSON one 2 a token
-    of an instance and 21 an instance; `lengths` adds 4 an instance once it is read. With
-    `reduce_memory` only `lengths` is held: the binary files themselves are mapped into memory,
-    and a JSON epoch becomes files in a temporary folder (TMPDIR chooses the place). An epoch
-    beyond the generated ones reads them again in turn. A missing file, a malformed row, more or
-    fewer rows than the metrics say, rows longer than `max_seq_length`, and data of another
-    vocabulary are `UserError`s.
+    It takes 2 bytes a token and 13 an instance, `lengths` 4 more once it is read; a JSON epoch
+    first takes as much in temporary files (TMPDIR chooses the place). With `reduce_memory` the
+    arrays stay in their files, which are mapped into memory. An epoch beyond the generated ones
+    reads them again in turn. A missing file, a malformed row, more or fewer rows than the metrics
+    say, rows longer than `max_seq_length`, and data of another vocabulary are `UserError`s.
     """
 
     def __init__(
@@ -484,13 +506,8 @@ class PregeneratedDataset(Dataset):
         self.max_seq_length = max_seq_length
         self.cls_id, self.sep_id, self.pad_id = (
             tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
-        if suffix == BINARY_SUFFIX:
-            self._data = _read_binary_epoch(path, metrics, tokenizer, reduce_memory)
-        elif reduce_memory:
-            self._folder = tempfile.TemporaryDirectory(prefix="tinybert-")  # removed with self
-            self._data = _read_json_epoch(path, metrics, tokenizer, Path(self._folder.name))
-        else:
-            self._data = _read_json_epoch(path, metrics, tokenizer, None)
+        read = _read_binary_epoch if suffix == BINARY_SUFFIX else _convert_json_epoch
+        self._data = read(path, metrics, tokenizer, reduce_memory)
 
     def __len__(self) -> int:
         return len(self._data.records)
