@@ -447,13 +447,13 @@ def test_the_same_seed_writes_the_same_file_and_another_does_not(script):
     assert script("RTE", rows, "--N", 5, "--seed", 2)[2].read_bytes() != first
 
 
-def test_parts_and_max_train_rows_do_not_change_a_rows_variations(script, monkeypatch):
+def test_shards_and_max_train_rows_do_not_change_a_rows_variations(script, monkeypatch):
     rows = [PAIR_HEADER, *PAIRS]
     whole = script("RTE", rows, "--N", 5)[2].read_bytes()
     one = script("RTE", rows, "--N", 5, "--max_train_rows", 1)[2].read_bytes()
     assert whole.startswith(one)
     assert len(one) < len(whole)
-    monkeypatch.setattr(data_augmentation, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(data_augmentation, "SHARD_ROWS", 1)
     assert script("RTE", rows, "--N", 5)[2].read_bytes() == whole
 
 
@@ -496,7 +496,7 @@ def test_an_interrupted_run_leaves_no_half_written_file(script, monkeypatch):
     _, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 2)
     before = output.read_bytes()
 
-    def interrupted(table, augmentor, part):
+    def interrupted(table, augmentor, shard):
         yield [table.rows[0]]
         raise KeyboardInterrupt
 

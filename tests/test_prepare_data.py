@@ -2,10 +2,10 @@
 
 import bz2
 import json
+import logging
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import nltk
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 import prepare_data
 from transformer.corpus import (
-    CORPUS_SUFFIXES,
     Corpus,
     EpochSettings,
     line_blocks,
@@ -67,14 +67,14 @@ def refused(capsys, *args: str | Path) -> str:
     return lines[0]
 
 
-def test_writes_one_sentence_a_line_and_a_blank_line_between_documents(tmp_path, capsys):
+def test_writes_one_sentence_a_line_and_a_blank_line_between_documents(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--num_workers", "1")
     documents = (tmp_path / "corpus.txt").read_text().removesuffix("\n").split("\n\n")
     assert [document.split("\n")[0] for document in documents] == [
         "Dr. Smith went home.", "A title.", "Rain fell.", "The last one.",
     ]
-    printed = capsys.readouterr().out
-    assert "4 documents" in printed and "2 articles without text" in printed
+    assert "4 documents" in caplog.text and "2 articles without text" in caplog.text
 
 
 def test_a_sentence_with_a_blank_line_does_not_split_its_document(tmp_path):
@@ -87,7 +87,7 @@ def test_a_sentence_with_a_blank_line_does_not_split_its_document(tmp_path):
 
 @given(st.text(alphabet=st.sampled_from("aB. \n\t\r\u2028\x1c\x85!?"), max_size=60))
 def test_sentences_keep_every_character_and_hold_no_line_break(text):
-    sentences = prepare_data.split_sentences(text, prepare_data.PunktSentenceTokenizer())
+    sentences = prepare_data.split_sentences(text, PunktSentenceTokenizer())
     assert "".join("".join(sentences).split()) == "".join(text.split())
     assert all(len(sentence.splitlines()) == 1 for sentence in sentences)
 
@@ -152,26 +152,26 @@ def test_an_existing_output_is_kept_unless_overwrite_is_given(tmp_path, capsys):
     assert "Dr. Smith" in output.read_text()
 
 
-def test_says_which_sentence_model_it_used(tmp_path, capsys):
-    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt")
-    assert "Punkt trained on" in capsys.readouterr().out
-
-
-def test_punkt_tab_is_used_where_it_is_there(tmp_path, monkeypatch, capsys):
+def test_punkt_tab_is_used_where_it_is_there_and_a_trained_model_elsewhere(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    run(write_articles(tmp_path / "elsewhere"), tmp_path / "trained.txt")
+    assert "sentence splitter: Punkt trained on" in caplog.text
     folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     parameters = prepare_data.train_punkt(["Then Dr. Brown came. We asked Dr. Black. "] * 20)
     nltk.tokenize.punkt.save_punkt_params(parameters, str(folder))
     run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--punkt", "auto")
-    assert "sentence splitter: nltk's punkt_tab" in capsys.readouterr().out
+    assert "sentence splitter: nltk's punkt_tab" in caplog.text
     assert (tmp_path / "corpus.txt").read_text().startswith("Dr. Smith went home.\nHe slept.\n")
 
 
 def test_a_punkt_model_trained_on_the_corpus_learns_its_abbreviations():
     filler = "The man went to the house. He saw a dog there. It was red. "
     text = (filler + "Then Dr. Brown came home. We asked Dr. Black about it. ") * 20
-    trained = prepare_data.PunktSentenceTokenizer(prepare_data.train_punkt([text]))
+    trained = PunktSentenceTokenizer(prepare_data.train_punkt([text]))
     sentence = "They met Dr. White."
     assert prepare_data.split_sentences(sentence, trained) == [sentence]
     assert len(prepare_data.split_sentences(sentence, type(trained)())) == 2
@@ -224,12 +224,9 @@ def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(
     wikipedia_corpus, tmp_path
 ):
     tokenizer = BertTokenizer(VOCAB)
-    blocks = (tokenize_block(wikipedia_corpus, block, tokenizer)
-              for block in line_blocks(wikipedia_corpus))
-    with ExitStack() as stack:
-        write_corpus(blocks, [stack.enter_context((tmp_path / f"corpus{suffix}").open("wb"))
-                              for suffix in CORPUS_SUFFIXES])
-    corpus = Corpus.open(tmp_path / "corpus", len(tokenizer))
+    write_corpus(tmp_path, (tokenize_block(wikipedia_corpus, tokenizer, block)
+                            for block in line_blocks(wikipedia_corpus)))
+    corpus = Corpus.open(tmp_path, len(tokenizer))
     golden = json.loads(STATS.read_text())
     runs = np.array(golden["runs"])
     ours = np.array([instance_statistics(corpus, seed) for seed in range(SEEDS)])

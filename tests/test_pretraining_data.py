@@ -1,27 +1,23 @@
 """Next-sentence instances, masking, the files they are in and the dataset that reads them."""
 
-import http.server
 import itertools
 import json
 import logging
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import signal
 from pathlib import Path
 from random import Random
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from helpers import SPECIAL, run, write_vocab
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kill import Process, script
 
 import pregenerate_training_data
 from transformer.corpus import (
-    BLOCK_SUFFIXES,
-    CORPUS_SUFFIXES,
     Corpus,
     EpochSettings,
     Instances,
@@ -31,10 +27,8 @@ from transformer.corpus import (
     make_instances,
     mask_tokens,
     random_spans,
-    read_block,
     tokenize_block,
     truncation,
-    write_blocks,
     write_corpus,
 )
 from transformer.file_utils import UserError
@@ -44,21 +38,13 @@ from transformer.pretraining_data import (
     count_epochs,
     read_metrics,
 )
-from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
 
 WORDS = [f"w{number}" for number in range(60)]
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##x", "##y", "."]
+PIECES = [*SPECIAL, *WORDS, "##x", "##y", "."]
 
 
 # ------------------------------------------------------------------ helpers
-
-
-def write_model(folder: Path, pieces: list[str] = PIECES) -> Path:
-    """A model folder with only what a tokenizer needs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    return folder
 
 
 def corpus_text(documents: int = 8, sentences: int = 30, seed: int = 0) -> str:
@@ -81,25 +67,16 @@ def make_corpus(document_lengths: list[list[int]]) -> Corpus:
         np.arange(sum(sentences)),
         np.cumsum([0, *sentences]),
         np.cumsum([0, *map(len, document_lengths)]),
-        0,
     )
 
 
-@contextmanager
-def outputs(stem: Path, suffixes: tuple[str, ...]) -> Iterator[list[BinaryIO]]:
-    """Open files stem + suffix for writing."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(stem.with_name(stem.name + suffix).open("wb"))
-               for suffix in suffixes]
-
-
 def read_corpus(path: Path, tokenizer: BertTokenizer, size: int = 1 << 18) -> Corpus:
-    """Tokenize a file in blocks of `size` bytes; the arrays are files beside it."""
-    blocks = (tokenize_block(path, block, tokenizer) for block in line_blocks(path, size))
-    stem = path.with_name(f"corpus_{size}")
-    with outputs(stem, CORPUS_SUFFIXES) as files:
-        unknown = write_corpus(blocks, files)
-    return Corpus.open(stem, len(tokenizer), unknown)
+    """Tokenize a file in blocks of `size` bytes; the arrays are files in a folder beside it."""
+    folder = path.with_name(f"corpus_{size}")
+    folder.mkdir()
+    write_corpus(folder, (
+        tokenize_block(path, tokenizer, block) for block in line_blocks(path, size)))
+    return Corpus.open(folder, len(tokenizer))
 
 
 def all_instances(corpus: Corpus, seed: int = 0, **settings) -> Instances:
@@ -123,64 +100,55 @@ def document_of(corpus: Corpus, instances: Instances) -> np.ndarray:
     return np.searchsorted(corpus.document_starts, instances.sentences, side="right") - 1
 
 
-def data_file(folder: Path, epoch: int = 0) -> Path:
-    """The data file of a JSON epoch."""
-    return folder / f"epoch_{epoch}.json"
-
-
-def metrics_file(folder: Path, epoch: int = 0) -> Path:
-    """The metrics file of an epoch."""
-    return folder / f"epoch_{epoch}_metrics.json"
-
-
-def generate_json(tmp_path: Path, *flags: str, **kwargs) -> Path:
-    """Run pregenerate_training_data.py's main with --format json; return its output folder."""
-    return generate(tmp_path, "--format", "json", *flags, **kwargs)
-
-
-def generate(tmp_path: Path, *flags: str, name: str = "out", text: str | None = None) -> Path:
-    """Run pregenerate_training_data.py's main on random text; return its output folder."""
+def arguments(tmp_path: Path, *flags: object, name: str = "out", text: str | None = None) -> list:
+    """The command line that generates from random text."""
     (tmp_path / "corpus.txt").write_text(corpus_text() if text is None else text)
-    argv = [
-        "--train_corpus", str(tmp_path / "corpus.txt"), "--output_dir", str(tmp_path / name),
-        "--bert_model", str(write_model(tmp_path / "model")),
-        "--epochs_to_generate", "2", "--max_seq_len", "32",
-    ]
-    parser = pregenerate_training_data.get_args_parser()
-    run_script(pregenerate_training_data.main, parser, [*argv, *flags])
+    write_vocab(tmp_path / "model", PIECES)
+    return ["--train_corpus", tmp_path / "corpus.txt", "--output_dir", tmp_path / name,
+            "--bert_model", tmp_path / "model", "--epochs_to_generate", 2, "--max_seq_len", 32,
+            *flags]
+
+
+def generate(tmp_path: Path, *flags: object, name: str = "out", text: str | None = None) -> Path:
+    """Run pregenerate_training_data.py's main; return its output folder."""
+    run(pregenerate_training_data, *arguments(tmp_path, *flags, name=name, text=text))
     return tmp_path / name
 
 
-def refused(capsys, *args, **kwargs) -> str:
-    """Generate, expect exit code 2 and one error line, and return that line."""
+def generate_json(tmp_path: Path, *flags: object, **kwargs) -> Path:
+    """The same, in the original's format."""
+    return generate(tmp_path, "--format", "json", *flags, **kwargs)
+
+
+def refused(capsys, tmp_path: Path, *flags: object, **kwargs) -> str:
+    """Generate, expect exit code 2 and one error line, and return it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        generate(*args, **kwargs)
+        generate(tmp_path, *flags, **kwargs)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert exit_info.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return lines[0]
+    return line
 
 
 def read_rows(folder: Path, epoch: int = 0) -> list[dict]:
     """All instances of an epoch, as plain JSON."""
-    return [json.loads(line) for line in data_file(folder, epoch).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / f"epoch_{epoch}.json").read_text().splitlines()]
 
 
 def write_rows(folder: Path, rows: list[dict], epoch: int = 0) -> None:
     """Put other rows into an epoch's data file, metrics untouched."""
-    data_file(folder, epoch).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"epoch_{epoch}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files in a folder, but for what they were made with."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> BertTokenizer:
     """The tokenizer of the random text."""
-    return BertTokenizer.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
+    return write_vocab(tmp_path_factory.mktemp("model"), PIECES)
 
 
 # ------------------------------------------------------------------ documents
@@ -208,23 +176,11 @@ def test_blocks_are_whole_lines_and_cover_the_file(tmp_path, text):
 
 
 @pytest.mark.parametrize("size", [1, 100, 5_000])
-def test_a_text_in_parts_that_are_tokenized_in_blocks_is_the_same_corpus(
-    tokenizer, tmp_path, size
-):
+def test_a_text_that_is_tokenized_in_blocks_is_the_same_corpus(tokenizer, tmp_path, size):
     path = tmp_path / "corpus.txt"
     path.write_text("\n \nNothing known\n" + corpus_text() + "\n\n\nw1.\n")
-    whole = read_corpus(path, tokenizer)
-    parts = []
-    for start, end in line_blocks(path, size):
-        stem = tmp_path / f"part_{start}"
-        with outputs(stem, BLOCK_SUFFIXES) as files:
-            unknown = write_blocks(path, line_blocks(path, 40, start, end), tokenizer, files)
-        parts.append(read_block(stem, len(tokenizer), unknown))
-    assert len(parts) > 1
-    with outputs(tmp_path / "joined", CORPUS_SUFFIXES) as files:
-        assert write_corpus(parts, files) == whole.unknown == 2
-    joined = Corpus.open(tmp_path / "joined", len(tokenizer))
-    for left, right in zip(whole[:3], joined[:3], strict=True):
+    whole, joined = read_corpus(path, tokenizer), read_corpus(path, tokenizer, size)
+    for left, right in zip(whole, joined, strict=True):
         assert isinstance(right.base, np.memmap) and (left == right).all()
     assert joined.token_ids.dtype == np.uint16
 
@@ -234,7 +190,7 @@ def test_a_text_in_parts_that_are_tokenized_in_blocks_is_the_same_corpus(
 def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path, capsys, bad, workers):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"fine\n" * 100_000 + bad + b"\n")
-    message = refused(capsys, tmp_path, "--train_corpus", str(path), "--num_workers", workers)
+    message = refused(capsys, tmp_path, "--train_corpus", path, "--num_workers", workers)
     assert f"{path}, line 100001: " in message and "UTF-8" in message
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -494,7 +450,7 @@ def test_rows_have_the_originals_keys_and_layout(tmp_path, tokenizer):
     rows = read_rows(folder)
     assert read_metrics(folder, 0) == (len(rows), 32)
     assert count_epochs(folder) == 2
-    lines = data_file(folder).read_text().splitlines()
+    lines = (folder / "epoch_0.json").read_text().splitlines()
     for line, row in zip(lines, rows, strict=True):
         assert list(row) == ["tokens", "segment_ids", "is_random_next", "masked_lm_positions",
                              "masked_lm_labels"]
@@ -516,22 +472,19 @@ VARIANTS = [
 @pytest.mark.parametrize("flags", VARIANTS)
 @pytest.mark.parametrize("kind", ["binary", "json"])
 def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, monkeypatch, flags, kind):
-    # Small, so that this text is many blocks and every epoch several parts.
+    # Small, so that this text is many blocks.
     monkeypatch.setattr(pregenerate_training_data, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(pregenerate_training_data, "FEWEST_SENTENCES", 25)
+    monkeypatch.setattr(pregenerate_training_data, "SENTENCES_PER_BLOCK", 25)
     flags = [*flags, "--format", kind]
     expected = contents(generate(tmp_path, *flags, name="plain"))
     data = [".json"] if kind == "json" else [".bin"]
     data += ["_masks.bin"] * (kind == "binary" and "--masked_lm_prob" in flags)
     assert sorted(expected) == sorted([
-        "args.json", *(["corpus.bin", "corpus.json"] if kind == "binary" else []),
+        *(["corpus.bin", "corpus.json"] if kind == "binary" else []),
         *(f"epoch_{epoch}{end}" for epoch in range(2) for end in [*data, "_metrics.json"]),
     ])
-    for number, more in enumerate(
-        (["--reduce_memory"], ["--num_workers", "2"], ["--num_workers", "3", "--reduce_memory"])
-    ):
-        found = contents(generate(tmp_path, *flags, *more, name=str(number)))
-        assert {**found, "args.json": expected["args.json"]} == expected
+    for more in (["--reduce_memory"], ["--num_workers", 3, "--reduce_memory"]):
+        assert contents(generate(tmp_path, *flags, *more, name=f"{len(more)}")) == expected
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
@@ -539,8 +492,8 @@ def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, monkeypa
 def test_both_formats_give_the_same_batches(tmp_path, tokenizer, flags, reduce_memory):
     binary = generate(tmp_path, *flags, name="binary")
     json_lines = generate_json(tmp_path, *flags, name="json")
-    assert metrics_file(binary).read_bytes() == metrics_file(json_lines).read_bytes()
     for epoch in range(2):
+        assert read_metrics(binary, epoch) == read_metrics(json_lines, epoch)
         left, right = (PregeneratedDataset(folder, epoch, tokenizer, 40, reduce_memory)
                        for folder in (binary, json_lines))
         assert len(left) == len(right) and (left.lengths == right.lengths).all()
@@ -560,25 +513,18 @@ def test_binary_takes_a_fraction_of_the_text(tmp_path):
     assert size < 2 * tokens + 13 * sum(rows) + 2000
 
 
-def test_one_seq_gives_one_segment_with_several_workers_too(tmp_path):
-    for workers in ("1", "2"):
-        rows = read_rows(
-            generate_json(tmp_path, "--one_seq", "--num_workers", workers, name=workers))
-        assert all(set(row["segment_ids"]) == {0} for row in rows)
-        assert all(row["tokens"].count("[SEP]") == 1 for row in rows)
-        assert not any(row["is_random_next"] for row in rows)
+def test_one_seq_gives_one_segment(tmp_path):
+    rows = read_rows(generate_json(tmp_path, "--one_seq"))
+    assert all(set(row["segment_ids"]) == {0} for row in rows)
+    assert all(row["tokens"].count("[SEP]") == 1 for row in rows)
+    assert not any(row["is_random_next"] for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["json", "binary"])
-def test_the_seed_decides_and_epochs_differ(tmp_path, kind):
-    suffix = {"json": ".json", "binary": ".bin"}[kind]
-    one, same, other = (
-        contents(generate(tmp_path, "--seed", seed, "--format", kind, name=name))
-        for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
-    )
-    assert {**one, "args.json": b""} == {**same, "args.json": b""}
-    assert one[f"epoch_0{suffix}"] != other[f"epoch_0{suffix}"]
-    assert one[f"epoch_0{suffix}"] != one[f"epoch_1{suffix}"]
+def test_the_seed_decides_and_epochs_differ(tmp_path):
+    one, same, other = (contents(generate(tmp_path, "--seed", seed, name=name))
+                        for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert one == same
+    assert one["epoch_0.bin"] not in (other["epoch_0.bin"], one["epoch_1.bin"])
 
 
 def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
@@ -587,117 +533,90 @@ def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
         assert expected in refused(capsys, tmp_path, text=text)
         assert list((tmp_path / "out").iterdir()) == []
     assert read_rows(generate_json(tmp_path, "--one_seq", text="w1.\nw2.\n"))
-    for flags in (["--masked_lm_prob", "1.5"], ["--short_seq_prob", "-1"],
-                  ["--num_workers", "0"], ["--epochs_to_generate", "0"], ["--max_seq_len", "4"],
-                  ["--max_seq_len", "65536"],
-                  ["--data_url", "gs://bucket"], ["--train_corpus", str(tmp_path)],
-                  ["--bert_model", str(tmp_path / "missing")]):
-        message = refused(capsys, tmp_path, *flags, name="other")
-        assert flags[1] in message
+    for flags in (["--masked_lm_prob", 1.5], ["--short_seq_prob", -1], ["--num_workers", 0],
+                  ["--epochs_to_generate", 0], ["--max_seq_len", 4], ["--max_seq_len", 65536],
+                  ["--data_url", "gs://bucket"], ["--train_corpus", tmp_path],
+                  ["--bert_model", tmp_path / "missing"]):
+        assert str(flags[1]) in refused(capsys, tmp_path, *flags, name="other")
         assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("before", "after"), [("json", "json"), ("json", "binary"),
-                                              ("binary", "json"), ("binary", "binary")])
+@pytest.mark.parametrize(("before", "after"), [("json", "binary"), ("binary", "json"),
+                                               ("binary", "binary")])
 def test_a_non_empty_output_folder_is_kept_unless_overwrite_is_given(
-    tmp_path, capsys, tokenizer, before, after
+    tmp_path, capsys, before, after
 ):
-    folder = generate(tmp_path, "--epochs_to_generate", "3", "--masked_lm_prob", "0.2",
-                      "--format", before)
+    folder = generate(tmp_path, "--epochs_to_generate", 3, "--masked_lm_prob", 0.2, "--format",
+                      before)
     (folder / "notes.txt").write_text("mine")
     old = contents(folder)
     assert "not empty" in refused(capsys, tmp_path)
     refused(capsys, tmp_path, "--overwrite_output_dir", text="")
     assert contents(folder) == old
-    flags = ["--seed", "7", "--format", after]
+    flags = ["--seed", 7, "--format", after]
     generate(tmp_path, "--overwrite_output_dir", *flags)
-    assert count_epochs(folder) == 2
     fresh = contents(generate(tmp_path, *flags, name="fresh"))
-    found = contents(folder)
-    assert found == {**fresh, "notes.txt": b"mine", "args.json": found["args.json"]}
+    assert contents(folder) == {**fresh, "notes.txt": b"mine"}
+
+
+def test_a_killed_call_leaves_nothing_that_passes_for_an_output_and_the_next_starts_again(
+    tmp_path
+):
+    command = script("pregenerate_training_data.py", *arguments(tmp_path, "--num_workers", 2,
+                                                                text=corpus_text(300, 100)))
+    process = Process(command)
+    process.wait_until(lambda log: (tmp_path / "out" / ".unfinished" / "epoch_0.bin").exists())
+    process.kill()
+    assert process.popen.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
+    with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
+        count_epochs(tmp_path / "out")
+    assert Process(command).end() == 0
+    text = (tmp_path / "corpus.txt").read_text()
+    assert contents(tmp_path / "out") == contents(generate(tmp_path, name="fresh", text=text))
 
 
 @pytest.mark.parametrize("kind", ["json", "binary"])
-def test_a_run_killed_while_it_publishes_leaves_nothing_that_passes_for_a_whole_one(
+def test_a_call_killed_while_it_renames_leaves_nothing_that_passes_for_an_output(
     tmp_path, monkeypatch, tokenizer, kind
 ):
-    class Killed(BaseException):
-        pass
-
-    flags = ["--overwrite_output_dir", "--epochs_to_generate", "3", "--format", kind]
+    flags = ["--overwrite_output_dir", "--epochs_to_generate", 3, "--format", kind]
     old = contents(generate(tmp_path, *flags, name="old"))
-    flags += ["--seed", "7"]
-    new = contents(generate(tmp_path, *flags, name="new"))
-    folder = tmp_path / "folder"
-    events = itertools.count()
+    new = contents(generate(tmp_path, *flags, "--seed", 7, name="new"))
+    folder, seen = tmp_path / "folder", []
 
-    def killed_at(last, method):
+    def watched(method):
         def call(path, *target, **options):
-            inside = folder in (path.parent, *(Path(name).parent for name in target))
-            if inside and next(events) == last:
-                raise Killed
+            shutil.copytree(folder, tmp_path / f"state_{len(seen)}")
+            seen.append(tmp_path / f"state_{len(seen)}")
             return method(path, *target, **options)
         return call
 
-    # The old files are removed one by one, then the new ones are moved, and last what the run
-    # was made with. Before that, and after it, the folder holds a whole run.
-    for last in itertools.count():
-        events = itertools.count()
-        shutil.copytree(tmp_path / "old", folder)
-        with monkeypatch.context() as patch:
-            for name in ("unlink", "replace"):
-                patch.setattr(Path, name, killed_at(last, getattr(Path, name)))
-            try:
-                generate(tmp_path, *flags, name="folder")
-                break
-            except Killed:
-                pass
-        found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        found.pop("args.json", None)
+    shutil.copytree(tmp_path / "old", folder)
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "replace"):
+            patch.setattr(Path, name, watched(getattr(Path, name)))
+        generate(tmp_path, *flags, "--seed", 7, name="folder")
+    assert contents(folder) == new
+    for state in seen:  # what a kill would have left
+        shutil.rmtree(state / ".unfinished", ignore_errors=True)
         try:
-            assert len(PregeneratedDataset(folder, 0, tokenizer)) > 0
-            assert found.items() <= old.items() or found.items() <= new.items()
+            assert len(PregeneratedDataset(state, 0, tokenizer)) > 0
         except UserError:
-            pass
-        generate(tmp_path, *flags[1:], "--resume", name="folder")
-        assert {**contents(folder), "args.json": new["args.json"]} == new
-        shutil.rmtree(folder)
-    assert last == 2 * len(old)
+            continue
+        found = {name: data for name, data in contents(state).items() if "tmp" not in name}
+        assert found in (old, new)
+    assert len(seen) >= 2 * len(old)
 
 
-def test_data_url_copies_the_epochs_to_s3(tmp_path, monkeypatch, capsys):
-    received: dict[str, bytes] = {}
-
-    class Bucket(http.server.BaseHTTPRequestHandler):
-        """As much of S3 as an upload needs."""
-
-        def do_PUT(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received[self.path] = body
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_torchrun_is_refused_and_data_url_copies_the_epochs(tmp_path, monkeypatch, capsys):
+    copied = []
+    monkeypatch.setattr(pregenerate_training_data, "upload_folder",
+                        lambda folder, bucket, prefix: copied.append((folder, bucket, prefix)))
     folder = generate(tmp_path, "--data_url", "s3://bucket/wiki/json/")
-    server.shutdown()
-    server.server_close()
-    uploaded = {path.removeprefix("/bucket/wiki/json/"): body for path, body in received.items()}
-    assert uploaded == contents(folder)
-    message = refused(capsys, tmp_path, "--data_url", "s3://bucket", name="unreachable")
-    assert "s3://bucket" in message and str(tmp_path / "unreachable") in message
-    assert count_epochs(tmp_path / "unreachable") == 2
+    assert copied == [(folder, "bucket", "wiki/json")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun: one process" in refused(capsys, tmp_path, name="other")
 
 
 # ------------------------------------------------------------------ the dataset
@@ -744,27 +663,14 @@ def test_collate_trims_to_the_longest_row(tmp_path, tokenizer):
         assert batch["labels"][row].equal(labels[:longest])
 
 
-def test_the_dataset_takes_2_bytes_a_token_and_with_reduce_memory_none(tmp_path, tokenizer):
-    folder = generate(tmp_path)
-    held, mapped = (PregeneratedDataset(folder, 0, tokenizer, 128, reduce) for reduce in (0, 1))
-    assert held._data.token_ids.nbytes == (folder / "corpus.bin").stat().st_size
-    assert held._data.records.nbytes == 13 * len(held)
-    for name in ("token_ids", "records"):
-        assert isinstance(getattr(mapped._data, name).base, np.memmap)
-        assert not isinstance(getattr(held._data, name).base, np.memmap)
-    of_json = PregeneratedDataset(generate_json(tmp_path, name="json"), 0, tokenizer)
-    assert of_json._data.token_ids.nbytes <= 2 * of_json.lengths.sum()
-
-
 def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
     pieces = [*PIECES, *(f"filler{number}" for number in range(70_000)), "late"]
-    model = write_model(tmp_path / "wide", pieces)
+    tokenizer = write_vocab(tmp_path / "wide", pieces)
     text = corpus_text().replace("w3 ", "late ")
     for kind in ("binary", "json"):
-        folder = generate(tmp_path, "--format", kind, "--masked_lm_prob", "0.3", "--bert_model",
-                          str(model), name=kind, text=text)
-        dataset = PregeneratedDataset(folder, 0, BertTokenizer.from_pretrained(model))
-        assert dataset._data.token_ids.dtype == np.int32
+        folder = generate(tmp_path, "--format", kind, "--masked_lm_prob", 0.3, "--bert_model",
+                          tmp_path / "wide", name=kind, text=text)
+        dataset = PregeneratedDataset(folder, 0, tokenizer)
         batch = dataset.collate(range(len(dataset)))
         assert (batch["input_ids"] == len(pieces) - 1).any()
         assert (batch["labels"] == len(pieces) - 1).any()
@@ -817,7 +723,7 @@ def test_a_wrong_corpus_file_is_an_error(tmp_path, tokenizer, change):
 def test_ids_of_another_vocabulary_are_refused(tmp_path):
     folder = generate(tmp_path)
     swapped = [*PIECES[:-2], PIECES[-1], PIECES[-2]]
-    other = BertTokenizer.from_pretrained(write_model(tmp_path / "other", swapped))
+    other = write_vocab(tmp_path / "other", swapped)
     with pytest.raises(UserError, match="corpus.json: of the vocabulary with SHA-256 [0-9a-f]{12}"):
         PregeneratedDataset(folder, 0, other)
 
@@ -837,16 +743,14 @@ def test_a_wrong_number_of_rows_is_an_error_with_both_numbers(tmp_path, tokenize
 def test_a_file_that_ends_within_a_row_is_an_error_with_the_line(tmp_path, tokenizer):
     folder = generate_json(tmp_path)
     count = len(read_rows(folder))
-    data_file(folder).write_bytes(data_file(folder).read_bytes()[:-40])
+    (folder / "epoch_0.json").write_bytes((folder / "epoch_0.json").read_bytes()[:-40])
     with pytest.raises(UserError, match=rf"epoch_0.json, line {count}: .*expected the {count}"):
         PregeneratedDataset(folder, 0, tokenizer)
 
 
 def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     folder = generate_json(tmp_path)
-    other = BertTokenizer.from_pretrained(
-        write_model(tmp_path / "other", [piece for piece in PIECES if piece != "w7"])
-    )
+    other = write_vocab(tmp_path / "other", [piece for piece in PIECES if piece != "w7"])
     with pytest.raises(UserError, match=r"epoch_0.json, line \d+: token 'w7' is not in the"):
         PregeneratedDataset(folder, 0, other)
 
@@ -891,7 +795,7 @@ def test_missing_epochs_are_named(tmp_path, tokenizer, kind):
     with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
         count_epochs(tmp_path / "empty")
     folder = generate(tmp_path, "--epochs_to_generate", "3", "--format", kind)
-    metrics_file(folder, 2).unlink()
+    (folder / "epoch_2_metrics.json").unlink()
     with pytest.raises(UserError, match="epoch_2_metrics.json: no such file"):
         count_epochs(folder)
     next(folder.glob("epoch_1.[bj]*")).unlink()
@@ -902,7 +806,7 @@ def test_missing_epochs_are_named(tmp_path, tokenizer, kind):
 def test_files_of_both_formats_are_an_error(tmp_path, tokenizer):
     folder = generate(tmp_path)
     generate_json(tmp_path, name="json")
-    data_file(tmp_path / "json").replace(data_file(folder))
+    (tmp_path / "json" / "epoch_0.json").replace(folder / "epoch_0.json")
     with pytest.raises(UserError, match="both formats"):
         PregeneratedDataset(folder, 0, tokenizer)
 
@@ -913,6 +817,6 @@ def test_files_of_both_formats_are_an_error(tmp_path, tokenizer):
 ])
 def test_wrong_metrics_are_an_error(tmp_path, tokenizer, text):
     folder = generate(tmp_path)
-    metrics_file(folder).write_text(text)
+    (folder / "epoch_0_metrics.json").write_text(text)
     with pytest.raises(UserError, match="epoch_0_metrics.json: expected positive integers"):
         PregeneratedDataset(folder, 0, tokenizer)
