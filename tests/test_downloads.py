@@ -375,7 +375,7 @@ def test_an_upload_sends_what_is_new_or_changed(s3, tmp_path):
 
 def test_a_refused_upload_is_an_error_that_says_where_the_files_are(s3, tmp_path):
     write_text(tmp_path / "file", "x")
-    with pytest.raises(UserError, match=f"file: could not be uploaded to s3://absent/p/file "
+    with pytest.raises(UserError, match=f"file: could not be uploaded to s3://absent/p "
                                         f".*the files are in {tmp_path}"):  # fmt: skip
         upload_folder(tmp_path, ("absent", "p"))
 

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -214,136 +215,133 @@ def download(
             when attempts are used up.
     """
     target = Path(target)
-    part = target.with_name(target.name + ".part")
     if not target.exists():
         with file_lock(target):
             if not target.exists():  # another process may have been faster
+                part = target.with_name(target.name + ".part")
                 log.info("downloading %s to %s", url, target)
-                _fill(part, url, sha256 is not None, attempts, delay, timeout)
-                _name(part, target, sha256, url)
+                _Download(url, part, sha256, attempts, delay, timeout).finish(target)
+                return target
     _check_sha256(target, sha256, f"{target}, already there; delete it to download {url}")
     return target
 
 
-def _name(part: Path, target: Path, sha256: str | None, url: str) -> None:
-    """Give a whole part its name; a wrong one is removed."""
-    try:
-        _check_sha256(part, sha256, url)
-        _sync(part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-        _record(part).unlink(missing_ok=True)
+@dataclass
+class _Download:
+    """The way of `url` into the file `part`; `record` tells a later call what that is."""
 
+    url: str
+    part: Path
+    sha256: str | None
+    attempts: int
+    delay: float  # seconds
+    timeout: float  # seconds
 
-def _record(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
+    def __post_init__(self) -> None:
+        self.record = self.part.with_name(self.part.name + ".json")
+        self.session = requests.Session()
+        retry = Retry(
+            self.attempts - 1, backoff_factor=self.delay, backoff_max=LONGEST_WAIT_SECONDS,
+            retry_after_max=LONGEST_WAIT_SECONDS, status_forcelist=RETRY_STATUSES,
+            raise_on_status=False,
+        )  # fmt: skip
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
 
+    @property
+    def size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
 
-def _size(part: Path) -> int:
-    return part.stat().st_size if part.exists() else 0
-
-
-def _fill(
-    part: Path, url: str, is_checked: bool, attempts: int, delay: float, timeout: float
-) -> None:
-    """Bring `part` to its full length, with at most `attempts` in a row that bring no new byte."""
-    session = requests.Session()
-    retry = Retry(
-        attempts - 1, backoff_factor=delay, backoff_max=LONGEST_WAIT_SECONDS,
-        retry_after_max=LONGEST_WAIT_SECONDS, status_forcelist=RETRY_STATUSES,
-        raise_on_status=False,
-    )  # fmt: skip
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    failures, longest = 0, _size(part)
-    while True:
+    def finish(self, target: Path) -> None:
+        """Bring the part to its full length, check it, and give it its name."""
         try:
-            return _receive(part, url, is_checked, session, timeout)
-        except requests.RequestException as error:
-            failures = 0 if _size(part) > longest else failures + 1
-            longest = max(longest, _size(part))
-            if failures >= attempts:
-                raise UnreachableError(f"{url}: the connection broke ({_cause(error)})") from error
-            log.warning("%s: the connection broke (%s), going on", url, _cause(error))
-            time.sleep(min(delay * 2**failures, LONGEST_WAIT_SECONDS))
+            self.receive()
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
             raise UserError(
-                f"{part}: no space left on the disk while loading {url} ({error.strerror}); "
-                f"{_size(part)} bytes are kept for another call"
+                f"{self.part}: no space left on the disk while loading {self.url} "
+                f"({error.strerror}); {self.size} bytes are kept for another call"
             ) from error
+        try:
+            _check_sha256(self.part, self.sha256, self.url)
+            _sync(self.part)
+            self.part.replace(target)
+        finally:
+            self.part.unlink(missing_ok=True)
+            self.record.unlink(missing_ok=True)
 
+    def receive(self) -> None:
+        """Receive what is missing, over as many connections as bring new bytes."""
+        failures, longest = 0, self.size
+        while True:
+            try:
+                return self.receive_once()
+            except requests.RequestException as error:
+                message = f"{self.url}: the connection broke ({_cause(error)})"
+                failures = 0 if self.size > longest else failures + 1
+                longest = max(longest, self.size)
+                if failures >= self.attempts:
+                    raise UnreachableError(message) from error
+                log.warning("%s, going on", message)
+                time.sleep(min(self.delay * 2**failures, LONGEST_WAIT_SECONDS))
 
-def _receive(
-    part: Path, url: str, is_checked: bool, session: requests.Session, timeout: float
-) -> None:
-    """Append what `part` lacks, or write it anew where it is of another version than the server's.
+    def receive_once(self) -> None:
+        """Append what is missing, or begin anew where the server has another version."""
+        known = read_json(self.record) if self.record.exists() else {}
+        version = known.get("version", "")
+        may_continue = known.get("url") == self.url and (version or self.sha256)
+        start = self.size if may_continue else 0
+        with self.open(start, version) as response:
+            start = start if response.status_code == 206 else 0
+            length = response.headers.get("Content-Length", "")
+            length = int(length) if length.isdigit() else None
+            _check_space(self.part.parent, length or 0, self.url)
+            if not start:  # the bytes go first: they must not pass for those of the new version
+                self.part.unlink(missing_ok=True)
+                write_json(self.record, {"url": self.url, "version": _version(response)})
+            self.append(response, start, length)
 
-    A connection that breaks is a `requests.RequestException`.
-    """
-    known = read_json(_record(part)) if _record(part).exists() else {}
-    version = known.get("version", "")
-    may_continue = known.get("url") == url and (version or is_checked)
-    start = _size(part) if may_continue else 0
-    with _open(session, url, start, version, timeout) as response:
-        start = start if response.status_code == 206 else 0
-        length = response.headers.get("Content-Length", "")
-        size = start + int(length) if length.isdigit() else None
-        _check_space(part.parent, (size or 0) - start, url)
-        if not start:
-            part.unlink(missing_ok=True)  # before the record: old bytes must not pass for new ones
-            write_json(_record(part), {"url": url, "version": _version(response)})
-        _write_chunks(part, response, start, size, PurePosixPath(urlsplit(url).path).name)
-
-
-def _write_chunks(
-    part: Path, response: requests.Response, start: int, size: int | None, name: str
-) -> None:
-    """Append what comes, and show how far it is; `size` in bytes is None if it is not known."""
-    told = time.monotonic()
-    with (
-        part.open("ab") as stream,
+    def append(self, response: requests.Response, start: int, length: int | None) -> None:
+        """Append what comes, and show how far it is; `length` in bytes if it is known."""
+        name, told = PurePosixPath(urlsplit(self.url).path).name, time.monotonic()
+        size = None if length is None else start + length
         # disable=None: no bar where stderr is a file.
-        tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=name, disable=None) as bar,
-    ):
-        for chunk in response.iter_content(CHUNK_BYTES):
-            stream.write(chunk)
-            bar.update(len(chunk))
-            if bar.disable and time.monotonic() - told > LOG_SECONDS:
-                told = time.monotonic()
-                log.info("%s: %.0f of %.0f MB", name, stream.tell() / 1e6, (size or 0) / 1e6)
+        bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=name, disable=None)
+        with self.part.open("ab") as stream, bar:
+            for chunk in response.iter_content(CHUNK_BYTES):
+                stream.write(chunk)
+                bar.update(len(chunk))
+                if bar.disable and time.monotonic() - told > LOG_SECONDS:
+                    told = time.monotonic()
+                    log.info("%s: %.0f of %.0f MB", name, stream.tell() / 1e6, (size or 0) / 1e6)
 
-
-def _open(
-    session: requests.Session, url: str, start: int, version: str, timeout: float
-) -> requests.Response:
-    """Open `url` at byte `start` (status 206) if it still has `version`, else at its beginning."""
-    # "identity": a compressed answer has another length and cannot be continued.
-    headers = {"Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    if start and version:
-        headers["If-Range"] = version
-    address = _signed(url) if url.lower().startswith("s3://") else url
-    try:
-        response = session.get(address, headers=headers, stream=True, timeout=timeout)
-    except requests.RequestException as error:
-        raise UnreachableError(f"{url}: no connection or no answer ({_cause(error)})") from error
-    code = response.status_code
-    span = response.headers.get("Content-Range", "")
-    goes_on = span.startswith(f"bytes {start}-") and version in ("", _version(response))
-    if start and (code == 416 or (code == 206 and not goes_on)):
+    def open(self, start: int, version: str) -> requests.Response:
+        """Return the answer from byte `start` on (206) if it still has `version`, else all."""
+        # "identity": a compressed answer has another length and cannot be continued.
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        if start and version:
+            headers["If-Range"] = version
+        url = _signed(self.url) if self.url.lower().startswith("s3://") else self.url
+        try:
+            response = self.session.get(url, headers=headers, stream=True, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise UnreachableError(
+                f"{self.url}: no connection or no answer ({_cause(error)})") from error
+        code = response.status_code
+        span = response.headers.get("Content-Range", "")
+        goes_on = span.startswith(f"bytes {start}-") and version in ("", _version(response))
+        if code == 200 or (code == 206 and start and goes_on):
+            return response
         response.close()
-        log.info("%s: cannot go on at byte %d, starting again", url, start)
-        return _open(session, url, 0, "", timeout)
-    if code in (200, 206):
-        return response
-    response.close()
-    kind = UnreachableError if code in RETRY_STATUSES else UserError
-    kind = MissingError if code in MISSING_STATUSES else kind
-    raise kind(f"{url}: the server answered {code} {response.reason}")
+        if start and code in (206, 416):
+            log.info("%s: cannot go on at byte %d, starting again", self.url, start)
+            return self.open(0, "")
+        kind = UnreachableError if code in RETRY_STATUSES else UserError
+        kind = MissingError if code in MISSING_STATUSES else kind
+        raise kind(f"{self.url}: the server answered {code} {response.reason}")
 
 
 def _version(response: requests.Response) -> str:
@@ -433,28 +431,22 @@ def s3_address(url: str) -> tuple[str, str] | None:
     return bucket, prefix.strip("/")
 
 
-def _s3_client(where: str, **options: Any) -> Any:
-    """Return boto3's client for S3; `where` is for its errors, `options` are its settings."""
-    try:
-        import boto3  # here, because it takes a second to load and few runs need it
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError as error:
-        raise UserError(f"{where}: S3 needs the package boto3; install it") from error
-    try:
-        return boto3.session.Session().client("s3", config=Config(**options))
-    except (BotoCoreError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+def _s3_client(**options: Any) -> Any:
+    """Return boto3's client for S3; `options` are those of its `Config`."""
+    import boto3  # here, because it takes a second to load and few runs need it
+    from botocore.config import Config
+
+    return boto3.session.Session().client("s3", config=Config(**options))
 
 
 def _signed(url: str, **options: Any) -> str:
     """Return an http address at which the object `url` can be read for an hour."""
-    client = _s3_client(url, **{"signature_version": "s3v4", **options})
     from botocore import UNSIGNED
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     bucket, key = s3_address(url)
     try:
+        client = _s3_client(**{"signature_version": "s3v4", **options})
         with suppress(ClientError):  # boto3 learns the bucket's region from the answer
             client.head_object(Bucket=bucket, Key=key)
         return client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key})
@@ -477,22 +469,22 @@ def upload_folder(
     Raises:
         UserError: a file could not be uploaded; it says where the files still are.
     """
-    folder, (bucket, prefix) = Path(folder), address
-    client = _s3_client(f"s3://{bucket}/{prefix}")
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        hidden = any(name.startswith(".") or name in skip for name in inner.parts)
-        if hidden or not path.is_file():
-            continue
-        key = str(PurePosixPath(prefix) / inner.as_posix())
-        try:
-            _upload_changed(client, path, bucket, key)
-        except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
-            raise UserError(f"{path}: could not be uploaded to s3://{bucket}/{key} ({error}); the "
-                            f"files are in {folder}") from error
+    folder, (bucket, prefix) = Path(folder), address
+    path = folder
+    try:
+        client = _s3_client()
+        for path in sorted(folder.rglob("*")):
+            inner = path.relative_to(folder)
+            stays = any(name.startswith(".") or name in skip for name in inner.parts)
+            if path.is_file() and not stays:
+                key = str(PurePosixPath(prefix) / inner.as_posix())
+                _upload_changed(client, path, bucket, key)
+    except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+        raise UserError(f"{path}: could not be uploaded to s3://{bucket}/{prefix} ({error}); the "
+                        f"files are in {folder}") from error
 
 
 def _upload_changed(client: Any, path: Path, bucket: str, key: str) -> None:
