@@ -38,17 +38,6 @@ GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 CHECKSUMS_NAME = "SHA256SUMS"
 SCRATCH_NAME = ".downloads"
-# The archives, as they are published; each holds one folder named like the task's.
-ARCHIVES = {
-    "CoLA": "CoLA.zip",
-    "SST-2": "SST-2.zip",
-    "STS-B": "STS-B.zip",
-    "QQP": "QQP-clean.zip",
-    "MNLI": "MNLI.zip",
-    "QNLI": "QNLIv2.zip",
-    "RTE": "RTE.zip",
-    "WNLI": "WNLI.zip",
-}
 MRPC = "MRPC"
 MRPC_TRAIN, MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 MRPC_DEV_IDS = "mrpc_dev_ids.tsv"
@@ -57,8 +46,11 @@ DIAGNOSTIC, DIAGNOSTIC_SOURCE, DIAGNOSTIC_FILE = "diagnostic", "AX.tsv", "diagno
 # What the diagnostic set, and older scripts their tasks, are called as well.
 OTHER_NAMES = {DIAGNOSTIC: DIAGNOSTIC, "ax": DIAGNOSTIC, "sst": "SST-2", "sts": "STS-B"}
 FOLDERS = (*(task.folder for task in GLUE_TASKS.values()), DIAGNOSTIC)
+# The archives, as they are published; each holds one folder named like the task's.
+ARCHIVES = {folder: f"{folder}.zip" for folder in FOLDERS if folder not in (MRPC, DIAGNOSTIC)}
+ARCHIVES |= {"QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
 
-Fetch = Callable[..., Path]  # fetch(name) or fetch(name, base): a downloaded file
+Fetch = Callable[[str], Path]  # fetch(name): a downloaded file
 Sums = dict[str, str]  # path relative to data_dir, or name of an archive: SHA-256
 
 
@@ -137,8 +129,13 @@ def task_sums(folder: str, place: Path) -> Sums:
             for path in all_files(place)}  # fmt: skip
 
 
-def check_sums(folder: str, found: Sums, args: argparse.Namespace, trusted: Sums,
-               downloaded: Collection[str] = ()) -> None:
+def check_sums(
+    folder: str,
+    found: Sums,
+    args: argparse.Namespace,
+    trusted: Sums,
+    downloaded: Collection[str] = (),
+) -> None:
     """Hold a task's files to the sums of their first download and those of --checksums.
 
     With --checksums a task is refused unless that file names its files, or every one of the
@@ -163,30 +160,18 @@ def check_sums(folder: str, found: Sums, args: argparse.Namespace, trusted: Sums
 # ------------------------------------------------------------------ preparing one task
 
 
-def prepare_archive(folder: str, fetch: Fetch, target: Path, scratch: Path) -> None:
-    """Unpack a task's archive and move the content of its one folder into `target`."""
-    archive = fetch(ARCHIVES[folder])
-    unpacked = extract_zip(archive, scratch / "unpacked")
-    if not (unpacked / folder).is_dir():
-        found = ", ".join(sorted(path.name for path in unpacked.iterdir())) or "nothing"
-        raise UserError(f"{archive.name}: holds {found}; expected a folder {folder}")
-    for path in (unpacked / folder).iterdir():
-        path.rename(target / path.name)
-
-
-def prepare_mrpc(path_to_mrpc: str, fetch: Fetch, base: str, target: Path) -> None:
+def prepare_mrpc(path_to_mrpc: str, fetch: Fetch, target: Path) -> None:
     """Build MRPC's three files from its two sources and the ids of the dev pairs."""
     given = Path(path_to_mrpc) if path_to_mrpc else None
     if given is not None and not (given / MRPC_TRAIN).is_file():
         raise UserError(f"{given / MRPC_TRAIN}: no such file; --path_to_mrpc must hold it")
 
-    def source(name: str, base: str) -> Path:
-        return given / name if given and (given / name).is_file() else fetch(name, base)
+    def source(name: str) -> Path:
+        return given / name if given and (given / name).is_file() else fetch(name)
 
-    dev_ids = source(MRPC_DEV_IDS, GLUE_URL if base == MRPC_URL else base)
-    split_mrpc(source(MRPC_TRAIN, base), dev_ids, target)
+    split_mrpc(source(MRPC_TRAIN), source(MRPC_DEV_IDS), target)
     if given is None or (given / MRPC_TEST).is_file():
-        write_mrpc_test(source(MRPC_TEST, base), target / "test.tsv")
+        write_mrpc_test(source(MRPC_TEST), target / "test.tsv")
     else:
         logger.warning("%s: no such file, so MRPC gets no test.tsv", given / MRPC_TEST)
 
@@ -246,47 +231,47 @@ def is_complete(folder: str, data_dir: Path) -> bool:
     return all((data_dir / folder / name).is_file() for name in needed_files(folder))
 
 
-def files_to_move(prepared: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Return what a task's folder lacks; a file that is there with other content is an error."""
-    pairs = [(path, target / path.relative_to(prepared)) for path in all_files(prepared)]
-    for path, place in pairs:
-        if place.exists() and file_sha256(place) != file_sha256(path):
-            raise UserError(f"{place}: differs from what was downloaded; move it away and repeat")
-    return [(path, place) for path, place in pairs if not place.exists()]
-
-
-def download_task(
-    folder: str, args: argparse.Namespace, trusted: Sums, scratch: Path
-) -> None:
-    """Download, prepare, check, record and move one task."""
-    base, data_dir = args.base_url.rstrip("/"), Path(args.data_dir)
-    downloaded = set()
-
-    def fetch(name: str, base: str = base) -> Path:
-        downloaded.add(name)
-        return download(
-            f"{base}/{name}", scratch / name, trusted.get(name), **download_settings(args)
-        )
-
-    prepared = scratch / "prepared"
-    prepared.mkdir(parents=True)
+def prepare_task(folder: str, path_to_mrpc: str, fetch: Fetch, scratch: Path) -> Path:
+    """Return a folder in `scratch` with a task's files."""
+    if folder in ARCHIVES:
+        prepared = extract_zip(fetch(ARCHIVES[folder]), scratch / "unpacked") / folder
+    else:
+        prepared = scratch / "prepared"
+        prepared.mkdir(parents=True)
     if folder == MRPC:
-        prepare_mrpc(args.path_to_mrpc, fetch, MRPC_URL if base == GLUE_URL else base, prepared)
+        prepare_mrpc(path_to_mrpc, fetch, prepared)
     elif folder == DIAGNOSTIC:
         shutil.copyfile(fetch(DIAGNOSTIC_SOURCE), prepared / DIAGNOSTIC_FILE)
-    else:
-        prepare_archive(folder, fetch, prepared, scratch)
     for name in needed_files(folder):
         if not (prepared / name).is_file():
-            raise UserError(f"{folder}: what was downloaded holds no {name}")
+            raise UserError(f"{folder}: what was downloaded holds no {folder}/{name}")
+    return prepared
+
+
+def download_task(folder: str, args: argparse.Namespace, trusted: Sums, scratch: Path) -> None:
+    """Download, prepare, check, record and move one task."""
+    data_dir, base_url = Path(args.data_dir), args.base_url.rstrip("/")
+    downloaded = []
+
+    def fetch(name: str) -> Path:
+        downloaded.append(name)
+        published = MRPC_URL if name in (MRPC_TRAIN, MRPC_TEST) else GLUE_URL
+        url = published if base_url == GLUE_URL else base_url
+        return download(f"{url}/{name}", scratch / name, trusted.get(name),
+                        **download_settings(args))  # fmt: skip
+
+    prepared = prepare_task(folder, args.path_to_mrpc, fetch, scratch)
     found = task_sums(folder, prepared)
     check_sums(folder, found, args, trusted, downloaded)
-    moves = files_to_move(prepared, data_dir / folder)
+    moves = {path: data_dir / folder / path.relative_to(prepared) for path in all_files(prepared)}
+    for path, place in moves.items():
+        if place.exists() and file_sha256(place) != file_sha256(path):
+            raise UserError(f"{place}: differs from what was downloaded; move it away and repeat")
     # Recorded first: a task that is there and has no sums is taken for the user's own.
-    lines = [f"{digest}  {name}\n"
-             for name, digest in sorted({**recorded_sums(data_dir), **found}.items())]  # fmt: skip
-    write_text(data_dir / CHECKSUMS_NAME, "".join(lines))
-    for path, place in moves:  # by name: train.tsv, without which a task is not complete, is last
+    sums = {**recorded_sums(data_dir), **found}
+    write_text(data_dir / CHECKSUMS_NAME,
+               "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))  # fmt: skip
+    for path, place in moves.items():  # train.tsv last: a task is not complete without it
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
 
