@@ -3,7 +3,7 @@
 The students go through general distillation on one teacher pass, then through every task. Smart
 initialisation (its general epoch and its tasks) and the time of torch.compile are not counted.
 Either from what `benchmarks/run.py` measured there, or from a given peak and efficiency; then
-the steps from the seed's run to this project's are shown as well. Every assumption is printed.
+the steps from the original's run to this project's are shown as well. Every assumption is printed.
 
 Examples:
     python benchmarks/project_full_run.py --measured results/benchmarks/benchmarks.json
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flops import TRAINING_PASSES, distillation_flops, forward_flops
+from benchmarks.measure import ROOT
 from transformer.file_utils import UserError, read_json
 from transformer.modeling import BertConfig, find_config
 from transformer.runtime import run_script
 from transformer.tables import text_table
 from transformer.tasks import get_task
 
-ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured"
 PADDED_LENGTH = 128
 
@@ -45,6 +45,11 @@ class TaskRows(NamedTuple):
     length: int
     rate: str
 
+    def augmented(self, task: str) -> int:
+        """Return the rows of train_aug.tsv: each row and its distinct variations."""
+        draws = get_task(task).augmentation_n
+        return round(self.train * (1 + draws * self.sentences * self.distinct))
+
 
 TASKS = {
     "SST-2": TaskRows(67349, 872, 1, 0.75, 13, "augmentation-sst2"),
@@ -59,7 +64,7 @@ class Assumptions:
     """The full run in numbers; lengths in word pieces, stages by their passes over the rows."""
 
     teacher: BertConfig
-    students: list[BertConfig]
+    students: list[BertConfig]  # each goes through every stage
     corpus_gigabytes: float = 20.4  # 4.25G word pieces of 4.8 bytes
     general_rows: int = 50_000_000  # next-sentence instances of Wikipedia, an epoch
     general_epochs: int = 3
@@ -69,41 +74,25 @@ class Assumptions:
     prediction_epochs: int = 3
     batch_size: int = 32
     eval_step: int = 100
-    # Both are chosen so that the seed's run takes the 7 days that it reports: 28.5 TFLOP/s in
+    # Both are chosen so that the original's run takes the 7 days that it reports: 28.5 TFLOP/s in
     # float32 of a 4090's 165, and a GPU that waits a day while Python parses JSON.
-    seed_efficiency: float = 0.173
-    seed_idle_hours: float = 24.0
-
-    def augmented_rows(self, task: str) -> int:
-        """Return the rows of train_aug.tsv: each row and its distinct variations."""
-        facts, draws = TASKS[task], get_task(task).augmentation_n
-        return round(facts.train * (1 + draws * facts.sentences * facts.distinct))
+    original_efficiency: float = 0.173
+    original_idle_hours: float = 24.0
 
     def lines(self) -> list[list[str]]:
-        """Return the table of all assumptions."""
-        shapes = [f"{c.num_hidden_layers} x {c.hidden_size}" for c in self.students]
-        rows = [
-            ["teacher", f"{self.teacher.num_hidden_layers} x {self.teacher.hidden_size}"],
-            ["students (each through every stage)", ", ".join(shapes)],
-            ["corpus", f"{self.corpus_gigabytes} GB of text"],
-            ["general: instances an epoch, epochs",
-             f"{self.general_rows:,}, {self.general_epochs}"],
-            ["general: mean length (padded: 128)", str(self.general_length)],
-            ["teacher fine-tuning: epochs", str(self.teacher_epochs)],
-            ["intermediate, prediction: epochs",
-             f"{self.intermediate_epochs}, {self.prediction_epochs}"],
-            ["prediction: rows a step, steps between dev scores",
-             f"{self.batch_size}, {self.eval_step}"],
-        ]
-        for task, facts in TASKS.items():
-            rows.append([f"{task}: rows, augmented, mean length",
-                         f"{facts.train:,}, {self.augmented_rows(task):,}, {facts.length}"])
-        rows.append(["augmentation: CoLA as fast as SST-2, MRPC as", "RTE"])
-        rows.append(["not counted", "smart initialisation, compiling"])
-        return rows
+        """Return a table's line for each assumption."""
+        models = {"teacher": [self.teacher], "students": self.students}
+        lines = [[name, ", ".join(f"{c.num_hidden_layers} x {c.hidden_size}" for c in configs)]
+                 for name, configs in models.items()]
+        lines += [[name.replace("_", " "), f"{value:,}"]
+                  for name, value in vars(self).items() if name not in models]
+        lines += [[f"{task}: rows, augmented, mean length",
+                   f"{rows.train:,}, {rows.augmented(task):,}, {rows.length}"]
+                  for task, rows in TASKS.items()]
+        return [*lines, ["not counted", "smart initialisation, compiling"]]
 
 
-class Work(NamedTuple):
+class StageWork(NamedTuple):
     """One line of the projection: passes over rows, and their operations.
 
     measured_by: the stage of run.py whose rate applies.
@@ -117,7 +106,7 @@ class Work(NamedTuple):
 
 def distillation_work(
     assumed: Assumptions, shared: bool = True, padded: bool = False
-) -> list[Work]:
+) -> list[StageWork]:
     """Return general and task distillation.
 
     Args:
@@ -140,52 +129,53 @@ def distillation_work(
 
     general_rows = assumed.general_rows * assumed.general_epochs
     several = "general-both" if len(students) > 1 else "general"
-    work = [Work("general distillation", general_rows,
-                 flops(general_rows, assumed.general_length), several)]
+    work = [StageWork("general distillation", general_rows,
+                      flops(general_rows, assumed.general_length), several)]
     for task, facts in TASKS.items():
-        rows = assumed.augmented_rows(task)
+        rows = facts.augmented(task)
         passes = rows * assumed.intermediate_epochs
-        work.append(Work(f"{task}: intermediate", passes, flops(passes, facts.length),
+        work.append(StageWork(f"{task}: intermediate", passes, flops(passes, facts.length),
                          "intermediate"))
-        work.append(Work(f"{task}: prediction", rows * assumed.prediction_epochs,
+        work.append(StageWork(f"{task}: prediction", rows * assumed.prediction_epochs,
                          prediction_flops(rows, facts.length), "prediction"))
     return work
 
 
-def other_work(assumed: Assumptions) -> list[Work]:
+def other_work(assumed: Assumptions) -> list[StageWork]:
     """Return what surrounds distillation: data, teachers, dev scores."""
-    work = [Work("pregenerate", assumed.general_rows * assumed.general_epochs, None,
+    work = [StageWork("pregenerate", assumed.general_rows * assumed.general_epochs, None,
                  "pregenerate-2")]
     for task, facts in TASKS.items():
-        work.append(Work(f"{task}: augmentation", facts.train, None, facts.rate))
+        work.append(StageWork(f"{task}: augmentation", facts.train, None, facts.rate))
         passes = facts.train * assumed.teacher_epochs
         flops = TRAINING_PASSES * passes * forward_flops(assumed.teacher, [facts.length])
-        work.append(Work(f"{task}: teacher fine-tuning", passes, flops, "finetune"))
-        steps = assumed.augmented_rows(task) * assumed.prediction_epochs // assumed.batch_size
+        work.append(StageWork(f"{task}: teacher fine-tuning", passes, flops, "finetune"))
+        steps = facts.augmented(task) * assumed.prediction_epochs // assumed.batch_size
         evaluated = steps // assumed.eval_step * facts.dev
         flops = sum(forward_flops(student, [facts.length]) for student in assumed.students)
-        work.append(Work(f"{task}: dev scores", evaluated, evaluated * flops, "evaluation"))
+        work.append(StageWork(f"{task}: dev scores", evaluated, evaluated * flops, "evaluation"))
     return work
 
 
 def cumulative(assumed: Assumptions, peak: float, efficiency: float) -> list[tuple]:
-    """Return (step, operations, hours) from the seed's run to this project's; peak in FLOP/s."""
-    seed, one_pass, trimmed = (
+    """Return (step, operations, hours) from the original's run to ours; peak in FLOP/s."""
+    original, one_pass, trimmed = (
         sum(work.flops for work in distillation_work(assumed, shared, padded))
         for shared, padded in ((False, True), (True, True), (True, False))
     )
-    slow, fast = (3600 * peak * share for share in (assumed.seed_efficiency, efficiency))
+    slow, fast = (3600 * peak * share for share in (assumed.original_efficiency, efficiency))
     return [
-        ("the seed: float32, padded, idle GPU", seed, seed / slow + assumed.seed_idle_hours),
-        ("the data path never starves the GPU", seed, seed / slow),
-        (f"bf16 and fused, {efficiency:.0%} of peak", seed, seed / fast),
+        ("the original: float32, padded, idle GPU", original,
+         original / slow + assumed.original_idle_hours),
+        ("the data path never starves the GPU", original, original / slow),
+        (f"bf16 and fused, {efficiency:.0%} of peak", original, original / fast),
         ("one teacher pass, cached logits", one_pass, one_pass / fast),
         ("no padding", trimmed, trimmed / fast),
         ("100% of peak", trimmed, trimmed / (3600 * peak)),
     ]
 
 
-def measured_hours(work: Work, stages: dict[str, Any], assumed: Assumptions) -> float | None:
+def measured_hours(work: StageWork, stages: dict[str, Any], assumed: Assumptions) -> float | None:
     """Return the hours of one line at the rate that run.py measured; None where it did not."""
     ours = (stages.get(work.measured_by) or {}).get("ours")
     if not ours:
@@ -203,36 +193,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "project_full_run.py", description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--measured", type=Path, default=None, help="benchmarks.json that run.py wrote")
-    add("--peak_tflops", type=float, default=None,
+    rates = parser.add_mutually_exclusive_group(required=True)
+    rates.add_argument("--measured", type=Path, help="benchmarks.json that run.py wrote")
+    rates.add_argument("--peak_tflops", type=float,
         help="the device's bf16 matrix peak in TFLOP/s, where nothing was measured")
-    add("--efficiency", type=float, default=0.45,
+    parser.add_argument("--efficiency", type=float, default=0.45,
         help="share of the peak that training reaches; with --peak_tflops")
-    add("--students", nargs="+", default=["tinybert_4l_config", "tinybert_6l_config"],
+    parser.add_argument("--students", nargs="+",
+        default=["tinybert_4l_config", "tinybert_6l_config"],
         help="folders with a student's config.json; a second learning rate is a second student")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise a `UserError` unless there is exactly one source of rates, and it makes sense."""
-    if (args.measured is None) == (args.peak_tflops is None):
-        raise UserError("expected either --measured FILE or --peak_tflops NUMBER")
+    """Raise a `UserError` for rates that make no sense."""
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise UserError(f"--peak_tflops {args.peak_tflops}; expected more than 0")
     if not 0 < args.efficiency <= 1:
         raise UserError(f"--efficiency {args.efficiency}; expected a share above 0, at most 1")
 
 
-def read_measured(path: Path) -> dict[str, Any]:
-    """Return the content of run.py's file; one of another kind is a `UserError`."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"machine", "stages"} <= content.keys():
-        raise UserError(f"{path}: expected the benchmarks.json of benchmarks/run.py")
-    return content
-
-
-def projection_table(works: list[Work], hours: list[float | None]) -> str:
+def projection_table(works: list[StageWork], hours: list[float | None]) -> str:
     """Format stage, rows, operations and hours, and the sum of what is known."""
     rows = [[work.stage, f"{work.rows:,}",
              "-" if work.flops is None else f"{work.flops / 1e18:.4f}",
@@ -247,7 +228,7 @@ def projection_table(works: list[Work], hours: list[float | None]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the assumptions, the steps from the seed (with --peak_tflops), and the stages."""
+    """Print the assumptions, the steps from the original (with --peak_tflops), and the stages."""
     check_arguments(args)
     students = [
         BertConfig.from_json_file(find_config(path if Path(path).exists() else ROOT / path))
@@ -255,22 +236,21 @@ def main(args: argparse.Namespace) -> None:
     ]
     assumed = Assumptions(BertConfig(), students)
     works = distillation_work(assumed) + other_work(assumed)
-    rows = assumed.lines()
     if args.measured:
-        content = read_measured(args.measured)
-        rows.append(["rates", f"measured, {content['machine']['device']}"])
+        content = read_json(args.measured)
+        if not isinstance(content, dict) or not {"machine", "stages"} <= content.keys():
+            raise UserError(f"{args.measured}: expected the benchmarks.json of benchmarks/run.py")
+        rates = f"measured, {content['machine']['device']}"
         hours = [measured_hours(work, content["stages"], assumed) for work in works]
     else:
         rate = args.peak_tflops * 1e12 * args.efficiency
-        rows.append(["peak, share reached", f"{args.peak_tflops} TFLOP/s, {args.efficiency:.0%}"])
-        rows.append(["the seed's share, hours of waiting",
-                     f"{assumed.seed_efficiency:.1%}, {assumed.seed_idle_hours}"])
+        rates = f"{args.efficiency:.0%} of {args.peak_tflops} TFLOP/s"
         hours = [None if work.flops is None else work.flops / rate / 3600 for work in works]
     print("Assumptions\n")
-    print(text_table(["what", "value"], rows))
+    print(text_table(["what", "value"], [*assumed.lines(), ["rates", rates]]))
     if args.peak_tflops:
         steps = cumulative(assumed, args.peak_tflops * 1e12, args.efficiency)
-        print("\nDistillation, from the seed's run to this one (each step keeps those above)\n")
+        print("\nDistillation, from the original's run to this one (each step keeps those above)\n")
         print(text_table(["step", "EFLOP", "hours"], [
             [name, f"{flops / 1e18:.1f}", f"{hour:.1f}"] for name, flops, hour in steps]))
     print("\nStages\n")

@@ -1,10 +1,12 @@
 """Measure every stage against the plain implementation (benchmarks/plain.py) on this machine.
 
-The two sides take turns, each turn in a process of its own (benchmarks/stages.py). Prints the table
-of medians and writes benchmarks.json and benchmarks.md to --output_dir.
+The two sides take turns, each turn in a process of its own (benchmarks/stages.py), with the same
+shapes, random weights and inputs; the plain side gets fewer rows. Prints the table of medians and
+writes benchmarks.json and benchmarks.md to --output_dir. RESULTS.md says what the columns mean.
 
 Examples:
-    python benchmarks/run.py --corpus data/wiki_for_bert.txt
+    python benchmarks/run.py --glue_dir data/glue_data --corpus data/wiki_for_bert.txt \
+        --vocab models/bert-base-uncased/vocab.txt
     python benchmarks/run.py --device cuda --stages general general-both
     python benchmarks/run.py --against ../before --stages general intermediate --repeats 5
     python benchmarks/run.py --quick --output_dir /tmp/benchmarks
@@ -20,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,67 +30,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.measure import ROOT, machine, matrix_peak, three_digits
-from benchmarks.stages import (
-    PREDICTION_EPOCHS,
-    PREGENERATE_EPOCHS,
-    SEED,
-    STAGES,
-    Stage,
-    pregenerate,
-    sentences_of,
-)
+from benchmarks.stages import SEED, STAGES, pregenerate
 from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
 from transformer.modeling import BertConfig, find_config
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import resolve_precision, run_script
 from transformer.tables import markdown_table
-from transformer.tasks import GLUE_TASKS, get_task, read_tsv, task_rows, write_tsv
+from transformer.tasks import get_task, read_tsv, write_tsv
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Where inputs that are not given are looked for; what is in none of them is made for the demo.
-DEMO = ROOT / "data" / "demo"
-DEFAULTS = {
-    "glue_dir": [ROOT / "data" / "glue_data", DEMO / "glue_data"],
-    "corpus": [DEMO / "corpus.txt"],
-    "vocab": [ROOT / "models" / "bert-base-uncased" / VOCAB_NAME,
-              DEMO / "bert_config" / VOCAB_NAME],
-}
 NOT_MEASURED = "not measured"
 ROWS = 1024  # the --rows for which the stages' numbers of rows are given
-DOCUMENT_SENTENCES = 50  # of GLUE, in a document of the corpus for pregenerate
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 CORPUS_BYTES = {False: 16_000_000, True: 100_000}  # at most, without --quick and with
-NOTES = f"""\
-Both sides run the same shapes, random weights and rows on the same machine, in turns, each turn in
-a process of its own whose first run does not count. `plain` is benchmarks/plain.py: float32, every
-row padded, word by word. It gets fewer rows, chosen evenly over their lengths. Rates are medians.
-Peak memory is the process's, models and libraries included; on a GPU, what torch held there. The
-share of the peak counts the operations that the work needs at the rows' true lengths, against the
-measured peak of a large matrix product in the precision of that side. Prediction counts the
-teacher's one pass over the rows as spread over {PREDICTION_EPOCHS} epochs. Pregenerate counts text
-times its {PREGENERATE_EPOCHS} epochs and always compares with one plain process. The word vectors
-of augmentation are random, for the rows' and the vocabulary's words. Memory is that of
-task_distill.py's intermediate stage on many rows, on the CPU.
-"""
-
 
 # ------------------------------------------------------------------ inputs
 
 
 def find_inputs(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """Return GLUE folder, corpus and vocabulary: given, found, or made in `folder`."""
+    """Return GLUE folder, corpus and vocabulary; those not given are the demo's, made here."""
     from demo import make_inputs
 
-    found = {name: getattr(args, name) or next((path for path in paths if path.exists()), None)
-             for name, paths in DEFAULTS.items()}
-    if None in found.values():
-        logger.info("no %s found; making the demo's",
-                    ", ".join(name for name, path in found.items() if path is None))
+    given = {"glue_dir": args.glue_dir, "corpus": args.corpus, "vocab": args.vocab}
+    if None in given.values():
+        logger.info("making the demo's inputs in place of those not given")
         run_script(make_inputs.main, make_inputs.get_args_parser(), ["--output_dir", str(folder)])
-    return {name: path or folder / DEFAULTS[name][-1].relative_to(DEMO)
-            for name, path in found.items()}
+    made = {"glue_dir": folder / "glue_data", "corpus": folder / make_inputs.CORPUS_NAME,
+            "vocab": folder / "bert_config" / VOCAB_NAME}
+    return {name: path or made[name] for name, path in given.items()}
 
 
 def sample_rows(name: str, split: str, glue_dir: Path, folder: Path, most: int) -> str:
@@ -119,33 +89,17 @@ def first_documents(corpus: Path, size: int) -> list[str]:
     return [document.strip("\n") + "\n" for document in documents]
 
 
-def glue_documents(glue_dir: Path) -> Iterator[str]:
-    """Yield the training sentences of the GLUE tasks that are there, many a document."""
-    for task in GLUE_TASKS.values():
-        folder = glue_dir / task.folder
-        if (folder / task.files["train"]).is_file():
-            sentences = sentences_of(task_rows(task, folder))
-            for start in range(0, len(sentences), DOCUMENT_SENTENCES):
-                yield "".join(
-                    f"{line}\n" for line in sentences[start : start + DOCUMENT_SENTENCES])
-
-
-def write_corpora(corpus: Path, glue_dir: Path, folder: Path, size: int) -> str:
+def write_corpora(corpus: Path, folder: Path, size: int) -> str:
     """Write the texts of general distillation and of pregenerate; returns what they are.
 
-    The first is the corpus alone. The second goes on with GLUE's sentences where the corpus is
-    small, so that the work outlasts the start of worker processes.
+    The second repeats a small corpus, so that the work outlasts the start of worker processes.
     """
     documents = first_documents(corpus, size)
-    alone = total = sum(len(document.encode()) for document in documents)
+    alone = sum(len(document.encode()) for document in documents)
+    repeats = max(1, size // (2 * alone))
     (folder / "general.txt").write_text("\n".join(documents), encoding="utf-8")
-    for document in glue_documents(glue_dir):
-        if total >= size:
-            break
-        documents.append(document)
-        total += len(document.encode())
-    (folder / "corpus.txt").write_text("\n".join(documents), encoding="utf-8")
-    return f"{alone:,} bytes of {corpus.name}; for pregenerate {total - alone:,} of GLUE too"
+    (folder / "corpus.txt").write_text("\n".join(documents * repeats), encoding="utf-8")
+    return f"{alone:,} bytes of {corpus.name}; for pregenerate {repeats} times"
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, str]:
@@ -158,7 +112,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     rows = [sample_rows(name, split, inputs["glue_dir"], folder / "glue", count)
             for name, split, count in (
                 ("sst-2", "train", most), ("sst-2", "dev", 10**6), ("rte", "train", most))]
-    text = write_corpora(inputs["corpus"], inputs["glue_dir"], folder, CORPUS_BYTES[args.quick])
+    text = write_corpora(inputs["corpus"], folder, CORPUS_BYTES[args.quick])
     pregenerate(folder, "general.txt", folder / "instances", setup["max_length"], epochs=1)
     return {"rows": ", ".join(rows), "corpus": text, "vocabulary": str(inputs["vocab"])}
 
@@ -209,8 +163,7 @@ def measure_stage(
     name: str, folder: Path, trees: dict[str, Path], repeats: int, peaks: dict[str, float]
 ) -> dict[str, Any]:
     """Measure the sides of a stage in turns, each by the programs of its tree."""
-    stage: Stage = STAGES[name]
-    trees = {side: tree for side, tree in trees.items() if side != "plain" or stage.plain}
+    trees = {side: tree for side, tree in trees.items() if side != "plain" or STAGES[name].plain}
     turns: dict[str, list] = {side: [] for side in trees}
     for _ in range(repeats):
         for side, tree in trees.items():
@@ -218,8 +171,7 @@ def measure_stage(
     results = {side: side_result(turns[side], peaks["plain" if side == "plain" else "ours"])
                for side in trees}
     first, *others = (result["rate"] for result in results.values())
-    return {"title": stage.title, "unit": stage.unit, **results,
-            "ratio": others[0] / first if others else None}
+    return {**results, "ratio": others[0] / first if others else None}
 
 
 def measure_peaks(device: torch.device, quick: bool) -> tuple[dict[str, float], dict[str, str]]:
@@ -239,13 +191,12 @@ def measure_peaks(device: torch.device, quick: bool) -> tuple[dict[str, float], 
 def stage_rows(stages: dict[str, Any], other: str) -> list[list[str]]:
     """Return the table's rows; stages that were not measured say so."""
     rows = []
-    for name, stage in STAGES.items():
+    for name in STAGES:
         result = stages.get(name, {})
-        title = stage.title + (f", {stage.unit}" if stage.unit != "rows/s" else "")
         sides = [result.get(other), result.get("ours")]
         ratio = result.get("ratio")
         rows.append([
-            title, *("-" if side is None else three_digits(side["rate"]) for side in sides),
+            name, *("-" if side is None else three_digits(side["rate"]) for side in sides),
             NOT_MEASURED if not result else "-" if ratio is None else f"{three_digits(ratio)}x",
             *("-" if side is None else f"{side['peak_memory'] / 1e9:.2f}" for side in sides),
             *("-" if side is None or side["share_of_peak"] is None
@@ -259,19 +210,19 @@ def fact_rows(stages: dict[str, Any], other: str) -> list[list[str]]:
         facts = result.get(side, {}).get("facts", {})
         return three_digits(facts[fact]) if fact in facts else "-"
 
-    return [[result["title"], fact, figure(result, other, fact), figure(result, "ours", fact)]
-            for result in stages.values() for fact in result["ours"]["facts"]]
+    return [[name, fact, figure(result, other, fact), figure(result, "ours", fact)]
+            for name, result in stages.items() for fact in result["ours"]["facts"]]
 
 
 def markdown_page(content: dict[str, Any], other: str) -> str:
     """Return benchmarks.md: machine, table, notes, other figures."""
     stages = content["stages"]
-    header = ["stage (rows/s unless said)", other, "ours", "ratio", f"GB {other}", "GB ours",
+    header = ["stage (rows/s; pregenerate: MB/s)", other, "ours", "ratio", f"GB {other}", "GB ours",
               f"% of peak, {other}", "% of peak, ours"]
     facts = [[name, value] for name, value in content["machine"].items()]
     return "\n".join([
         "## " + content["machine"]["device"], "", markdown_table(["", ""], facts, align="---"),
-        markdown_table(header, stage_rows(stages, other)), NOTES,
+        markdown_table(header, stage_rows(stages, other)),
         markdown_table(["stage", "figure", other, "ours"], fact_rows(stages, other))])
 
 
@@ -292,12 +243,11 @@ def get_args_parser() -> argparse.ArgumentParser:
              " of it; not given: 1024 on a CPU, 8192 on a GPU, 64 with --quick")
     add("--batch_size", type=int, default=32, help="rows a training step")
     add("--glue_dir", type=Path, default=None,
-        help="folder of the GLUE tasks; not given: data/glue_data where present, else the demo's")
+        help="folder of the GLUE tasks; not given: the demo's")
     add("--corpus", type=Path, default=None,
         help="text, one sentence a line, blank lines between documents; not given: the demo's")
     add("--vocab", type=Path, default=None,
-        help="the models' vocabulary file; not given: that of models/bert-base-uncased where"
-             " present, else the demo's")
+        help="vocabulary file, such as models/bert-base-uncased/vocab.txt; not given: the demo's")
     add("--against", type=Path, default=None,
         help="another checkout of this project, to be measured in place of the plain side")
     add("--quick", action="store_true", help="tiny models and few rows: only to see it run")

@@ -334,28 +334,25 @@ def plain_pregenerate(setup: Setup, rows: int) -> TimedRun:
 # ------------------------------------------------------------------ ours
 
 
-class Precision(NamedTuple):
-    """How the scripts set this process up: the device, and the dtype to compute in."""
+def device_and_dtype(setup: Setup) -> tuple[torch.device, torch.dtype | None]:
+    """Set this process up as the scripts do; returns the device, and the dtype to compute in."""
+    device = get_device(no_cuda=setup.device == "cpu")
+    return device, resolve_precision("auto", device)
 
-    device: torch.device
-    dtype: torch.dtype | None
 
-    @classmethod
-    def of(cls, setup: Setup) -> "Precision":
-        device = get_device(no_cuda=setup.device == "cpu")
-        return cls(device, resolve_precision("auto", device))
+def make_trainer(setup: Setup, model: nn.Module, loss: nn.Module) -> Learner:
+    device, dtype = device_and_dtype(setup)
+    optimizer = BertAdam(
+        param_groups(model, 0.01), lr=5e-5, warmup=0.1, t_total=SCHEDULE_STEPS)
+    return Learner(model.to(device), loss, optimizer, device, dtype)
 
-    def trainer(self, model: nn.Module, loss: nn.Module) -> Learner:
-        optimizer = BertAdam(
-            param_groups(model, 0.01), lr=5e-5, warmup=0.1, t_total=SCHEDULE_STEPS)
-        return Learner(model, loss, optimizer, self.device, self.dtype)
 
-    def task_models(self, setup: Setup) -> tuple[nn.Module, nn.Module]:
-        """Return the frozen teacher and the student of task distillation."""
-        config, [student_config] = setup.teacher_config(), setup.student_configs()
-        teacher = freeze(TinyBertForSequenceClassification(config), self.dtype, self.device)
-        student = TinyBertForSequenceClassification(student_config, fit_size=config.hidden_size)
-        return teacher, student.to(self.device)
+def task_models(setup: Setup) -> tuple[nn.Module, nn.Module]:
+    """Return the frozen teacher and the student of task distillation."""
+    device, dtype = device_and_dtype(setup)
+    config, [student_config] = setup.teacher_config(), setup.student_configs()
+    teacher = freeze(TinyBertForSequenceClassification(config), dtype, device)
+    return teacher, TinyBertForSequenceClassification(student_config, fit_size=config.hidden_size)
 
 
 def train_once(
@@ -378,6 +375,8 @@ def our_training(
     setup: Setup, rows: int, trainers: list[Learner], teacher: Callable, data: Any
 ) -> TimedRun:
     """Return what trains students side by side; says what one pass of the teacher gains."""
+    modules = [teacher, *(trainer.loss for trainer in trainers)]
+    compile_models(None, trainers[0].device, *(m for m in modules if isinstance(m, nn.Module)))
     generator = torch.Generator().manual_seed(SEED)
     chosen = spread(data.lengths, rows)
 
@@ -394,41 +393,37 @@ def our_training(
 
 
 def our_general(setup: Setup, rows: int, students: int) -> TimedRun:
-    precision, config = Precision.of(setup), setup.teacher_config()
-    encoder = freeze(BertModel(config, add_pooler=False), precision.dtype, precision.device)
-    configs, trainers = setup.student_configs(students), []
+    device, dtype = device_and_dtype(setup)
+    config, configs = setup.teacher_config(), setup.student_configs(students)
+    trainers = []
     for student_config in configs:
         student = TinyBertForPreTraining(student_config, fit_size=config.hidden_size)
-        student.to(precision.device)
-        trainers.append(precision.trainer(student, IntermediateLoss(student)))
+        trainers.append(make_trainer(setup, student, IntermediateLoss(student)))
+    encoder = freeze(BertModel(config, add_pooler=False), dtype, device)
     teacher = IntermediateTeacher(encoder, [c.num_hidden_layers for c in configs])
-    compile_models(None, precision.device, teacher, *(trainer.loss for trainer in trainers))
     return our_training(setup, rows, trainers, teacher, setup.instances())
 
 
 def our_intermediate(setup: Setup, rows: int, features: Features | None = None) -> TimedRun:
-    precision = Precision.of(setup)
-    classifier, student = precision.task_models(setup)
-    trainer = precision.trainer(student, IntermediateLoss(student, is_student=True))
+    classifier, student = task_models(setup)
+    trainer = make_trainer(setup, student, IntermediateLoss(student, is_student=True))
     teacher = IntermediateTeacher(classifier.bert, [student.config.num_hidden_layers])
-    compile_models(None, precision.device, trainer.loss, teacher)
     return our_training(setup, rows, [trainer], teacher, features or setup.features("train"))
 
 
 def our_prediction(setup: Setup, rows: int) -> TimedRun:
-    precision, features = Precision.of(setup), setup.features("train")
-    teacher, student = precision.task_models(setup)
-    trainer = precision.trainer(student, PredictionLoss(student))
-    compile_models(None, precision.device, trainer.loss)
+    (device, dtype), features = device_and_dtype(setup), setup.features("train")
+    teacher, student = task_models(setup)
+    trainer = make_trainer(setup, student, PredictionLoss(student))
+    compile_models(None, device, trainer.loss)
     generator = torch.Generator().manual_seed(SEED)
     subset = features.subset(spread(features.lengths, rows))
-    collate = padded_collate(subset, padding_multiple(precision.device))
+    collate = padded_collate(subset, padding_multiple(device))
 
     def run() -> Timing:
-        watch = Stopwatch(precision.device)
+        watch = Stopwatch(device)
         with watch:
-            logits = predict_logits(
-                teacher, subset, precision.device, setup.batch_size, precision.dtype)
+            logits = predict_logits(teacher, subset, device, setup.batch_size, dtype)
         seconds = train_once(
             setup, [trainer], show_nothing, subset, np.arange(rows), generator,
             lambda batch: collate(batch) | {"teacher_logits": logits[batch]})
@@ -440,15 +435,13 @@ def our_prediction(setup: Setup, rows: int) -> TimedRun:
 def our_finetune(setup: Setup, rows: int) -> TimedRun:
     from finetune_teacher import LabelLoss
 
-    precision = Precision.of(setup)
-    model = TinyBertForSequenceClassification(setup.teacher_config()).to(precision.device)
-    trainer = precision.trainer(model, LabelLoss(model))
-    compile_models(None, precision.device, trainer.loss)
+    model = TinyBertForSequenceClassification(setup.teacher_config())
+    trainer = make_trainer(setup, model, LabelLoss(model))
     return our_training(setup, rows, [trainer], show_nothing, setup.features("train"))
 
 
 def our_evaluation(setup: Setup, rows: int) -> TimedRun:
-    (device, dtype), features = Precision.of(setup), setup.features("dev")
+    (device, dtype), features = device_and_dtype(setup), setup.features("dev")
     model = freeze(TinyBertForSequenceClassification(setup.teacher_config()), dtype, device)
     subset = features.subset(spread(features.lengths, rows))
 
@@ -462,7 +455,7 @@ def our_evaluation(setup: Setup, rows: int) -> TimedRun:
 
 
 def our_augmentation(setup: Setup, rows: int, name: str) -> TimedRun:
-    (device, dtype), tokenizer = Precision.of(setup), setup.tokenizer()
+    (device, dtype), tokenizer = device_and_dtype(setup), setup.tokenizer()
     model = freeze(BertForMaskedLM(setup.teacher_config()), dtype, device)
 
     def make(words: list[str], vectors: np.ndarray) -> Callable[[list[str]], Any]:
@@ -517,7 +510,7 @@ def our_memory(setup: Setup, rows: int) -> TimedRun:
     with torch.device("meta"):  # shapes without values
         sizes = [sum(p.numel() for p in TinyBertForSequenceClassification(config).parameters())
                  for config in (setup.teacher_config(), *setup.student_configs())]
-    itemsize = (Precision.of(setup).dtype or torch.float32).itemsize
+    itemsize = (device_and_dtype(setup)[1] or torch.float32).itemsize
     gigabytes = (sizes[0] * itemsize + sizes[1] * torch.float32.itemsize) / 1e9
 
     def run() -> Timing:
@@ -535,19 +528,17 @@ def our_memory(setup: Setup, rows: int) -> TimedRun:
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the table.
+    """One line of the table: a rate in rows a second, of pregenerate in megabytes.
 
     plain_rows, our_rows: of one timed run on a CPU, with scale 1. flops: the operations that the
     work needs at its true lengths. training: works in steps, so one whole step at least is timed.
     """
 
-    title: str
-    unit: str
-    flops: Callable[[Setup, np.ndarray], float] | None
     plain: Side | None
     ours: Side
-    plain_rows: int = 1
-    our_rows: int = 1
+    plain_rows: int
+    our_rows: int
+    flops: Callable[[Setup, np.ndarray], float] | None = None
     training: bool = False
 
     def set_up(self, side: str, setup: Setup) -> TimedRun:
@@ -558,39 +549,30 @@ class Stage:
 
 STAGES = {
     "general": Stage(
-        "general, 4L", "rows/s", student_flops, partial(plain_general, students=1),
-        partial(our_general, students=1), 128, 256, training=True),
+        partial(plain_general, students=1), partial(our_general, students=1), 128, 256,
+        student_flops, training=True),
     "general-both": Stage(
-        "general, 4L + 6L", "rows/s", partial(student_flops, students=2),
         partial(plain_general, students=2), partial(our_general, students=2), 32, 64,
-        training=True),
+        partial(student_flops, students=2), training=True),
     "intermediate": Stage(
-        "intermediate, SST-2", "rows/s", student_flops, partial(plain_task, prediction=False),
-        our_intermediate, 64, 1024, training=True),
+        partial(plain_task, prediction=False), our_intermediate, 64, 1024, student_flops,
+        training=True),
     "prediction": Stage(
-        "prediction, SST-2", "rows/s", prediction_flops, partial(plain_task, prediction=True),
-        our_prediction, 64, 1024, training=True),
+        partial(plain_task, prediction=True), our_prediction, 64, 1024, prediction_flops,
+        training=True),
     "finetune": Stage(
-        "fine-tuning, SST-2", "rows/s", partial(teacher_flops, passes=flops.TRAINING_PASSES),
-        plain_finetune, our_finetune, 32, 512, training=True),
+        plain_finetune, our_finetune, 32, 512,
+        partial(teacher_flops, passes=flops.TRAINING_PASSES), training=True),
     "augmentation-sst2": Stage(
-        "augmentation, SST-2", "rows/s", augmentation_flops,
         partial(plain_augmentation, name="sst-2"), partial(our_augmentation, name="sst-2"),
-        32, 256),
+        32, 256, augmentation_flops),
     "augmentation-rte": Stage(
-        "augmentation, RTE", "rows/s", augmentation_flops, partial(plain_augmentation, name="rte"),
-        partial(our_augmentation, name="rte"), 6, 24),
-    "evaluation": Stage(
-        "evaluation, SST-2 dev", "rows/s", teacher_flops, plain_evaluation,
-        our_evaluation, 64, 872),
-    "pregenerate-1": Stage(
-        "pregenerate, 1 worker", "MB/s", None, plain_pregenerate,
-        partial(our_pregenerate, workers=1)),
-    "pregenerate-2": Stage(
-        "pregenerate, 2 workers", "MB/s", None, plain_pregenerate,
-        partial(our_pregenerate, workers=2)),
-    "memory": Stage(
-        "memory: reading augmented rows", "rows/s", None, None, our_memory),
+        partial(plain_augmentation, name="rte"), partial(our_augmentation, name="rte"), 6, 24,
+        augmentation_flops),
+    "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
+    "pregenerate-1": Stage(plain_pregenerate, partial(our_pregenerate, workers=1), 1, 1),
+    "pregenerate-2": Stage(plain_pregenerate, partial(our_pregenerate, workers=2), 1, 1),
+    "memory": Stage(None, our_memory, 1, 1),  # its rate is that of reading the rows
 }
 
 
