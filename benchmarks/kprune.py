@@ -1,6 +1,6 @@
 """K-prune against the straightforward procedure: the same masks, and how much sooner.
 
-The yardstick does what the paper says and no more than that: for every sub-layer whole passes of
+The baseline does what the paper says and no more than that: for every sub-layer whole passes of
 the masked and of the unpruned model, a threshold found by trying one candidate after the other,
 and whole passes again for the tuning.
 

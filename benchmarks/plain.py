@@ -1,4 +1,4 @@
-"""The yardstick: a plain implementation of the work that the original code does.
+"""The baseline: a plain implementation of the work that the original code does.
 
 For measuring only. It computes what this project computes with --match_original, without any of
 the shortcuts: float32, every row padded to the full length, all scores and hidden states kept, a

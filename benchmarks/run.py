@@ -215,15 +215,15 @@ def fact_rows(stages: dict[str, Any], other: str) -> list[list[str]]:
 
 
 def markdown_page(content: dict[str, Any], other: str) -> str:
-    """Return benchmarks.md: machine, table, notes, other figures."""
-    stages = content["stages"]
+    """Return benchmarks.md: machine, table, other figures."""
+    stages, machine_rows = content["stages"], [list(item) for item in content["machine"].items()]
     header = ["stage (rows/s; pregenerate: MB/s)", other, "ours", "ratio", f"GB {other}", "GB ours",
               f"% of peak, {other}", "% of peak, ours"]
-    facts = [[name, value] for name, value in content["machine"].items()]
     return "\n".join([
-        "## " + content["machine"]["device"], "", markdown_table(["", ""], facts, align="---"),
+        "## " + content["machine"]["device"], "",
+        markdown_table(["", ""], machine_rows, align="---"),
         markdown_table(header, stage_rows(stages, other)),
-        markdown_table(["stage", "figure", other, "ours"], fact_rows(stages, other))])
+        markdown_table(["stage", "other figures", other, "ours"], fact_rows(stages, other))])
 
 
 # ------------------------------------------------------------------ command line

@@ -1,4 +1,4 @@
-"""Measure one side of one stage in this process: the plain yardstick, or this project as it is.
+"""Measure one side of one stage in this process: the plain baseline, or this project as it is.
 
 `run.py` calls it, a process for each turn: the sides want different process-wide settings, and the
 peak memory is a process's. A side is a function that sets up models and data (not timed) and

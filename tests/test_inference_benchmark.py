@@ -73,19 +73,6 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
     assert [len(taken) for taken in times] == [2, 2]
 
 
-def test_targets_compare_candidates_of_the_same_setting():
-    def row(model, engine, threads, median, length="128"):
-        return inference.Row(model, engine, threads, 1, length, median, median, 1.0, 3, 1.0, 1)
-
-    checks = inference.check_targets([
-        row("bert_base", "torch fp32", 1, 100.0), row("bert_base", "torch fp32", 2, 60.0),
-        row("tinybert4", "onnx int8", 1, 4.0), row("tinybert4", "onnx int8", 2, 4.0),
-        row("tinybert4", "torch fp32", 1, 1.0, length="64")])
-    assert [(c["threads"], c["speedup"], c["reached"]) for c in checks] == [
-        (1, 25.0, True), (2, 15.0, False)]
-    assert "MISSED" in inference.target_lines(checks)
-
-
 def test_mistakes_are_one_line(tmp_path, capsys):
     out = ["--output_dir", tmp_path / "out"]
     assert "expected NAME=FOLDER" in error_line(capsys, inference, "--models", "gpt", *out)
