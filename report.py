@@ -1,93 +1,89 @@
-"""Gathers every score, loss curve and latency of a run into tables, a JSON file and pictures.
+"""Gather the scores, loss curves and latencies of a run into tables, a JSON file and pictures.
 
-`reproduction.sh` lists the run's model folders in a manifest, one line each, separated by tabs:
-kind, model, task, folder with eval_results.json (kind latency: with inference.json), folder with
-log.jsonl (smaller students: with kprune.json or quantization.json). Writes results.json,
-results.md, loss_curves.png, scores.png and, where latencies were measured, tradeoff.png to
---results_dir and prints the table.
+It finds them by itself. The folders directly below --models_dir are the models: how each was made,
+and from which other one, stands in its args.json, kprune.json or quantization.json. Their scores
+are those of the evaluations in --results_dir/eval, else their own. Writes results.json, results.md,
+loss_curves.png, scores.png and, where latencies were measured, tradeoff.png to --results_dir and
+prints the table.
 
 Example:
-    python report.py --manifest results/manifest.tsv --glue_dir data/glue_data \
-        --results_dir results --published_numbers
+    python report.py --models_dir models --results_dir results --glue_dir data/glue_data \
+        --published_numbers
 """
 
 import argparse
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
-import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from transformer.evaluation import majority_baseline
-from transformer.features import Features
 from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
-from transformer.tasks import GlueTask, get_task, load_examples
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, load_examples
 
 logger = logging.getLogger(__name__)
 
-# The metric of each task's column, as in the paper's tables; accuracy elsewhere.
-SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
+# What is scored, in the order of the table, and what the names of some kinds end with.
+KINDS = ("teacher", "student", "untrained", "baseline_scratch", "baseline_general",
+         "baseline_smart", "pruned", "quantized")
 SUFFIX = {
     "untrained": ", no task distillation",
     "baseline_scratch": ", labels only, random start",
     "baseline_general": ", labels only, after general d.",
     "baseline_smart": ", labels only, copied layers",
 }
-# kind in the manifest: (title of the panel, losses that are added up in it)
-CURVES = {
-    "general": [("attention", ["att_loss"]), ("hidden states", ["rep_loss"])],
-    "intermediate": [("intermediate: attention + hidden", ["att_loss", "rep_loss"])],
-    "prediction": [("prediction: logits", ["cls_loss"])],
-}
-
-# What the smaller students of a kind have beside their weights.
-SMALLER = {"pruned": "kprune.json", "quantized": "quantization.json"}
+# How a smaller student was made: the file that says it, and its key for the model before.
+SMALLER = {"pruned": ("kprune.json", "model"), "quantized": ("quantization.json", "source")}
 ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
+RESULTS = "eval_results.json"  # in the folder of a training run: the run has finished
 
-PAPER, SEED = "paper", "seed"
-# Numbers as published, in percent: model, source, split, column: score. MRPC and QQP are F1.
+# The metric of each task's column, as in the paper's tables; accuracy elsewhere.
+SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
+# The panels of loss_curves.png, of general and of task distillation: kind of the runs, losses that
+# are added up, title.
+CURVES = (
+    [("general", ["att_loss"], "attention"), ("general", ["rep_loss"], "hidden states")],
+    [("intermediate", ["att_loss", "rep_loss"], "attention + hidden states"),
+     ("student", ["cls_loss"], "logits")],
+)
+# Where the numbers of a point may stand, in typographic points from it: the nearest place first.
+PLACES = [(x * far, y * far) for far in (1, 1.4, 1.8) for x, y in (
+    (38, 0), (-38, 0), (0, 11), (0, -11), (32, 9), (32, -9), (-32, 9), (-32, -9))]
+
+# Numbers as published, in percent: model, source, split, scores. MRPC and QQP are F1.
+PUBLISHED_COLUMNS = "MNLI MNLI-mm QQP QNLI SST-2 CoLA STS-B MRPC RTE".split()
+PAPER, ORIGINAL = "paper", "original"
 PUBLISHED = [
-    ("BERT-base", PAPER, "test", {
-        "MNLI": 83.9, "MNLI-mm": 83.4, "QQP": 71.1, "QNLI": 90.9, "SST-2": 93.4, "CoLA": 52.8,
-        "STS-B": 85.2, "MRPC": 87.5, "RTE": 67.0}),
-    ("TinyBERT4", PAPER, "test", {
-        "MNLI": 82.5, "MNLI-mm": 81.8, "QQP": 71.3, "QNLI": 87.7, "SST-2": 92.6, "CoLA": 44.1,
-        "STS-B": 80.4, "MRPC": 86.4, "RTE": 66.6}),
-    ("TinyBERT6", PAPER, "test", {
-        "MNLI": 84.6, "MNLI-mm": 83.2, "QQP": 71.6, "QNLI": 90.4, "SST-2": 93.1, "CoLA": 51.1,
-        "STS-B": 83.7, "MRPC": 87.3, "RTE": 70.0}),
-    ("TinyBERT4", PAPER, "dev", {"MNLI": 82.8, "MNLI-mm": 82.9, "MRPC": 85.8, "CoLA": 50.8}),
-    ("TinyBERT4, no general d.", PAPER, "dev", {
-        "MNLI": 82.5, "MNLI-mm": 82.6, "MRPC": 84.1, "CoLA": 40.8}),
-    ("TinyBERT4, no task d.", PAPER, "dev", {
-        "MNLI": 80.6, "MNLI-mm": 81.2, "MRPC": 83.8, "CoLA": 28.5}),
-    ("TinyBERT4, no augmentation", PAPER, "dev", {
-        "MNLI": 80.5, "MNLI-mm": 81.0, "MRPC": 82.4, "CoLA": 29.8}),
-    ("TinyBERT6", PAPER, "dev", {
-        "CoLA": 54.0, "MNLI": 84.5, "MNLI-mm": 84.5, "MRPC": 90.6, "QNLI": 91.1, "QQP": 88.0,
-        "RTE": 73.4, "SST-2": 93.0, "STS-B": 89.6}),
-    ("TinyBERT4, lr 5e-5", SEED, "dev", {
-        "RTE": 53.06, "SST-2": 92.3, "CoLA": 31.7, "MRPC": 82.1}),
-    ("TinyBERT4, lr 1.25e-5", SEED, "dev", {
-        "RTE": 58.6, "SST-2": 91.8, "CoLA": 37.2, "MRPC": 85.7}),
-    ("TinyBERT6", SEED, "dev", {"RTE": 69.0, "SST-2": 92.3, "CoLA": 54.3, "MRPC": 88.8}),
-    ("TinyBERT6 smart direct, no task d.", SEED, "dev", {
-        "RTE": 47.3, "SST-2": 83.1, "CoLA": 28.2, "MRPC": 17.7}),
-    ("TinyBERT6 smart direct", SEED, "dev", {
-        "RTE": 67.5, "SST-2": 92.0, "CoLA": 55.7, "MRPC": 88.0}),
-    ("TinyBERT6 smart", SEED, "dev", {
-        "RTE": 69.3, "SST-2": 93.3, "CoLA": 56.2, "MRPC": 88.5}),
-]  # fmt: skip
+    ("BERT-base", PAPER, "test", "83.9 83.4 71.1 90.9 93.4 52.8 85.2 87.5 67.0"),
+    ("TinyBERT4", PAPER, "test", "82.5 81.8 71.3 87.7 92.6 44.1 80.4 86.4 66.6"),
+    ("TinyBERT6", PAPER, "test", "84.6 83.2 71.6 90.4 93.1 51.1 83.7 87.3 70.0"),
+    ("TinyBERT4", PAPER, "dev", "82.8 82.9 - - - 50.8 - 85.8 -"),
+    ("TinyBERT4, no general d.", PAPER, "dev", "82.5 82.6 - - - 40.8 - 84.1 -"),
+    ("TinyBERT4, no task d.", PAPER, "dev", "80.6 81.2 - - - 28.5 - 83.8 -"),
+    ("TinyBERT4, no augmentation", PAPER, "dev", "80.5 81.0 - - - 29.8 - 82.4 -"),
+    ("TinyBERT6", PAPER, "dev", "84.5 84.5 88.0 91.1 93.0 54.0 89.6 90.6 73.4"),
+    ("TinyBERT4, lr 5e-5", ORIGINAL, "dev", "- - - - 92.3 31.7 - 82.1 53.06"),
+    ("TinyBERT4, lr 1.25e-5", ORIGINAL, "dev", "- - - - 91.8 37.2 - 85.7 58.6"),
+    ("TinyBERT6", ORIGINAL, "dev", "- - - - 92.3 54.3 - 88.8 69.0"),
+    ("TinyBERT6 smart direct, no task d.", ORIGINAL, "dev", "- - - - 83.1 28.2 - 17.7 47.3"),
+    ("TinyBERT6 smart direct", ORIGINAL, "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
+    ("TinyBERT6 smart", ORIGINAL, "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
+]
 NOT_COMPARABLE = (
     "Published numbers are for BERT-base and its students: not comparable with\n"
     "the small models of this profile."
@@ -100,37 +96,39 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--manifest", type=Path, required=True, help="file that lists the run's model folders")
-    add("--results_dir", type=Path, required=True, help="folder to write to")
-    add("--glue_dir", type=Path, required=True,
+    add("--models_dir", type=Path, required=True, help="folder of the run's model folders")
+    add("--results_dir", type=Path, required=True,
+        help="folder of the run's evaluations (eval/) and latencies, and to write to")
+    add("--glue_dir", type=Path, default=None,
         help="folder of the tasks' folders, for the score of the majority class")
     add("--published_numbers", action="store_true",
-        help="set the paper's and the seed's numbers beside ours")
+        help="set the numbers of the paper and of the original repository beside ours")
     return parser
 
 
-class Entry(NamedTuple):
-    """One line of the manifest."""
+class Model(NamedTuple):
+    """A finished model folder: how it was made, the name of the folder before, its results."""
 
-    kind: str
-    model: str
-    task: str
     folder: Path
-    training_folder: Path
+    kind: str
+    source: str
+    record: dict[str, Any]
+    results: dict[str, Any]
 
 
 class Score(NamedTuple):
     """The dev scores of one model on one task, as fractions of 1, by split and metric."""
 
     name: str
-    model: str
+    model: str  # the student that it is, or was made from
     kind: str
     task: str
     best: dict[str, dict[str, float]]
     last: dict[str, dict[str, float]] | None
     selection: str
-    rows: int
+    rows: int | None
     folder: str
+    sweep: list[dict[str, Any]]  # the settings tried, where there were several
 
 
 class Column(NamedTuple):
@@ -142,119 +140,182 @@ class Column(NamedTuple):
     metric: str
 
 
-# ------------------------------------------------------------------ reading the run
+# ------------------------------------------------------------------ finding the models
 
 
-def read_manifest(path: Path) -> list[Entry]:
-    """Read the manifest; a line without five fields is a `UserError`."""
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        fields = line.split("\t")
-        if len(fields) != len(Entry._fields):
-            raise UserError(f"{path}, line {number}: {len(fields)} fields; expected "
-                            f"{len(Entry._fields)}: {', '.join(Entry._fields)}")
-        entries.append(Entry(*fields[:3], Path(fields[3]), Path(fields[4])))
-    return entries
+def folders_below(path: Path) -> list[Path]:
+    """Return the folders directly below `path`, save those that the driver has moved away."""
+    return [folder for folder in sorted(path.glob("*"))
+            if folder.is_dir() and folder.suffix not in (".old", ".gone")]
 
 
-def read_score(entry: Entry) -> Score | None:
-    """Read an entry's eval_results.json; None, and a warning, where there is none yet."""
-    path = entry.folder / "eval_results.json"
-    if not path.is_file():
-        logger.warning("%s: not there yet, left out of the table", path)
+def read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def kind_of_run(arguments: dict[str, Any]) -> str | None:
+    """Tell from its arguments which script trained a model, and how; None for other scripts."""
+    if arguments.get("do_eval"):
         return None
-    result = read_json(path)
-    trained = entry.training_folder / "eval_results.json"
-    training = read_json(trained) if trained.is_file() else {}
-    last = training.get("last")
-    if last and not isinstance(next(iter(last.values())), dict):
-        last = {"dev": last}
+    if "pregenerated_data" in arguments:
+        return "general"
+    if "pred_distill" in arguments:
+        return "student" if arguments["pred_distill"] else "intermediate"
+    if "from_scratch" in arguments:
+        return "baseline_scratch" if arguments["from_scratch"] else "teacher"
+    return None
+
+
+def read_model(folder: Path) -> Model | None:
+    """Read how the model in a folder was made; None where no script has finished one."""
+    results = read_if_there(folder / RESULTS)
+    for kind, (name, source) in SMALLER.items():
+        record = read_if_there(folder / name)
+        if record:
+            return Model(folder, kind, Path(record[source]).name, record, results)
+    record = read_if_there(folder / "args.json")
+    kind = kind_of_run(record.get("arguments", {}))
+    if kind and not results:
+        logger.warning("%s: not finished, left out", folder)
+        return None
+    return Model(folder, kind, Path(record["student"]).name, record, results) if kind else None
+
+
+def read_models(models_dir: Path, evaluations: dict[str, dict[str, Any]]) -> dict[str, Model]:
+    """Return the finished models by the name of their folder.
+
+    Paths are compared by their last part alone: a run may have been moved since.
+    """
+    found = [model for folder in folders_below(models_dir) if (model := read_model(folder))]
+    models = {model.folder.name: model for model in found}
+    teachers = {Path(model.record["arguments"]["teacher_model"]).name
+                for model in found if model.kind in ("intermediate", "student")}
+    depth = max((layers(models_dir / name) for name in teachers), default=0)
+    for name, model in models.items():
+        if model.kind == "teacher" and model.source in models:
+            made = {"general": "baseline_general", "teacher": "teacher"}
+            models[name] = model._replace(kind=made.get(models[model.source].kind, "student"))
+        elif model.kind == "teacher" and layers(model.folder) < depth:  # copied from a teacher
+            models[name] = model._replace(kind="baseline_smart")
+    for name, evaluation in evaluations.items():
+        folder = models_dir / name
+        if name not in models and folder.is_dir() and not (folder / "args.json").is_file():
+            kind = "teacher" if name in teachers else "untrained"
+            models[name] = Model(folder, kind, "", evaluation, {})
+    return models
+
+
+def layers(folder: Path) -> int:
+    """Return the number of layers of the model in a folder, 0 where there is none."""
+    return read_if_there(folder / "config.json").get("num_hidden_layers", 0)
+
+
+# ------------------------------------------------------------------ names and scores
+
+
+def task_of(record: dict[str, Any]) -> GlueTask | None:
+    """Return the GLUE task that a record names, None for another task or none."""
+    try:
+        return get_task(record["task"])
+    except (KeyError, UserError):
+        return None
+
+
+def student_name(model: Model, task: GlueTask | None) -> str:
+    """Return what a student is called: the name of its folder without stage and task."""
+    if model.kind == "teacher":
+        return "teacher"
+    name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
+    slug = task.name.replace("-", "") if task else ""
+    return name.removesuffix("_tsd").removesuffix(f"_{slug}")
+
+
+def title(model: Model, task: GlueTask) -> str:
+    """Return the name of a model's row; of a smaller student, what is added to the one before."""
+    if model.kind == "pruned":
+        return f"K-prune {100 * model.record['constraint']:g} % removed"
+    if model.kind == "quantized":
+        return f"{model.record['method']} {ENGINE_NAME[model.record['format']]}"
+    return student_name(model, task) + SUFFIX.get(model.kind, "")
+
+
+def ancestry(model: Model, models: dict[str, Model]) -> list[Model]:
+    """Return the models that a smaller student was made from, the largest first, and itself."""
+    steps = [model]
+    while steps[0].kind in SMALLER:
+        before = models.get(steps[0].source)
+        if before is None or before in steps:
+            before = Model(Path(steps[0].source), "student", "", {}, {})  # from elsewhere
+        steps.insert(0, before)
+    return steps
+
+
+def read_score(model: Model, steps: list[Model], evaluation: dict[str, Any]) -> Score | None:
+    """Return the scores of a model, made by `steps`: those of its evaluation, else its own."""
+    own = model.results
+    result = evaluation or own or model.record.get("after", {})
+    task = task_of(result) or task_of(model.record)
+    if task is None or "all_metrics" not in result:
+        logger.warning("%s: no score on a GLUE task, left out of the table", model.folder)
+        return None
+    selection, sweep = own.get("selection", result.get("selection", "")), own.get("sweep", [])
+    if sweep:
+        selection = (f"{own['chosen']}, best of {len(sweep)} settings by {task.metrics[0]} on dev;"
+                     f" {selection}")
     return Score(
-        full_name(entry), entry.model, entry.kind, get_task(entry.task).folder,
-        result.get("all_metrics") or {"dev": result["metrics"]}, last,
-        training.get("selection", result.get("selection", "")), result["rows"], str(entry.folder))
+        ", ".join(title(step, task) for step in steps), student_name(steps[0], task), model.kind,
+        task.folder, result["all_metrics"], {"dev": own["last"]} if "last" in own else None,
+        selection, result.get("rows"), str(model.folder), sweep)
 
 
-def full_name(entry: Entry) -> str:
-    """Return the name of an entry's row in the table."""
-    if entry.kind not in SMALLER:
-        return entry.model + SUFFIX.get(entry.kind, "")
-    made = read_json(entry.training_folder / SMALLER[entry.kind])
-    if entry.kind == "pruned":
-        return f"{entry.model}, K-prune {100 * made['constraint']:g} % removed"
-    return f"{entry.model}, {made['method']} {ENGINE_NAME[made['format']]}"
+def read_scores(models: dict[str, Model], evaluations: dict[str, dict[str, Any]]) -> list[Score]:
+    """Return the scores in the table's order: smaller students below those they were made from."""
+    found = []
+    for name, model in models.items():
+        steps = ancestry(model, models)
+        if model.kind in KINDS and (score := read_score(model, steps, evaluations.get(name, {}))):
+            place = [(KINDS.index(step.kind), title(step, get_task(score.task))) for step in steps]
+            found.append((place, score))
+    scores: dict[tuple[str, str], Score] = {}
+    for _, score in sorted(found, key=lambda pair: pair[0]):
+        if (score.name, score.task) in scores:  # its folder tells it from the first
+            score = score._replace(name=f"{score.name} ({Path(score.folder).name})")
+        scores[score.name, score.task] = score
+    return list(scores.values())
 
 
-def under_their_students(scores: list[Score]) -> list[Score]:
-    """Put the smaller students below the ones that they were made from."""
-    ordered = [score for score in scores if score.kind not in SMALLER]
-    for score in (score for score in scores if score.kind in SMALLER):
-        places = [i for i, other in enumerate(ordered)
-                  if other.model == score.model and other.kind in ("student", *SMALLER)]
-        ordered.insert(places[-1] + 1 if places else len(ordered), score)
-    return ordered
+def make_columns(scores: list[Score]) -> list[Column]:
+    """Return a column for each dev set of the tasks that were scored."""
+    scored = {score.task for score in scores}
+    return [Column(task, split, task.folder if split == "dev" else f"{task.folder}-mm",
+                   SHOWN_METRIC.get(task.name, "acc"))
+            for task in GLUE_TASKS.values() if task.folder in scored for split in task.dev_files]
 
 
-def best_of_settings(scores: list[Score]) -> list[Score]:
-    """Keep one score a model and task: of several settings the best on dev, and say so."""
-    groups: dict[tuple[str, str], list[Score]] = {}
-    for score in scores:
-        groups.setdefault((score.name, score.task), []).append(score)
-    kept = []
-    for (_, task), group in groups.items():
-        metric = get_task(task).metrics[0]
-        best = max(group, key=lambda score: score.best["dev"][metric])  # noqa: B023
-        if len(group) > 1:
-            rule = f"best of {len(group)} settings by {metric} on dev; {best.selection}"
-            best = best._replace(selection=rule)
-        kept.append(best)
-    return kept
-
-
-def read_curve(entry: Entry) -> list[dict[str, Any]]:
-    """Read the lines of an entry's log.jsonl; an unfinished last line is dropped."""
-    path = entry.training_folder / "log.jsonl"
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: a line is not JSON, left out", path)
-    return records
-
-
-def majority_scores(columns: list[Column], glue_dir: Path) -> dict[str, dict[str, dict]]:
+def majority_scores(columns: list[Column], glue_dir: Path | None) -> dict[str, dict[str, dict]]:
     """Score the most common class of each dev set: {task: {split: metrics}}."""
     best: dict[str, dict[str, dict]] = {}
-    for column in columns:
-        task = column.task
+    for task, split, *_ in columns if glue_dir else []:
         try:
-            examples = load_examples(task, glue_dir / task.folder, column.split)
-        except (UserError, FileNotFoundError) as error:
-            logger.warning("no majority class for %s: %s", column.title, error)
+            labels = [row.label for row in load_examples(task, glue_dir / task.folder, split)]
+        except UserError as error:
+            logger.warning("no majority class: %s", error)
             continue
-        if task.is_regression:
-            labels = torch.tensor([float(example.label) for example in examples])
-        else:
-            labels = torch.tensor([task.labels.index(example.label) for example in examples])
-        nothing = np.zeros(len(examples) + 1, dtype=np.int64)
-        rows = Features(nothing[:0], nothing, nothing[1:], labels, task.labels, 0)
-        best.setdefault(task.folder, {})[column.split] = majority_baseline(task, rows)
+        best.setdefault(task.folder, {})[split] = majority_baseline(task, labels)
     return best
 
 
-def make_columns(tasks: list[str]) -> list[Column]:
-    """Return a column for each dev set of the tasks."""
-    columns = []
-    for name in tasks:
-        task = get_task(name)
-        metric = SHOWN_METRIC.get(task.name, "acc")
-        for split in task.dev_files:
-            title = task.folder if split == "dev" else f"{task.folder}-mm"
-            columns.append(Column(task, split, title, metric))
-    return columns
+def read_speeds(results_dir: Path, scores: list[Score], column: Column) -> list[dict[str, Any]]:
+    """Join the latencies of single rows of a task, on one thread, with the models' scores."""
+    rows = {}
+    for folder in folders_below(results_dir):
+        for row in read_if_there(folder / "inference.json").get("rows", []):
+            if row["threads"] == row["batch"] == 1 and not row["length"].isdigit():
+                rows[row["model"]] = row
+    return [{**rows[Path(score.folder).name], "name": score.name, "model": score.model,
+             "accuracy": score.best[column.split][column.metric]}
+            for score in scores
+            if score.task == column.task.folder and Path(score.folder).name in rows]
 
 
 # ------------------------------------------------------------------ the table
@@ -270,7 +331,8 @@ def table_rows(
     scores: list[Score], columns: list[Column], majority: dict[str, Any]
 ) -> list[list[str]]:
     """Return the table's body: a row a model, `best / last` in each cell."""
-    rows = [["majority class", *(percent(majority.get(c.task.folder), c) for c in columns)]]
+    cells = [percent(majority.get(column.task.folder), column) for column in columns]
+    rows = [["majority class", *cells]] if majority else []
     by_name = {(score.name, score.task): score for score in scores}
     for name in dict.fromkeys(score.name for score in scores):
         cells = []
@@ -283,58 +345,49 @@ def table_rows(
     return rows
 
 
+def published_scores(scores: str) -> dict[str, float]:
+    pairs = zip(PUBLISHED_COLUMNS, scores.split(), strict=True)
+    return {column: float(score) for column, score in pairs if score != "-"}
+
+
 def published_rows(columns: list[Column]) -> list[list[str]]:
     """Return the published numbers of these columns, source and split named."""
     rows = []
-    for model, source, split, numbers in PUBLISHED:
-        cells = [f"{numbers[c.title]:.1f}" if c.title in numbers else "" for c in columns]
+    for model, source, split, scores in PUBLISHED:
+        known = published_scores(scores)
+        cells = [f"{known[c.title]:.1f}" if c.title in known else "" for c in columns]
         if any(cells):
             rows.append([f"{model} ({source}, {split})", *cells])
     return rows
 
 
-class Speed(NamedTuple):
-    """What one model of the latency run takes; `accuracy` is its score, a fraction of 1."""
-
-    name: str
-    model: str
-    engine: str
-    megabytes: float
-    parameters: int
-    median: float  # milliseconds a row, as p95
-    p95: float
-    accuracy: float
-
-
-def read_speeds(entry: Entry, scores: list[Score], column: Column) -> list[Speed]:
-    """Join the latencies of an entry with the scores of the same models, in their order."""
-    path = entry.folder / "inference.json"
-    if not path.is_file():
-        logger.warning("%s: not there yet, no latencies", path)
-        return []
-    rows = {row["model"]: row for row in read_json(path)["rows"]}
-    speeds = []
-    for score in scores:
-        row = rows.get(Path(score.folder).name)
-        if row is not None and score.task == column.task.folder:
-            speeds.append(Speed(
-                score.name, score.model, row["engine"], row["megabytes"], row["parameters"],
-                row["median"], row["p95"], score.best[column.split][column.metric]))
-    return speeds
-
-
-def speed_section(speeds: list[Speed], column: Column) -> str:
+def speed_section(speeds: list[dict[str, Any]], column: Column) -> str:
     """Return the part of results.md on size and latency."""
     first = speeds[0]
     header = ["model", "engine", "MB", "parameters", "median ms", "p95 ms",
-              f"speed-up over {first.name}", f"{column.title} {column.metric}"]
-    rows = [[speed.name, speed.engine, f"{speed.megabytes:.1f}", f"{speed.parameters / 1e6:.1f}M",
-             f"{speed.median:.2f}", f"{speed.p95:.2f}", f"{first.median / speed.median:.1f}",
-             f"{100 * speed.accuracy:.1f}"] for speed in speeds]
+              f"speed-up over {first['name']}", f"{column.title} {column.metric}"]
+    rows = [[speed["name"], speed["engine"], f"{speed['megabytes']:.1f}",
+             f"{speed['parameters'] / 1e6:.1f}M", f"{speed['median']:.2f}", f"{speed['p95']:.2f}",
+             f"{first['median'] / speed['median']:.1f}", f"{100 * speed['accuracy']:.1f}"]
+            for speed in speeds]
     return (f"## Size and latency\n\nMilliseconds for one row of the {column.title} dev set at a"
             " time, on one thread of this machine's CPU, all in one run. Smaller students are"
             " scored in fp32 or what they were quantized to, the others in the run's precision.\n\n"
             + markdown_table(header, rows) + "\n![Accuracy against latency](tradeoff.png)\n\n")
+
+
+def detail_rows(score: Score) -> list[list[str]]:
+    """Return the rows of one model in the table of every score, a sweep's settings below it."""
+
+    def in_percent(metrics: dict[str, float]) -> str:
+        return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+
+    rows = [[score.name, score.task, split, str(score.rows or "") if split == "dev" else "",
+             in_percent(metrics), in_percent((score.last or {}).get(split, {})), score.selection]
+            for split, metrics in score.best.items()]
+    return rows + [[f"{score.name}, {tried['folder']}", score.task, "dev", "",
+                    in_percent(tried["metrics"]), in_percent(tried["last"]), "setting tried"]
+                   for tried in score.sweep]
 
 
 def results_page(
@@ -353,131 +406,173 @@ def results_page(
         "![Scores](scores.png)", "", "![Loss curves](loss_curves.png)", "",
         speeds + "## Every score", "", "",
     ]  # fmt: skip
-    details = []
-    for score in scores:
-        for split, metrics in score.best.items():
-            last = (score.last or {}).get(split, {})
-            details.append([
-                score.name, score.task, split, str(score.rows) if split == "dev" else "",
-                ", ".join(f"{key} {100 * value:.1f}" for key, value in metrics.items()),
-                ", ".join(f"{key} {100 * value:.1f}" for key, value in last.items()),
-                score.selection,
-            ])
     names = ["model", "task", "split", "rows", "best", "last", "selection"]
+    details = [row for score in scores for row in detail_rows(score)]
     return "\n".join(page) + markdown_table(names, details, "---")
 
 
 # ------------------------------------------------------------------ pictures
 
 
-def draw_losses(entries: list[Entry], path: Path) -> dict[str, Any]:
-    """Draw one panel for each distillation; return the first and last record of each."""
-    panels: dict[str, list[tuple[str, list[float], list[float]]]] = {}
-    ends = {}
-    for entry in entries:
-        records = read_curve(entry) if entry.kind in CURVES else []
-        if not records:
-            continue
-        ends[str(entry.training_folder)] = {"first": records[0], "last": records[-1]}
-        for panel, losses in CURVES[entry.kind]:
-            known = [r for r in records if all(loss in r for loss in losses)]
-            prefix = "General" if entry.kind == "general" else entry.task
-            line = ([r["epoch"] for r in known], [sum(r[x] for x in losses) for r in known])
-            panels.setdefault(f"{prefix}, {panel}", []).append((entry.model, *line))
-    columns = 2
-    rows = max(1, -(-len(panels) // columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(11, 3.1 * rows), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        for name, epochs, losses in lines:
-            axis.plot(epochs, losses, marker="." if len(epochs) < 20 else "", label=name)
-        axis.set(title=title, xlabel="epoch", ylabel="loss", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.set_visible(False)
+def read_log(model: Model) -> list[dict[str, Any]]:
+    """Read a run's log.jsonl, of a sweep that of the setting chosen; a damaged line is left out."""
+    path = model.folder / model.results.get("chosen", "") / "log.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a line is not JSON, left out", path)
+    return records
+
+
+def loss_curve(
+    log: list[dict[str, Any]], losses: list[str]
+) -> tuple[list[float], list[float]]:
+    """Return the epochs of a log and the sums of the mean losses of the intervals that end there.
+
+    A last interval that is shorter than the others is joined with the one before it: the mean of a
+    few batches would look like a jump.
+    """
+    epochs, values, steps, done = [], [], [], 0
+    for record in log:
+        if all(loss in record for loss in losses):
+            epochs.append(record["epoch"])
+            values.append(sum(record[loss] for loss in losses))
+            steps.append(record.get("steps", record["step"] - done))
+            done = record["step"]
+    if len(steps) > 1 and steps[-1] < steps[0]:
+        mean = (values[-2] * steps[-2] + values[-1] * steps[-1]) / (steps[-2] + steps[-1])
+        epochs[-2:], values[-2:] = epochs[-1:], [mean]
+    return epochs, values
+
+
+def draw_losses(runs: list[tuple[Model, list[dict[str, Any]]]], path: Path) -> None:
+    """Draw a row of panels for each task, a curve a student, from models and their logs."""
+    found = [task_of(model.record) for model, _ in runs]
+    tasks = [task for task in (None, *GLUE_TASKS.values()) if task in found] or [None]
+    colours = colours_of([student_name(model, task_of(model.record)) for model, _ in runs])
+    figure, panels = plt.subplots(
+        len(tasks), 2, figsize=(11, 3.1 * len(tasks)), squeeze=False, layout="constrained")
+    for task, row in zip(tasks, panels, strict=True):
+        for axes, (kind, losses, name) in zip(row, CURVES[task is not None], strict=True):
+            lines = {student_name(model, task): loss_curve(log, losses) for model, log in runs
+                     if model.kind == kind and task_of(model.record) == task}
+            draw_curves(axes, lines, colours)
+            axes.set(title=f"{task.folder if task else 'General'}, {name}")
+            axes.set_visible(bool(lines))
+    figure.legend(handles=colour_keys(colours), loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
-    return ends
+
+
+def draw_curves(
+    axes: Axes, lines: dict[str, tuple[list[float], list[float]]], colours: dict[str, str]
+) -> None:
+    """Draw loss curves, on a logarithmic axis where they span a decade or more."""
+    for student, (epochs, losses) in lines.items():
+        axes.plot(epochs, losses, marker="." if len(epochs) < 20 else "", label=student,
+                  color=colours[student])
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.grid(alpha=0.3, which="both")
+    seen = [loss for _, losses in lines.values() for loss in losses]
+    if seen and max(seen) >= 10 * min(seen) > 0:
+        axes.set_yscale("log")
+        number_decades(axes.yaxis)
+
+
+def colours_of(names: list[str]) -> dict[str, str]:
+    """Return a colour for each name, in the order in which they come first."""
+    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(names))}
+
+
+def number_decades(axis: Axis) -> None:
+    """Number a logarithmic axis at 1, 2, 5, 10, ...: decades alone would be a number or two."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def colour_keys(colours: dict[str, str]) -> list[Line2D]:
+    """Return what a legend says of the colours."""
+    return [Line2D([], [], color=colour, linewidth=4, label=name)
+            for name, colour in colours.items()]
 
 
 def draw_scores(
     scores: list[Score], columns: list[Column], majority: dict[str, Any], path: Path
 ) -> None:
-    """Draw a group of bars for each column, a bar a model, a dashed line at the majority class.
+    """Draw a panel for each column, a bar a model, a dashed line at the majority class.
 
-    Smaller students have a picture of their own.
+    What was made from a student has its colour, paler.
     """
-    scores = [score for score in scores if score.kind not in SMALLER]
     names = list(dict.fromkeys(score.name for score in scores))
-    by_name = {(score.name, score.task): score for score in scores}
-    figure, axis = plt.subplots(figsize=(12, 6), layout="constrained")
-    width = 0.85 / max(1, len(names))
-    colours = plt.get_cmap("tab20").colors
-    for i, name in enumerate(names):
-        heights = [
-            float(percent(score.best, c) or "nan") if score else float("nan")
-            for c in columns for score in [by_name.get((name, c.task.folder))]
-        ]
-        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(columns))]
-        axis.bar(places, heights, width, label=name, color=colours[i % len(colours)])
-    for x, column in enumerate(columns):
+    colours = colours_of([score.model for score in scores])
+    figure, [panels] = plt.subplots(
+        1, len(columns), sharey=True, squeeze=False, layout="constrained",
+        figsize=(4 + 2 * len(columns), 1.3 + 0.2 * len(names)))
+    for axes, column in zip(panels, columns, strict=True):
+        shown = [score for score in scores if score.task == column.task.folder]
+        bars = axes.barh(
+            [names.index(score.name) for score in shown],
+            [float(percent(score.best, column) or "nan") for score in shown],
+            color=[to_rgba(colours[score.model], 0.5 if score.kind in SMALLER else 1)
+                   for score in shown])
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7,
+                        bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
         level = percent(majority.get(column.task.folder), column)
         if level:
-            axis.hlines(float(level), x - 0.45, x + 0.45, colors="black", linestyles="dashed",
-                        label="majority class" if x == 0 else None)
-    axis.set_xticks(range(len(columns)), [f"{c.title} ({c.metric})" for c in columns])
-    axis.set(ylabel="dev score, %", title="Best checkpoint on dev")
-    axis.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+            axes.axvline(float(level), color="black", linestyle="dashed", linewidth=1)
+        axes.set(title=f"{column.title} {column.metric}", xlabel="dev, %")
+        axes.margins(x=0.2, y=0.01)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle("The checkpoint that is best on dev; dashed: majority class")
     save_figure(figure, path)
 
 
-def draw_tradeoff(points: list[dict[str, Any]], path: Path | str, metric: str = "accuracy") -> None:
-    """Draw accuracy against latency: a colour a group, a shape a name, both in a key at the side.
-
-    Args:
-        points: each has `name`, `latency` (milliseconds) and `accuracy` (a fraction of 1), and may
-            have `group`; not given: the name.
-        path: the picture, a PNG.
-        metric: what to call the vertical axis.
-    """
-    names = list(dict.fromkeys(point["name"] for point in points))
-    groups = list(dict.fromkeys(point.get("group", point["name"]) for point in points))
-    shapes = {name: "osD^vP*X<>hp"[i % 12] for i, name in enumerate(names)}
-    colours = {group: f"C{i % 10}" for i, group in enumerate(groups)}
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    for point in points:
-        axes.plot(point["latency"], 100 * point["accuracy"], linestyle="", markersize=9, alpha=0.75,
-                  marker=shapes[point["name"]], color=colours[point.get("group", point["name"])])
-    axes.set(xscale="log", xlabel="median latency in milliseconds (smaller is better)",
-             ylabel=f"{metric} in per cent (larger is better)")
-    # Whole decades alone would leave most pictures with a single number.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    keys = [Line2D([], [], linestyle="", marker="o", markersize=9, color=colours[group],
-                   label=group) for group in groups]
-    if groups != names:
-        keys += [Line2D([], [], linestyle="", marker=shapes[name], markersize=8, color="black",
-                        fillstyle="none", label=name) for name in names]
-    figure.legend(handles=keys, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
-    plt.close(figure)
-
-
-def draw_speeds(speeds: list[Speed], column: Column, path: Path) -> None:
+def draw_tradeoff(speeds: list[dict[str, Any]], column: Column, path: Path) -> None:
     """Draw accuracy against latency: a colour for each student, a shape for each way to run it."""
-    points = []
-    for speed in speeds:
-        way = speed.name.removeprefix(speed.model).strip(", ") or speed.engine
-        points.append({"group": speed.model, "name": way, "latency": speed.median,
-                       "accuracy": speed.accuracy})
-    with atomic_path(path) as temporary:
-        draw_tradeoff(points, temporary, f"{column.title} dev {column.metric}")
+    ways = [speed["name"].removeprefix(speed["model"]).strip(", ") or speed["engine"]
+            for speed in speeds]
+    shapes = {way: "osD^vP*X<>hp"[i % 12] for i, way in enumerate(dict.fromkeys(ways))}
+    colours = colours_of([speed["model"] for speed in speeds])
+    points = [(speed["median"], 100 * speed["accuracy"]) for speed in speeds]
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    for point, speed, way in zip(points, speeds, ways, strict=True):
+        axes.plot(*point, linestyle="", marker=shapes[way], markersize=8, alpha=0.75,
+                  color=colours[speed["model"]])
+    axes.set(title=f"{column.title}: score against latency, one row at a time on one thread",
+             xscale="log", xlabel="median latency in milliseconds (smaller is better)",
+             ylabel=f"dev {column.metric} in percent (larger is better)")
+    number_decades(axes.xaxis)
+    axes.margins(0.1)
+    axes.grid(alpha=0.3)
+    keys = [Line2D([], [], linestyle="", marker=shape, markersize=8, color="black",
+                   fillstyle="none", label=way) for way, shape in shapes.items()]
+    figure.legend(handles=colour_keys(colours) + keys, loc="outside right upper", fontsize=8)
+    number_points(axes, points)
+    save_figure(figure, path)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def number_points(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """Write both numbers of each point beside it, where nothing else stands."""
+    axes.figure.draw_without_rendering()  # settles where on the picture the points are
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7)
+             for x, y in axes.transData.transform(points)]
+    for x, y in points:
+        label = axes.annotate(
+            f"{y:.1f}, {x:.1f} ms", (x, y), xytext=PLACES[0], textcoords="offset points",
+            fontsize=7, ha="center", va="center")
+        for place in PLACES:
+            label.set_position(place)
+            box = label.get_window_extent()
+            if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
@@ -488,43 +583,49 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     # What the run left behind
-    entries = read_manifest(args.manifest)
-    scored = [e for e in entries if e.kind in ("teacher", "student", *SUFFIX, *SMALLER)]
-    found = [score for score in map(read_score, scored) if score is not None]
-    scores = best_of_settings(under_their_students(found))
+    evaluations = {Path(result["model"]).name: result
+                   for folder in folders_below(args.results_dir / "eval")
+                   if (result := read_if_there(folder / RESULTS))}
+    models = read_models(args.models_dir, evaluations)
+    scores = read_scores(models, evaluations)
     if not scores:
-        raise UserError(f"{args.manifest}: none of its folders has eval_results.json yet")
-    columns = make_columns(list(dict.fromkeys(entry.task for entry in scored)))
+        raise UserError(f"{args.models_dir}: no finished model with a score; expected folders with"
+                        f" {RESULTS}, or evaluations of them in {args.results_dir / 'eval'}")
+    columns = make_columns(scores)
     majority = majority_scores(columns, args.glue_dir)
+    speeds, column = next(
+        ((speeds, column) for column in columns
+         if (speeds := read_speeds(args.results_dir, scores, column))), ([], columns[0]))
+    runs = [(model, log) for model in models.values()
+            if model.kind in ("general", "intermediate", "student") and (log := read_log(model))]
 
     # Table
     header = ["dev, best / last", *(f"{c.title} {c.metric}" for c in columns)]
     rows = table_rows(scores, columns, majority)
     published = published_rows(columns) if args.published_numbers else []
-    timed = next((entry for entry in entries if entry.kind == "latency"), None)
-    speeds: list[Speed] = []
-    if timed is not None:
-        column = make_columns([timed.task])[0]
-        speeds = read_speeds(timed, scores, column)
-    page = results_page(header, rows, scores, published,
-                        speed_section(speeds, column) if speeds else "")
-    write_text(args.results_dir / "results.md", page)
+    write_text(args.results_dir / "results.md", results_page(
+        header, rows, scores, published, speed_section(speeds, column) if speeds else ""))
 
     # Pictures
-    curves = draw_losses(entries, args.results_dir / "loss_curves.png")
+    draw_losses(runs, args.results_dir / "loss_curves.png")
     draw_scores(scores, columns, majority, args.results_dir / "scores.png")
     if speeds:
-        draw_speeds(speeds, column, args.results_dir / "tradeoff.png")
+        draw_tradeoff(speeds, column, args.results_dir / "tradeoff.png")
 
     # Last, because the driver takes this file for the sign that the report is finished
     write_json(args.results_dir / "results.json", {
         "commit": commit_id(), "split": "dev", "scores": [score._asdict() for score in scores],
-        "majority_class": majority, "losses": curves,
-        "speeds": [speed._asdict() for speed in speeds],
-        "published": [dict(zip(("model", "source", "split", "percent"), row, strict=True))
-                      for row in PUBLISHED] if args.published_numbers else None,
+        "majority_class": majority,
+        "losses": {str(model.folder): {"first": log[0], "last": log[-1]} for model, log in runs},
+        "speeds": speeds,
+        "published": [
+            {"model": model, "source": source, "split": split, "percent": published_scores(numbers)}
+            for model, source, split, numbers in PUBLISHED] if args.published_numbers else None,
     })  # fmt: skip
-    print(text_table(header, rows + published))
+    smaller = {score.name for score in scores if score.kind in SMALLER}
+    print(text_table(header, [
+        ["  " + name.rpartition(", ")[2] if name in smaller else name,
+         *(cell.replace(" / ", "/") for cell in cells)] for name, *cells in rows + published]))
     if not published:
         print(NOT_COMPARABLE)
 

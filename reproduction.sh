@@ -1270,13 +1270,8 @@ evaluations() {
 }
 
 stage_report() {
-  local manifest=$RESULTS_DIR/manifest.tsv
-  if [[ $active == yes && $mode == run ]]; then
-    mkdir -p "$RESULTS_DIR"
-    printf '%s\n' "${records[@]}" >"$manifest"
-  fi
-  script report.py --manifest "$manifest" --glue_dir "$GLUE_DIR" \
-    --results_dir "$RESULTS_DIR"
+  script report.py --models_dir "$STUDENTS_DIR" --results_dir "$RESULTS_DIR" \
+    --glue_dir "$GLUE_DIR"
   [[ $PUBLISHED_NUMBERS != yes ]] || cmd+=(--published_numbers)
   needs=("$(evaluations)" "$printed")
   run report "$RESULTS_DIR/results.json"

@@ -1,15 +1,16 @@
-"""The report: every score with its split and rule, published numbers only where they compare."""
+"""The report: what it finds in a run's folders, and how tables and pictures tell it."""
 
 import json
 from pathlib import Path
 
-import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
 from transformer.runtime import run_script
+from transformer.tables import text_table
 from transformer.tasks import write_tsv
 
 
@@ -17,61 +18,191 @@ class Run:
     """A run's folders, written as the scripts write them."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.lines: list[str] = []
+        self.models, self.results, self.glue = root / "models", root / "results", root / "glue"
         sentences = [["g", label, "", f"sentence {i}"] for i, label in enumerate("1110")]
-        write_tsv(root / "glue" / "CoLA" / "dev.tsv", sentences)
+        write_tsv(self.glue / "CoLA" / "dev.tsv", sentences)
         header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-        write_tsv(root / "glue" / "MRPC" / "dev.tsv",
-                  [header, *([label, "1", "2", "a b", "c d"] for label in "1101")])  # fmt: skip
+        write_tsv(self.glue / "MRPC" / "dev.tsv",
+                  [header, *([label, "1", "2", "a b", "c d"] for label in "1101")])
 
-    def add(self, kind: str, model: str, task: str, best: dict, last: dict | None = None,
-            log: list[dict] | None = None, name: str = "") -> None:
-        """Add a model with an evaluation folder and a training folder."""
-        folder = self.root / f"{name or model}_{kind}_{task}"
-        training = self.root / f"{name or model}_{kind}_{task}_training"
-        metrics = {"metrics": best, "all_metrics": {"dev": best}, "rows": 4, "task": task}
-        write_results(folder, {**metrics, "selection": "none: this checkpoint as it is"})
-        if last is not None:
-            rule = "best of 3 dev evaluations"
-            write_results(training, {**metrics, "last": last, "best": best, "selection": rule})
+    def trained(self, name: str, source: str, task: str = "", best: dict | None = None,
+                last: dict | None = None, log: list[dict] | None = None, layers: int = 4,
+                results: dict | None = None, **arguments) -> None:
+        """Add the folder of a finished training run; with `best`, of one that was scored."""
+        folder = self.models / name
+        write_json(folder / "config.json", {"num_hidden_layers": layers})
+        write_json(folder / "args.json", {
+            **({"task": task} if task else {}), "arguments": {"do_eval": False, **arguments},
+            "student": f"elsewhere/{source}"})
+        scores = {} if best is None else {
+            "task": task, "metrics": best, "all_metrics": {"dev": best}, "last": last or best,
+            "rows": 4, "selection": "best of 3 dev evaluations"}
+        write_results(folder, {"losses": {}, **scores, **(results or {})})
         if log is not None:
-            training.mkdir(exist_ok=True)
             lines = [json.dumps(record) for record in log]
-            (training / "log.jsonl").write_text("\n".join(lines) + '\n{"cut')
-        self.lines.append("\t".join([kind, model, task, str(folder), str(training)]))
+            (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"cut', encoding="utf-8")
+
+    def teacher(self, task: str, best: dict, **more) -> None:
+        self.trained(f"final_{task}_teacher", "bert-base-uncased", task, best, layers=12,
+                     from_scratch=False, **more)
+
+    def student(self, name: str, task: str, best: dict, last: dict | None = None, **more) -> None:
+        """Add a student's two stages of task distillation."""
+        teacher = f"elsewhere/final_{task}_teacher/"
+        self.trained(f"tmp_{name}", f"distilled_{name}", task, pred_distill=False,
+                     teacher_model=teacher)
+        self.trained(name, f"tmp_{name}", task, best, last, pred_distill=True,
+                     teacher_model=teacher, **more)
+
+    def evaluated(self, name: str, task: str, metrics: dict) -> None:
+        """Add an evaluation of a model by task_distill.py --do_eval."""
+        write_results(self.results / "eval" / name, {
+            "task": task, "model": f"elsewhere/{name}", "metrics": metrics["dev"],
+            "all_metrics": metrics, "rows": 4, "selection": "none: this checkpoint as it is"})
+
+    def smaller(self, name: str, mcc: float, source: str, **record) -> None:
+        """Add what main.py of K-prune, or quantize.py, made of a student."""
+        key, file = (("model", "kprune.json") if "constraint" in record else
+                     ("source", "quantization.json"))
+        write_json(self.models / name / file, {key: f"../models/{source}", **record})
+        self.evaluated(name, "cola", {"dev": {"mcc": mcc}})
 
     def report(self, *flags: str) -> dict:
         """Run report.py and return results.json."""
-        manifest = self.root / "manifest.tsv"
-        manifest.write_text("\n".join(self.lines) + "\n")
         run_script(report.main, report.get_args_parser(), [
-            "--manifest", str(manifest), "--results_dir", str(self.root / "out"),
-            "--glue_dir", str(self.root / "glue"), *flags])  # fmt: skip
-        return json.loads((self.root / "out" / "results.json").read_text())
+            "--models_dir", str(self.models), "--results_dir", str(self.results),
+            "--glue_dir", str(self.glue), *flags])
+        return json.loads((self.results / "results.json").read_text(encoding="utf-8"))
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(score["name"] for score in self.report()["scores"]))
 
     @property
     def page(self) -> str:
-        return (self.root / "out" / "results.md").read_text()
+        return (self.results / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
     made = Run(tmp_path)
-    made.add("teacher", "teacher", "CoLA", {"mcc": 0.5}, last={"mcc": 0.48})
-    made.add("student", "tinybert_4l", "CoLA", {"mcc": 0.401}, last={"mcc": 0.39})
+    made.teacher("cola", {"mcc": 0.5}, last={"mcc": 0.48})
+    made.student("distilled_tinybert_4l_cola", "cola", {"mcc": 0.401}, {"mcc": 0.39})
     return made
+
+
+@pytest.fixture
+def smaller(run) -> Run:
+    """A run with smaller students, and latencies of some of its models."""
+    source = "distilled_tinybert_4l_cola"
+    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.45})
+    run.smaller("a", 0.39, source, constraint=0.1)
+    run.smaller("b", 0.35, source, constraint=0.3)
+    run.smaller("c", 0.4, source, method="int8-dynamic", format="onnx")
+    run.smaller("d", 0.34, "b", method="fp16", format="onnx")
+    rows = [("final_cola_teacher", 40, 1), (source, 8, 1), (source, 1, 2), ("a", 7, 1), ("c", 2, 1)]
+    write_json(run.results / "latency" / "inference.json", {"rows": [
+        {"model": name, "engine": "torch fp32", "median": float(time), "p95": 1.5 * time,
+         "megabytes": 50.0, "parameters": 14_500_000, "threads": threads, "batch": 1,
+         "length": "CoLA"} for name, time, threads in rows]})
+    return run
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, plt.Figure]:
+    """The pictures by their names, as they are handed over for saving."""
+    kept: dict[str, plt.Figure] = {}
+    monkeypatch.setattr(
+        report, "save_figure", lambda figure, path: kept.update({path.name: figure}))
+    return kept
+
+
+# ------------------------------------------------------------------ what is found
 
 
 def test_best_and_last_stand_side_by_side_in_percent(run, capsys):
     run.report()
     assert "| tinybert_4l | 40.1 / 39.0 |" in run.page
     assert "best of 3 dev evaluations" in run.page
-    assert "tinybert_4l       40.1 / 39.0" in capsys.readouterr().out
+    assert "tinybert_4l       40.1/39.0" in capsys.readouterr().out
+
+
+def test_an_evaluation_counts_before_the_scores_of_the_training(run):
+    run.evaluated("distilled_tinybert_4l_cola", "cola", {"dev": {"mcc": 0.402}})
+    run.report()
+    assert "| tinybert_4l | 40.2 / 39.0 |" in run.page
+
+
+def test_baselines_are_told_from_teachers_by_where_they_come_from_and_how_deep_they_are(run):
+    run.trained("distilled_tinybert_4l", "tinybert_4l_config", pregenerated_data="json")
+    for kind, source, scratch in (("scratch", "tinybert_4l_config", True),
+                                  ("general", "distilled_tinybert_4l", False),
+                                  ("smart", "copied_layers", False)):
+        run.trained(f"baseline_{kind}_tinybert_4l_cola", source, "cola", {"mcc": 0.1},
+                    from_scratch=scratch)
+    run.trained("refined_teacher", "final_cola_teacher", "cola", {"mcc": 0.51}, layers=12,
+                from_scratch=False)
+    (run.models / "tinybert_4l_smart_cola").mkdir()
+    run.evaluated("tinybert_4l_smart_cola", "cola", {"dev": {"mcc": 0.05}})
+    assert run.names() == [
+        "teacher", "teacher (refined_teacher)", "tinybert_4l",
+        "tinybert_4l_smart, no task distillation", "tinybert_4l, labels only, random start",
+        "tinybert_4l, labels only, after general d.", "tinybert_4l, labels only, copied layers"]
+
+
+def test_what_was_moved_away_or_is_not_finished_or_lies_deeper_does_not_count(run, caplog):
+    for name in ("distilled_tinybert_6l_cola.old", "x.gone", "demo/distilled_tinybert_6l_cola"):
+        run.student(name, "cola", {"mcc": 0.9})
+    run.student("distilled_tinybert_9l_cola", "cola", {"mcc": 0.9})
+    (run.models / "distilled_tinybert_9l_cola" / "eval_results.json").unlink()
+    run.evaluated("distilled_tinybert_9l_cola", "cola", {"dev": {"mcc": 0.9}})
+    assert run.names() == ["teacher", "tinybert_4l"]
+    assert "distilled_tinybert_9l_cola: not finished" in caplog.text
+
+
+def test_smaller_students_stand_below_the_one_that_they_were_made_from(smaller):
+    smaller.report()
+    table = [line for line in smaller.page.partition("## ")[0].splitlines() if "|" in line]
+    assert table[3:] == [
+        "| teacher | 50.0 / 48.0 |", "| tinybert_4l | 40.1 / 39.0 |",
+        "| tinybert_4l, K-prune 10 % removed | 39.0 |",
+        "| tinybert_4l, K-prune 30 % removed | 35.0 |",
+        "| tinybert_4l, K-prune 30 % removed, fp16 ONNX | 34.0 |",
+        "| tinybert_4l, int8-dynamic ONNX | 40.0 |", "| tinybert_6l | 45.0 / 45.0 |"]
+
+
+def test_a_pruned_model_without_an_evaluation_has_the_score_that_k_prune_measured(run):
+    after = {"all_metrics": {"dev": {"mcc": 0.3}}}
+    write_json(run.models / "mine" / "kprune.json", {
+        "model": "downloaded_cola", "constraint": 0.5, "task": "cola", "after": after})
+    run.report()
+    assert "| downloaded, K-prune 50 % removed | 30.0 |" in run.page
+
+
+def test_of_a_sweep_all_settings_are_told_and_the_best_by_name(run, figures):
+    tried = [{"folder": f"lr{rate}_batch16", "learning_rate": float(rate), "train_batch_size": 16,
+              "metrics": {"mcc": mcc}, "last": {"mcc": mcc}}
+             for rate, mcc in (("1e-05", 0.3), ("2e-05", 0.6))]
+    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.6},
+                results={"sweep": tried, "chosen": "lr2e-05_batch16"})
+    log = run.models / "distilled_tinybert_6l_cola" / "lr2e-05_batch16" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 5, "epoch": 1.0, "cls_loss": 0.6}', encoding="utf-8")
+    result = run.report()
+    assert "lr2e-05_batch16, best of 2 settings by mcc on dev; best of 3 dev eval" in run.page
+    assert "| tinybert_6l, lr1e-05_batch16 | CoLA | dev |  | mcc 30.0 | mcc 30.0 |" in run.page
+    assert [ends["last"]["cls_loss"] for ends in result["losses"].values()] == [0.6]
+
+
+def test_mnli_has_a_column_for_each_dev_set(run):
+    run.teacher("mnli", {"acc": 0.84})
+    run.evaluated("final_mnli_teacher", "mnli", {"dev": {"acc": 0.84}, "dev_mm": {"acc": 0.83}})
+    run.report()
+    assert "| CoLA mcc | MNLI acc | MNLI-mm acc |" in run.page
+    assert "| 84.0 / 84.0 | 83.0 |" in run.page
 
 
 def test_the_majority_class_is_computed_from_the_dev_set(run):
-    run.add("teacher", "teacher", "MRPC", {"acc": 0.8, "f1": 0.9, "acc_and_f1": 0.85})
+    run.teacher("mrpc", {"acc": 0.8, "f1": 0.9, "acc_and_f1": 0.85})
     result = run.report()
     assert result["majority_class"]["CoLA"]["dev"] == {"mcc": 0.0}
     assert result["majority_class"]["MRPC"]["dev"]["acc"] == 0.75
@@ -86,123 +217,112 @@ def test_published_numbers_appear_only_where_they_compare(run):
     result = run.report("--published_numbers")
     assert "| BERT-base (paper, test) | 52.8 |" in run.page
     assert "| TinyBERT4 (paper, dev) | 50.8 |" in run.page
-    assert "| TinyBERT4, lr 1.25e-5 (seed, dev) | 37.2 |" in run.page
+    assert "| TinyBERT4, lr 1.25e-5 (original, dev) | 37.2 |" in run.page
     assert {row["split"] for row in result["published"]} == {"dev", "test"}
 
 
-def test_of_several_settings_the_best_counts_and_that_is_said(run):
-    for name, score in (("a", 0.2), ("b", 0.6), ("c", 0.3)):
-        run.add("student", "tinybert_6l", "CoLA", {"mcc": score}, last={"mcc": score}, name=name)
-    scores = [s for s in run.report()["scores"] if s["name"] == "tinybert_6l"]
-    assert [s["best"]["dev"]["mcc"] for s in scores] == [0.6]
-    assert scores[0]["selection"].startswith("best of 3 settings by mcc on dev")
-
-
-def test_mnli_has_a_column_for_each_dev_set(run):
-    run.add("teacher", "teacher", "MNLI", {"acc": 0.84})
-    folder = run.root / "teacher_teacher_MNLI"
-    both = {"dev": {"acc": 0.84}, "dev_mm": {"acc": 0.83}}
-    write_results(folder, {"metrics": both["dev"], "all_metrics": both, "rows": 4})
-    run.report()
-    assert "| CoLA mcc | MNLI acc | MNLI-mm acc |" in run.page
-    assert "| 84.0 | 83.0 |" in run.page
-
-
-def test_baselines_are_named_for_what_they_lack(run):
-    run.add("baseline_scratch", "tinybert_4l", "CoLA", {"mcc": 0.1})
-    run.add("untrained", "tinybert_6l_smart_init_direct", "CoLA", {"mcc": 0.05})
-    run.report()
-    assert "| tinybert_4l, labels only, random start | 10.0 |" in run.page
-    assert "| tinybert_6l_smart_init_direct, no task distillation | 5.0 |" in run.page
-
-
-@pytest.fixture
-def smaller(run) -> Run:
-    """A run with smaller students, and latencies of some of its models."""
-    run.add("student", "tinybert_6l", "CoLA", {"mcc": 0.45})
-    for kind, name, score, fact in (
-        ("pruned", "a", 0.39, {"constraint": 0.1}), ("pruned", "b", 0.35, {"constraint": 0.3}),
-        ("quantized", "c", 0.4, {"method": "int8-dynamic", "format": "onnx"}),
-    ):  # fmt: skip
-        run.add(kind, "tinybert_4l", "CoLA", {"mcc": score}, name=name)
-        write_json(run.root / f"{name}_{kind}_CoLA_training" / report.SMALLER[kind], fact)
-    times = {"teacher_teacher_CoLA": 40, "tinybert_4l_student_CoLA": 8, "a_pruned_CoLA": 7,
-             "c_quantized_CoLA": 2}
-    engines = {"c_quantized_CoLA": "onnx int8-dynamic"}
-    write_json(run.root / "latency" / "inference.json", {"rows": [
-        {"model": name, "engine": engines.get(name, "torch fp32"), "median": float(time),
-         "p95": 1.5 * time, "megabytes": 50.0, "parameters": 14_500_000}
-        for name, time in times.items()]})
-    run.lines.append(f"latency\t-\tCoLA\t{run.root / 'latency'}\t{run.root / 'latency'}")
-    return run
-
-
-def test_smaller_students_stand_below_the_student_they_were_made_from(smaller):
-    smaller.report()
-    table = [line for line in smaller.page.partition("## ")[0].splitlines() if "|" in line]
-    assert table[3:] == [
-        "| teacher | 50.0 / 48.0 |", "| tinybert_4l | 40.1 / 39.0 |",
-        "| tinybert_4l, K-prune 10 % removed | 39.0 |",
-        "| tinybert_4l, K-prune 30 % removed | 35.0 |",
-        "| tinybert_4l, int8-dynamic ONNX | 40.0 |", "| tinybert_6l | 45.0 |",
-    ]  # fmt: skip
-
-
-def test_latencies_stand_beside_the_scores_of_the_same_models_and_in_a_picture(smaller):
+def test_latencies_stand_beside_the_scores_of_the_same_models(smaller):
     result = smaller.report()
     assert [(speed["name"], speed["median"], speed["accuracy"]) for speed in result["speeds"]] == [
         ("teacher", 40, 0.5), ("tinybert_4l", 8, 0.401),
         ("tinybert_4l, K-prune 10 % removed", 7, 0.39),
-        ("tinybert_4l, int8-dynamic ONNX", 2, 0.4)]  # fmt: skip
-    row = ("| tinybert_4l, int8-dynamic ONNX | onnx int8-dynamic | 50.0 | 14.5M | 2.00 | 3.00 |"
+        ("tinybert_4l, int8-dynamic ONNX", 2, 0.4)]
+    row = ("| tinybert_4l, int8-dynamic ONNX | torch fp32 | 50.0 | 14.5M | 2.00 | 3.00 |"
            " 20.0 | 40.0 |")
     assert row in smaller.page
-    assert "tradeoff.png" in smaller.page
-    assert matplotlib.image.imread(smaller.root / "out" / "tradeoff.png").std() > 0.05
 
 
 def test_without_latencies_there_is_no_section_on_them(run):
-    run.lines.append("latency\t-\tCoLA\tnowhere\tnowhere")
     assert run.report()["speeds"] == []
     assert "Size and latency" not in run.page
-    assert not (run.root / "out" / "tradeoff.png").exists()
-
-
-def test_a_run_that_is_not_finished_yet_is_reported_as_far_as_it_went(run, caplog):
-    run.lines.append("student\ttinybert_6l\tCoLA\tnowhere\tnowhere")
-    result = run.report()
-    assert {score["name"] for score in result["scores"]} == {"teacher", "tinybert_4l"}
-    assert "nowhere" in caplog.text
-
-
-def test_pictures_show_bars_and_curves_and_an_unfinished_log_line_does_no_harm(run):
-    losses = [{"step": i, "epoch": i / 4, "att_loss": 9.0 / i, "rep_loss": 2.0 / i}
-              for i in range(1, 9)]  # fmt: skip
-    run.add("general", "tinybert_4l", "-", {}, log=losses)
-    run.add("intermediate", "tinybert_4l", "CoLA", {}, log=losses)
-    run.add("prediction", "tinybert_4l", "CoLA", {}, log=[
-        {"step": 5, "epoch": 1.0, "cls_loss": 0.6, "metrics": {"mcc": 0.4}}])  # fmt: skip
-    result = run.report()
-    ends = {Path(folder).name: ends for folder, ends in result["losses"].items()}
-    assert ends["tinybert_4l_general_-_training"]["first"]["att_loss"] == 9.0
-    assert ends["tinybert_4l_general_-_training"]["last"]["att_loss"] == 9.0 / 8
-    for name in ("scores.png", "loss_curves.png"):
-        picture = matplotlib.image.imread(run.root / "out" / name)
-        assert picture.std() > 0.05, f"{name} is blank"
-
-
-def test_a_manifest_line_with_missing_fields_is_named(run, capsys):
-    run.lines.append("student\ttinybert_6l")
-    with pytest.raises(SystemExit) as stopped:
-        run.report()
-    assert stopped.value.code == 2
-    assert "manifest.tsv, line 3: 2 fields; expected 5" in capsys.readouterr().err
+    assert not (run.results / "tradeoff.png").exists()
 
 
 def test_a_run_without_any_result_is_an_error_and_writes_nothing(tmp_path, capsys):
-    empty = Run(tmp_path)
-    empty.lines.append("student\ttinybert_6l\tCoLA\tnowhere\tnowhere")
-    with pytest.raises(SystemExit):
-        empty.report()
-    assert "none of its folders has eval_results.json" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stopped:
+        Run(tmp_path).report()
+    assert stopped.value.code == 2
+    assert "models: no finished model with a score" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+# ------------------------------------------------------------------ pictures and the terminal
+
+
+def test_a_short_last_interval_is_weighted_by_its_steps():
+    log = [{"step": step, "epoch": step / 10, "loss": loss}
+           for step, loss in ((4, 3.0), (8, 2.0), (9, 7.0))]
+    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.9], [3.0, 3.0])
+    for record, steps in zip(log, (4, 4, 1), strict=True):
+        record["steps"] = steps
+    assert report.loss_curve(log[:2], ["loss"]) == ([0.4, 0.8], [3.0, 2.0])
+    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.9], [3.0, 3.0])
+
+
+def test_loss_curves_have_a_logarithmic_axis_from_a_decade_on_and_the_legend_outside(run, figures):
+    losses = [{"step": i, "epoch": i / 4, "att_loss": 16.0 / i, "rep_loss": 9.0 / i}
+              for i in range(1, 11)]
+    run.trained("distilled_tinybert_4l", "config", log=losses, pregenerated_data="json")
+    run.trained("distilled_tinybert_6l", "config", log=losses[:5], pregenerated_data="json")
+    result = run.report()
+    ends = result["losses"][str(run.models / "distilled_tinybert_4l")]
+    assert (ends["first"]["att_loss"], ends["last"]["att_loss"]) == (16.0, 1.6)
+    panels = {axes.get_title(): axes for axes in figures["loss_curves.png"].axes}
+    assert panels["General, attention"].get_yscale() == "log"
+    assert [len(line.get_xdata()) for line in panels["General, attention"].lines] == [10, 5]
+    [legend] = figures["loss_curves.png"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["tinybert_4l", "tinybert_6l"]
+    assert not any(axes.get_legend() or overlap(legend, axes) for axes in panels.values())
+
+
+def test_loss_curves_that_span_less_than_a_decade_are_linear(run, figures):
+    losses = [{"step": i, "epoch": i / 4, "cls_loss": 9.0 / i} for i in range(1, 10)]
+    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.4}, log=losses)
+    run.report()
+    shown = [axes for axes in figures["loss_curves.png"].axes if axes.get_visible()]
+    assert [(axes.get_title(), axes.get_yscale()) for axes in shown] == [("CoLA, logits", "linear")]
+
+
+def overlap(legend, axes) -> bool:
+    legend.figure.draw_without_rendering()
+    return legend.get_window_extent().overlaps(axes.get_tightbbox())
+
+
+def test_bars_carry_their_values_and_smaller_students_are_among_them(smaller, figures):
+    smaller.report()
+    [axes] = figures["scores.png"].axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    values = dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
+    assert values["tinybert_4l"] == "40.1"
+    assert values["tinybert_4l, K-prune 30 % removed"] == "35.0"
+    assert values["tinybert_4l, int8-dynamic ONNX"] == "40.0"
+    assert [bar.get_width() for bar in axes.patches] == [float(value) for value in values.values()]
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.0]  # the majority class
+
+
+def test_the_tradeoff_has_a_title_and_numbers_at_its_points_that_do_not_overlap(smaller, figures):
+    smaller.report()
+    figure = figures["tradeoff.png"]
+    [axes], [legend] = figure.axes, figure.legends
+    assert axes.get_title().startswith("CoLA: score against latency")
+    assert axes.get_xscale() == "log"
+    assert {text.get_text() for text in axes.texts} == {
+        "50.0, 40.0 ms", "40.1, 8.0 ms", "39.0, 7.0 ms", "40.0, 2.0 ms"}
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)
+    assert not overlap(legend, axes)
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["teacher", "tinybert_4l"]
+
+
+def test_pictures_are_written(smaller):
+    smaller.report()
+    for name in ("scores.png", "loss_curves.png", "tradeoff.png"):
+        assert (smaller.results / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_table_for_the_terminal_keeps_within_80_columns():
+    rows = [["a student with quite a long name, labels only, copied layers", *["40.1/39.0"] * 7]]
+    lines = text_table(["dev", *(f"task-{i} spearmanr" for i in range(7))], rows).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("40.1/39.0") for line in lines) == 7
+    assert all(f"task-{i}" in "\n".join(lines) for i in range(7))

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,18 @@ def compute_metrics(
     return _classification_metrics(task, predicted, labels, order)
 
 
-def majority_baseline(task: str | GlueTask, features: Features) -> dict[str, float]:
+def majority_baseline(task: str | GlueTask, labels: Sequence[str]) -> dict[str, float]:
     """Compute the task's metrics of always predicting the most common class, as fractions of 1.
 
-    For STS-B, of always predicting the same score: all 0.
+    `labels` are those of the rows, as their file spells them. For STS-B all metrics are 0: those
+    of always predicting the same score.
     """
     task = get_task(task)
     if task.is_regression:
         return dict.fromkeys(("pearson", "spearmanr", "corr"), 0.0)
-    gold = features.labels.numpy()
+    gold = np.array([task.labels.index(label) for label in labels])
     predicted = np.full_like(gold, np.bincount(gold).argmax())
-    return _classification_metrics(task, predicted, gold, features.label_names)
+    return _classification_metrics(task, predicted, gold, task.labels)
 
 
 def predict_logits(
