@@ -123,7 +123,7 @@ def test_windows_overlap_cover_the_paragraph_and_carry_the_question(tokenizer):
     for window in range(len(windows.features)):
         row = windows.features.collate([window])
         length = int(row["attention_mask"].sum())
-        first = windows.part_start(window)
+        first = windows.context_start(window)
         cells = row["input_ids"][0, :length].tolist()
         assert length <= 20
         assert cells[:first] == [tokenizer.cls_id, *asked, tokenizer.sep_id]
@@ -149,11 +149,11 @@ def test_the_answer_is_cut_from_the_text_of_the_best_window_with_its_capitals(to
                  Question("2", "was it bad", "a sad story", ())]
     windows = make_windows(questions, tokenizer, 32)
     logits = [np.zeros((length, 2), np.float32) for length in windows.features.lengths]
-    first = windows.part_start(0)
+    first = windows.context_start(0)
     logits[0][first + 4, 0] = logits[0][first + 5, 1] = 5.0
     logits[1][0] = 3.0  # no answer
-    assert decode(questions, windows, logits, may_refuse=True) == {"1": "WAS Lovely", "2": ""}
-    assert decode(questions, windows, logits, may_refuse=False)["2"] != ""
+    assert decode(questions, windows, logits, unanswerable=True) == {"1": "WAS Lovely", "2": ""}
+    assert decode(questions, windows, logits, unanswerable=False)["2"] != ""
 
 
 @pytest.mark.parametrize(("content", "expected"), [
@@ -247,7 +247,7 @@ def test_a_model_that_has_learned_to_answer_keeps_answering_after_pruning(tmp_pa
     places = []
     for window, question in enumerate(questions):
         spans = [question.context[left:right] for left, right in windows.pieces[window]]
-        places.append(windows.part_start(window) + spans.index(question.answers[0]))
+        places.append(windows.context_start(window) + spans.index(question.answers[0]))
     aims = torch.tensor(places)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):

@@ -73,17 +73,17 @@ class Graph:
         self.weights[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
         return name
 
-    def number(self, value: float) -> str:
+    def scalar(self, value: float) -> str:
         """Add a constant number, once."""
-        return self.weight(f"number_{value!r}", np.array(value, dtype=np.float32))
+        return self.weight(f"scalar_{value!r}", np.array(value, dtype=np.float32))
 
-    def places(self, *values: int) -> str:
-        """Add constant sizes or places, once."""
-        return self.weight("_".join(map(str, ("places", *values))), np.array(values, np.int64))
+    def vector(self, *values: int) -> str:
+        """Add a constant vector of sizes or indices, once."""
+        return self.weight("_".join(map(str, ("vector", *values))), np.array(values, np.int64))
 
-    def place(self, value: int) -> str:
-        """Add a constant place, once."""
-        return self.weight(f"place_{value}", np.array(value, np.int64))
+    def index(self, value: int) -> str:
+        """Add a constant index, once."""
+        return self.weight(f"index_{value}", np.array(value, np.int64))
 
     def add(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output of its own name; returns the name."""
@@ -101,7 +101,7 @@ class Graph:
         if x not in self.scaled:
             largest = self.add("ReduceMax", f"{x}.largest", self.add("Abs", f"{x}.abs", x),
                                axes=[-1])
-            self.add("Add", f"{x}.size", largest, self.number(SMALLEST))
+            self.add("Add", f"{x}.size", largest, self.scalar(SMALLEST))
             self.add("Div", f"{x}.scaled_rows", x, f"{x}.size")
             self.scaled.add(x)
         product = self.add("MatMul", f"{name}.scaled_product", f"{x}.scaled_rows", weight)
@@ -116,19 +116,19 @@ class Graph:
     def activate(self, name: str, x: str, activation: str) -> str:
         """Add one of `modeling.ACTIVATIONS`."""
         if activation == "gelu":
-            scaled = self.add("Div", f"{name}.scaled", x, self.number(math.sqrt(2)))
+            scaled = self.add("Div", f"{name}.scaled", x, self.scalar(math.sqrt(2)))
             gate = self.add("Add", f"{name}.gate", self.add("Erf", f"{name}.erf", scaled),
-                            self.number(1.0))
+                            self.scalar(1.0))
             return self.add("Mul", name, self.add("Mul", f"{name}.twice", x, gate),
-                            self.number(0.5))
+                            self.scalar(0.5))
         if activation in ("gelu_new", "gelu_pytorch_tanh"):
-            cube = self.add("Pow", f"{name}.cube", x, self.number(3.0))
+            cube = self.add("Pow", f"{name}.cube", x, self.scalar(3.0))
             bent = self.add("Add", f"{name}.bent", x, self.add(
-                "Mul", f"{name}.part", cube, self.number(0.044715)))
-            scaled = self.add("Mul", f"{name}.scaled", bent, self.number(math.sqrt(2 / math.pi)))
+                "Mul", f"{name}.part", cube, self.scalar(0.044715)))
+            scaled = self.add("Mul", f"{name}.scaled", bent, self.scalar(math.sqrt(2 / math.pi)))
             gate = self.add("Add", f"{name}.gate", self.add("Tanh", f"{name}.tanh", scaled),
-                            self.number(1.0))
-            return self.add("Mul", name, self.add("Mul", f"{name}.half", x, self.number(0.5)),
+                            self.scalar(1.0))
+            return self.add("Mul", name, self.add("Mul", f"{name}.half", x, self.scalar(0.5)),
                             gate)
         if activation in ("silu", "swish"):
             return self.add("Mul", name, x, self.add("Sigmoid", f"{name}.gate", x))
@@ -137,8 +137,8 @@ class Graph:
 
 def add_embeddings(graph: Graph, part: nn.Module) -> str:
     """Add the sum of the three embeddings, normalised: [batch, length, hidden]."""
-    length = graph.add("Gather", "length", graph.add("Shape", "shape", "input_ids"), graph.place(1))
-    numbers = graph.add("Range", "numbers", graph.place(0), length, graph.place(1))
+    length = graph.add("Gather", "length", graph.add("Shape", "shape", "input_ids"), graph.index(1))
+    numbers = graph.add("Range", "positions.range", graph.index(0), length, graph.index(1))
     positions, segments = (
         graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
         for name, embedding, index in (
@@ -161,11 +161,11 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
 
 def add_mask(graph: Graph) -> str:
     """Add what the mask adds to the scores: [batch, 1, 1, length]."""
-    mask = graph.add("Unsqueeze", "mask.heads", "attention_mask", graph.places(1))
-    mask = graph.add("Unsqueeze", "mask.queries", mask, graph.places(2))
+    mask = graph.add("Unsqueeze", "mask.heads", "attention_mask", graph.vector(1))
+    mask = graph.add("Unsqueeze", "mask.queries", mask, graph.vector(2))
     mask = graph.add("Cast", "mask.float", mask, to=TensorProto.FLOAT)
-    mask = graph.add("Sub", "mask.padding", graph.number(1.0), mask)
-    return graph.add("Mul", "mask", mask, graph.number(MASKED_SCORE))
+    mask = graph.add("Sub", "mask.padding", graph.scalar(1.0), mask)
+    return graph.add("Mul", "mask", mask, graph.scalar(MASKED_SCORE))
 
 
 def add_attention(graph: Graph, name: str, hidden: str, mask: str, part: nn.Module) -> str:
@@ -176,17 +176,17 @@ def add_attention(graph: Graph, name: str, hidden: str, mask: str, part: nn.Modu
 
     def split(which: str, order: list[int]) -> str:
         x = graph.linear(f"{name}.{which}", hidden, getattr(part, which))
-        x = graph.add("Reshape", f"{name}.{which}.heads", x, graph.places(0, 0, heads, width))
+        x = graph.add("Reshape", f"{name}.{which}.heads", x, graph.vector(0, 0, heads, width))
         return graph.add("Transpose", f"{name}.{which}.split", x, perm=order)
 
     scores = graph.add("MatMul", f"{name}.product", split("query", [0, 2, 1, 3]),
                        split("key", [0, 2, 3, 1]))  # [batch, heads, length, length]
-    scores = graph.add("Div", f"{name}.scaled", scores, graph.number(math.sqrt(width)))
+    scores = graph.add("Div", f"{name}.scaled", scores, graph.scalar(math.sqrt(width)))
     attention = graph.add("Softmax", f"{name}.probabilities",
                           graph.add("Add", f"{name}.scores", scores, mask), axis=-1)
     context = graph.add("MatMul", f"{name}.split", attention, split("value", [0, 2, 1, 3]))
     context = graph.add("Transpose", f"{name}.joined", context, perm=[0, 2, 1, 3])
-    return graph.add("Reshape", f"{name}.context", context, graph.places(0, 0, heads * width))
+    return graph.add("Reshape", f"{name}.context", context, graph.vector(0, 0, heads * width))
 
 
 def add_layer(
@@ -199,8 +199,8 @@ def add_layer(
     total = graph.add("Add", f"{name}.attention.sum", output, hidden)
     attended = graph.layer_norm(f"{name}.attended", total, layer.attention.output.LayerNorm)
     if is_last:  # the pooler reads nothing else; this saves two thirds of the layer
-        attended = graph.add("Slice", f"{name}.first", attended, graph.places(0),
-                             graph.places(1), graph.places(1))
+        attended = graph.add("Slice", f"{name}.first", attended, graph.vector(0),
+                             graph.vector(1), graph.vector(1))
     inner = ""
     if layer.intermediate.neurons:
         inner = graph.linear(f"{name}.intermediate", attended, layer.intermediate.dense)
@@ -223,7 +223,7 @@ def build(model: nn.Module, scale_rows: bool = False) -> onnx.ModelProto:
     for number, layer in enumerate(model.bert.encoder.layer):
         hidden = add_layer(graph, f"{INNER}{number}", hidden, mask, layer, config.hidden_act,
                            number == last)
-    first = graph.add("Gather", "first", hidden, graph.place(0), axis=1)  # [batch, hidden]
+    first = graph.add("Gather", "first", hidden, graph.index(0), axis=1)  # [batch, hidden]
     pooled = graph.activate("pooled", graph.linear("pooler", first, model.bert.pooler.dense),
                             config.pooler_act)
     if config.classifier_relu:

@@ -1,9 +1,9 @@
 """K-prune: structured pruning without retraining (paper: arXiv 2308.03449).
 
 Attention heads and feed-forward neurons go, sub-layer by sub-layer from the bottom. For each the
-knowledge that every remaining unit holds is measured on a sample of the training rows, the least
-knowledge per operation is pruned, and what is left of the output projection is refitted so that
-the sub-layer still puts out what the unpruned model's does.
+knowledge of every remaining unit is measured on a sample of the training rows, those with the
+least knowledge per operation are pruned, and what is left of the output projection is refitted to
+the output of the unpruned model's sub-layer.
 """
 
 import copy
@@ -103,13 +103,13 @@ class SubLayer:
 
     def keep(self, kept: Tensor) -> None:
         """Remove the units for which `kept`, bool [units], is false."""
-        places = kept.repeat_interleave(self.width).nonzero().flatten()
+        indices = kept.repeat_interleave(self.width).nonzero().flatten()
         names = ("query", "key", "value") if self.is_attention else ("dense",)
         for name in names:
             old = getattr(self.inner, name)
-            setattr(self.inner, name, _smaller(old.weight[places], old.bias[places]))
+            setattr(self.inner, name, _smaller(old.weight[indices], old.bias[indices]))
         dense = self.output.dense
-        self.output.dense = _smaller(dense.weight[:, places], dense.bias)
+        self.output.dense = _smaller(dense.weight[:, indices], dense.bias)
         if self.is_attention:
             self.inner.heads = int(kept.sum())
         else:
@@ -170,9 +170,9 @@ def start_batch(model: Model, batch: Mapping[str, Tensor] | Sequence[Tensor]) ->
 
 
 class Knowledge(NamedTuple):
-    """What the units of one sub-layer know, summed over the sample: each [units * width].
+    """Knowledge of one sub-layer's units, summed over the sample: each [units * width].
 
-    predictive: half the squared gradient of the divergence from the unpruned model's answers.
+    predictive: half the squared gradient of the divergence from the unpruned model's logits.
     representational: the squared features over real tokens.
     """
 
@@ -181,7 +181,7 @@ class Knowledge(NamedTuple):
 
 
 def divergence(current: Tensor, original: Tensor, temperature: float, real: Tensor) -> Tensor:
-    """Return how far answers are from the unpruned model's, a scalar: the mean over the batch.
+    """Return how far logits are from the unpruned model's, a scalar: the mean over the batch.
 
     T^2 KL(original || current) of the classes at temperature T; for regression, which is known by
     its single output, the squared error; for question answering the mean of the divergences of
@@ -208,21 +208,26 @@ def squared_features(features: Tensor, real: Tensor) -> Tensor:
     return real.flatten().to(features.dtype) @ features.flatten(0, 1).square()
 
 
+def zero_sums(sublayers: list[SubLayer]) -> list[Tensor]:
+    """Return a float64 zero for each input of each output projection, [units * width] each."""
+    return [torch.zeros_like(sublayer.output.dense.weight[0], dtype=torch.float64)
+            for sublayer in sublayers]
+
+
 @torch.no_grad()
 def first_knowledge(model: Model, remaining: list[SubLayer], sample: list[SampleBatch]
                     ) -> list[Knowledge]:
-    """Measure the unpruned model, whose answers become the reference.
+    """Measure the unpruned model, whose logits become the reference.
 
     It does not diverge from itself, so no gradient has to be computed: all are 0.
     """
-    found = [[torch.zeros_like(part.output.dense.weight[0], dtype=torch.float64)
-              for part in remaining] for _ in range(2)]
+    found = zero_sums(remaining), zero_sums(remaining)
     for batch in sample:
         hidden = batch.hidden
-        for part, squares in zip(remaining, found[1], strict=True):
-            features = part.features(hidden, batch.added_mask)
+        for sublayer, squares in zip(remaining, found[1], strict=True):
+            features = sublayer.features(hidden, batch.added_mask)
             squares += squared_features(features, batch.real)
-            hidden = part.output(features, hidden)
+            hidden = sublayer.output(features, hidden)
         batch.logits = model.head_logits(hidden)
     return [Knowledge(*both) for both in zip(*found, strict=True)]
 
@@ -234,24 +239,23 @@ def knowledge(model: Model, remaining: list[SubLayer], sample: list[SampleBatch]
     The gradient for a mask of ones on features is the sum over tokens of the features times
     their own gradient; no other gradients are computed.
     """
-    found = [[torch.zeros_like(part.output.dense.weight[0], dtype=torch.float64)
-              for part in remaining] for _ in range(2)]
+    found = zero_sums(remaining), zero_sums(remaining)
     for batch in sample:
         hidden = batch.hidden
         all_features = []
-        for part, squares in zip(remaining, found[1], strict=True):
-            if part is remaining[-1] and model.only_cls_reaches_head:
+        for sublayer, squares in zip(remaining, found[1], strict=True):
+            if sublayer is remaining[-1] and model.only_cls_reaches_head:
                 with torch.no_grad():
                     squares += squared_features(
-                        part.features(hidden, batch.added_mask), batch.real)
+                        sublayer.features(hidden, batch.added_mask), batch.real)
                 hidden = hidden[:, :1]  # only [CLS] reaches the head from here on
-                features = part.features(hidden, batch.added_mask)
+                features = sublayer.features(hidden, batch.added_mask)
             else:
-                features = part.features(hidden, batch.added_mask)
+                features = sublayer.features(hidden, batch.added_mask)
                 squares += squared_features(features.detach(), batch.real)
             if not features.requires_grad:
                 features.requires_grad_()
-            hidden = part.output(features, hidden)
+            hidden = sublayer.output(features, hidden)
             all_features.append(features)
         loss = divergence(model.head_logits(hidden), batch.logits, temperature, batch.real)
         if not loss.requires_grad:  # no sub-layer has units left
@@ -282,18 +286,18 @@ class Scoring:
     samples: int
     tokens: int
 
-    def cost(self, part: SubLayer) -> float:
+    def cost(self, sublayer: SubLayer) -> float:
         """Return the operations of one unit of a sub-layer."""
-        return self.head_flops if part.is_attention else self.neuron_flops
+        return self.head_flops if sublayer.is_attention else self.neuron_flops
 
-    def scores(self, part: SubLayer, known: Knowledge) -> Tensor:
+    def scores(self, sublayer: SubLayer, known: Knowledge) -> Tensor:
         """Return each unit's knowledge for a billion operations, [units], float64."""
-        weight_squares = part.output.dense.weight.double().square().mean(dim=0)
+        weight_squares = sublayer.output.dense.weight.double().square().mean(dim=0)
         representational = known.representational * weight_squares / self.tokens
         mixed = (self.lam_pred * known.predictive / self.samples
                  + self.lam_rep * representational)
-        scores = part.per_unit(mixed) / (self.cost(part) / 1e9)
-        return (scores * self.mu if part.is_attention else scores).cpu()
+        scores = sublayer.per_unit(mixed) / (self.cost(sublayer) / 1e9)
+        return (scores * self.mu if sublayer.is_attention else scores).cpu()
 
 
 def find_threshold(scores: Tensor, costs: Tensor, budget: float) -> float:
@@ -317,7 +321,7 @@ def find_threshold(scores: Tensor, costs: Tensor, budget: float) -> float:
 
 
 class LeastSquares:
-    """Solves min |features @ solution - targets| over tokens that come in pieces.
+    """Solves min |features @ solution - targets| over tokens that are added batch by batch.
 
     By orthogonal transformations of the matrix itself (QR), whose condition is not squared as
     by the normal equations, and in memory that does not grow with the tokens.
@@ -332,19 +336,19 @@ class LeastSquares:
         self.waiting: list[Tensor] = []
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """Take in tokens: features [tokens, inputs], targets [tokens, outputs]."""
+        """Add tokens: features [tokens, inputs], targets [tokens, outputs]."""
         self.waiting.append(torch.cat([features, targets], dim=1))
         if sum(map(len, self.waiting)) >= QR_ROWS:
             self.reduce()
 
     def reduce(self) -> None:
-        """Bring what has come in since the last time into the triangle."""
+        """Reduce the rows added since the last time to the triangle."""
         rows = [] if self.triangle is None else [self.triangle]
         self.triangle = torch.linalg.qr(torch.cat(rows + self.waiting), mode="r").R
         self.waiting = []
 
     def solve(self) -> Tensor:
-        """Return the solution [inputs, outputs], the smallest where there are many.
+        """Return the solution [inputs, outputs], the least in norm where there are many.
 
         Raises:
             torch.linalg.LinAlgError: the features are no finite numbers.
@@ -365,41 +369,42 @@ class LeastSquares:
 
 
 @torch.no_grad()
-def advance(part: SubLayer, sample: list[SampleBatch]) -> None:
-    """Replace the kept inputs of a sub-layer by what it puts out."""
+def advance(sublayer: SubLayer, sample: list[SampleBatch]) -> None:
+    """Replace the kept inputs of a sub-layer by its outputs."""
     for batch in sample:
-        batch.hidden = part.output(part.features(batch.hidden, batch.added_mask), batch.hidden)
+        features = sublayer.features(batch.hidden, batch.added_mask)
+        batch.hidden = sublayer.output(features, batch.hidden)
 
 
 @torch.no_grad()
-def tune_and_advance(part: SubLayer, reference: SubLayer, sample: list[SampleBatch]) -> None:
+def tune_and_advance(sublayer: SubLayer, reference: SubLayer, sample: list[SampleBatch]) -> None:
     """Do as `advance` in both models, after a refit of the output projection's weight.
 
     Its input plus its output are to be the unpruned model's; the bias stays. What is solved for
     is the change of the weight, so that where the sample leaves it open the weight stays as it
     was.
     """
-    dense = part.output.dense
+    dense = sublayer.output.dense
     problem = LeastSquares(dense.in_features)
     features = []
     for batch in sample:
-        features.append(part.features(batch.hidden, batch.added_mask))
+        features.append(sublayer.features(batch.hidden, batch.added_mask))
         theirs = reference.features(batch.reference, batch.added_mask)
         aim = batch.reference + project(reference.output.dense, theirs, batch.reference)
         missing = aim - batch.hidden - project(dense, features[-1], batch.hidden)
-        if part.units:
+        if sublayer.units:
             problem.add(features[-1][batch.real], missing[batch.real])
         batch.reference = reference.output.LayerNorm(aim)
-    if part.units:
+    if sublayer.units:
         try:
             dense.weight += problem.solve().T.to(dense.weight)
         except torch.linalg.LinAlgError as error:
             logger.warning("the output projection of a sub-layer is not refitted: %s", error)
     for batch, values in zip(sample, features, strict=True):
-        batch.hidden = part.output(values, batch.hidden)
+        batch.hidden = sublayer.output(values, batch.hidden)
 
 
-# ------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------ pruning
 
 
 @dataclass
@@ -408,7 +413,7 @@ class Pruned:
 
     model: the smaller model, in eval mode; its config says what is left of each layer.
     head_masks: [layers, heads], 1 for a head that stays; neuron_masks: [layers, neurons].
-    head_scores, neuron_scores: the scores of the unpruned model's units, in the same places.
+    head_scores, neuron_scores: the scores of the unpruned model's units, at the same indices.
     flops_before, flops_after: operations of all heads and neurons on a row of the mean length.
     """
 
@@ -477,7 +482,7 @@ def kprune(
     original = copy.deepcopy(model).float().eval().requires_grad_(False)
     pruned = copy.deepcopy(original)
     config = pruned.config
-    parts, references = sub_layers(pruned), sub_layers(original)
+    sublayers, references = sub_layers(pruned), sub_layers(original)
     sample = [start_batch(original, batch) for batch in batches]
     scoring = Scoring(
         lam_pred, lam_rep, mu, head_flops(config, seq_len), neuron_flops(config, seq_len),
@@ -488,9 +493,9 @@ def kprune(
 
     first_scores: list[Tensor] = []
     masks: list[Tensor] = []
-    for place, (part, reference) in enumerate(zip(parts, references, strict=True)):
-        remaining = parts[place:]
-        if place == 0:
+    for index, (sublayer, reference) in enumerate(zip(sublayers, references, strict=True)):
+        remaining = sublayers[index:]
+        if index == 0:
             known = first_knowledge(pruned, remaining, sample)
         else:
             with torch.enable_grad():
@@ -499,24 +504,24 @@ def kprune(
         costs = [torch.full_like(s, scoring.cost(p))
                  for p, s in zip(remaining, scores, strict=True)]
         if not all(torch.isfinite(s).all() for s in scores):
-            raise UserError("the model's answers to the sample are not finite numbers")
+            raise UserError("the model's logits for the sample are not finite numbers")
         first_scores = first_scores or scores
         kept = scores[0] > find_threshold(torch.cat(scores), torch.cat(costs), budget)
         masks.append(kept)
-        if part.units > 1 and scores[0].min() == scores[0].max():
+        if sublayer.units > 1 and scores[0].min() == scores[0].max():
             logger.warning(
                 "layer %d: all %d %s have the same score and cannot be told apart: %s",
-                place // 2 + 1, part.units, "heads" if part.is_attention else "neurons",
+                index // 2 + 1, sublayer.units, "heads" if sublayer.is_attention else "neurons",
                 "all of them stay" if kept.all() else "all of them are removed")
-        budget -= int(kept.sum()) * scoring.cost(part)
-        part.keep(kept.to(sample[0].hidden.device))
+        budget -= int(kept.sum()) * scoring.cost(sublayer)
+        sublayer.keep(kept.to(sample[0].hidden.device))
         if sublayerwise_tuning:
-            tune_and_advance(part, reference, sample)
+            tune_and_advance(sublayer, reference, sample)
         else:
-            advance(part, sample)
+            advance(sublayer, sample)
 
-    config.heads_per_layer = [part.units for part in parts[0::2]]
-    config.neurons_per_layer = [part.units for part in parts[1::2]]
+    config.heads_per_layer = [sublayer.units for sublayer in sublayers[0::2]]
+    config.neurons_per_layer = [sublayer.units for sublayer in sublayers[1::2]]
     return Pruned(
         pruned.requires_grad_(), *(_table(x) for x in (
             masks[0::2], masks[1::2], first_scores[0::2], first_scores[1::2])),

@@ -16,7 +16,7 @@ SQUAD_FILES = {
     "squad": {"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
     "squad_v2": {"train": "train-v2.0.json", "dev": "dev-v2.0.json"},
 }
-MOST_QUESTION_PIECES = 64
+MAX_QUESTION_LENGTH = 64  # word pieces
 TYPE_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list",
               dict: "an object"}
 DOC_STRIDE = 128  # word pieces from the start of a window to the start of the next
@@ -59,16 +59,16 @@ def read_squad(path: Path | str) -> list[Question]:
 def _question(path: Path, entry: Mapping[str, Any], paragraph: Mapping[str, Any]) -> Question:
     where = f"{path}: question {entry['id']!r}"
     name = _typed(where, "id", entry["id"], str)
-    asked = _typed(where, "question", entry["question"], str)
+    text = _typed(where, "question", entry["question"], str)
     context = _typed(where, "context", paragraph["context"], str)
     if _typed(where, "is_impossible", entry.get("is_impossible", False), bool):
-        return Question(name, asked, context, ())
+        return Question(name, text, context, ())
     answers = []
     for answer in _typed(where, "answers", entry["answers"], list):
         _typed(where, "an answer", answer, dict)
         answers.append(_typed(where, "an answer's text", answer["text"], str))
         _typed(where, "answer_start", answer.get("answer_start", 0), int)
-    return Question(name, asked, context, tuple(answers))
+    return Question(name, text, context, tuple(answers))
 
 
 def _typed(where: str, what: str, value: Any, kind: type) -> Any:
@@ -89,20 +89,20 @@ def squad_path(task: str, data_dir: Path | str, split: str) -> Path:
 
 @dataclass
 class Windows:
-    """Questions with parts of their paragraphs: "[CLS] question [SEP] part [SEP]".
+    """Questions with passages of their paragraphs: "[CLS] question [SEP] passage [SEP]".
 
     features: the windows as model input.
     question: [windows], the place of each window's question in the list it was made from.
     pieces: for each window the character span in the paragraph of each of its word pieces,
-        int [pieces of the part, 2].
+        int [pieces of the passage, 2].
     """
 
     features: Features
     question: np.ndarray
     pieces: list[np.ndarray]
 
-    def part_start(self, window: int) -> int:
-        """Return where the paragraph's part begins in a window: behind the first [SEP]."""
+    def context_start(self, window: int) -> int:
+        """Return where the passage begins in a window: behind the first [SEP]."""
         return int(self.features.first_lengths[window])
 
 
@@ -126,14 +126,15 @@ def make_windows(
             ids, spans = tokenizer.encode_with_spans(question.context)
             spans_of = {question.context: (ids, np.array(spans).reshape(-1, 2))}
         ids, spans = spans_of[question.context]
-        most = min(MOST_QUESTION_PIECES, (max_seq_length - 3) // 2)
-        asked = tokenizer.encode_batch([question.question])[0][:most]
-        room = max_seq_length - 3 - len(asked)
+        longest = min(MAX_QUESTION_LENGTH, (max_seq_length - 3) // 2)
+        query = tokenizer.encode_batch([question.question])[0][:longest]
+        room = max_seq_length - 3 - len(query)
         start = 0
         while True:
-            part = ids[start : start + room]
-            rows.append([tokenizer.cls_id, *asked, tokenizer.sep_id, *part, tokenizer.sep_id])
-            first_lengths.append(len(asked) + 2)
+            passage = ids[start : start + room]
+            rows.append(
+                [tokenizer.cls_id, *query, tokenizer.sep_id, *passage, tokenizer.sep_id])
+            first_lengths.append(len(query) + 2)
             owners.append(number)
             pieces.append(spans[start : start + room])
             if start + room >= len(ids):

@@ -86,4 +86,4 @@ def _squad_data(
     questions = read_squad(squad_path(task, data_dir, "dev"))
     windows = make_windows(questions, tokenizer, max_seq_length)
     return TaskData(train.features, lambda model: {"dev": evaluate_squad(
-        model, questions, windows, device, EVAL_BATCH, may_refuse=task == "squad_v2")})
+        model, questions, windows, device, EVAL_BATCH, unanswerable=task == "squad_v2")})

@@ -13,7 +13,7 @@ from torch import nn
 from transformer.batching import batches
 from transformer.modeling import inference_copy, model_inputs
 
-BEST_PLACES = 20  # of starts and of ends that are combined
+BEST_POSITIONS = 20  # of starts and of ends that are combined
 LONGEST_ANSWER = 30  # word pieces
 
 # ------------------------------------------------------------------ metrics
@@ -69,15 +69,15 @@ def squad_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> 
 
 
 def best_span(start: np.ndarray, end: np.ndarray) -> tuple[float, int, int]:
-    """Return the score and the first and last place of the best span.
+    """Return the score and the first and last position of the best span.
 
-    A span ends where it starts or later, and is at most 30 places long; the score is the sum of
-    both logits. Minus infinity and (0, 0) where there is no place.
+    A span ends where it starts or later, and is at most 30 word pieces long; the score is the sum
+    of both logits. Minus infinity and (0, 0) without positions.
 
     Args:
-        start, end: logits [places].
+        start, end: logits [positions].
     """
-    starts, ends = (np.argsort(-x, kind="stable")[:BEST_PLACES] for x in (start, end))
+    starts, ends = (np.argsort(-x, kind="stable")[:BEST_POSITIONS] for x in (start, end))
     length = ends[None, :] - starts[:, None] + 1
     scores = start[starts][:, None] + end[ends][None, :]
     scores = np.where((length >= 1) & (length <= LONGEST_ANSWER), scores, -np.inf)
@@ -89,32 +89,32 @@ def best_span(start: np.ndarray, end: np.ndarray) -> tuple[float, int, int]:
 
 def decode(
     questions: Sequence[Question], windows: Windows, logits: Sequence[np.ndarray],
-    may_refuse: bool,
+    unanswerable: bool,
 ) -> dict[str, str]:
     """Return the answer to each question: the best span of all its windows, cut from the text.
 
     Args:
         logits: for each window [length, 2], start and end.
-        may_refuse: SQuAD 2.0: answer "" where [CLS] scores higher than the best span.
+        unanswerable: SQuAD 2.0: answer "" where [CLS] scores higher than the best span.
     """
     best = {question.id: (-np.inf, "") for question in questions}
-    refusal = dict.fromkeys(best, np.inf)
+    no_answer = dict.fromkeys(best, np.inf)
     for window, scores in enumerate(logits):
         question = questions[windows.question[window]]
-        first, spans = windows.part_start(window), windows.pieces[window]
+        first, spans = windows.context_start(window), windows.pieces[window]
         start, end = scores[first : first + len(spans)].T
         score, left, right = best_span(start, end)
-        refusal[question.id] = min(refusal[question.id], float(scores[0].sum()))
+        no_answer[question.id] = min(no_answer[question.id], float(scores[0].sum()))
         if score > best[question.id][0]:
             best[question.id] = score, question.context[spans[left][0] : spans[right][1]]
-    return {name: "" if may_refuse and refusal[name] > score else text
+    return {name: "" if unanswerable and no_answer[name] > score else text
             for name, (score, text) in best.items()}
 
 
 def window_logits(
     model: nn.Module, windows: Windows, device: torch.device, batch_size: int
 ) -> list[np.ndarray]:
-    """Run a question answerer over all windows: for each [length, 2], in their order."""
+    """Return the logits of a question-answering model for each window, [length, 2]."""
     features = windows.features
     model = inference_copy(model, None, device)
     logits: list[np.ndarray] = [np.empty(0)] * len(features)
@@ -129,8 +129,8 @@ def window_logits(
 
 def evaluate_squad(
     model: nn.Module, questions: Sequence[Question], windows: Windows, device: torch.device,
-    batch_size: int, may_refuse: bool,
+    batch_size: int, unanswerable: bool,
 ) -> dict[str, float]:
-    """Return the metrics of a question answerer on questions that were cut into `windows`."""
+    """Return the metrics of a question-answering model on questions cut into `windows`."""
     logits = window_logits(model, windows, device, batch_size)
-    return squad_metrics(questions, decode(questions, windows, logits, may_refuse))
+    return squad_metrics(questions, decode(questions, windows, logits, unanswerable))
