@@ -52,7 +52,6 @@ kprune_main = importlib.import_module("main")
 prune = importlib.import_module("prune")
 from dataset.sample import draw_sample, sample_batches  # noqa: E402
 from utils.checkpoint import load_model  # noqa: E402
-from utils.latency import measure_latency  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SETTINGS = {"constraint": 0.4, "seq_len": 8.0, "lam_pred": 1.0, "lam_rep": 2.5e-4, "mu": 64.0,
@@ -314,7 +313,7 @@ def test_a_pruned_model_computes_what_masking_would(tmp_path, constraint, mu):
 
 def test_all_heads_and_all_neurons_of_layers_can_go():
     model = random_model(tiny_config())
-    with torch.no_grad():  # of the second layer nobody hears anything, of the third half
+    with torch.no_grad():  # of the second layer nothing reaches the head, of the third half
         for part in (model.bert.encoder.layer[1].attention.output.dense,
                      model.bert.encoder.layer[1].output.dense,
                      model.bert.encoder.layer[2].output.dense):
@@ -325,7 +324,7 @@ def test_all_heads_and_all_neurons_of_layers_can_go():
     assert all(torch.isfinite(x).all() for x in found.model(*random_batch())[1:][1])
 
 
-def test_tuning_brings_the_answers_nearer_to_the_unpruned_models():
+def test_tuning_brings_the_logits_nearer_to_the_unpruned_models():
     model, batches = random_model(tiny_config(), seed=1), random_batches(64, 9, 20)
     errors = []
     for tuning in (False, True):
@@ -385,18 +384,6 @@ def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(
                                   " apart: all of them are removed")
 
 
-def test_the_latency_is_measured_of_the_call_that_evaluation_makes(monkeypatch):
-    asked = []
-    forward = TinyBertForSequenceClassification.forward
-    monkeypatch.setattr(TinyBertForSequenceClassification, "forward", lambda self, *given, **more: (
-        asked.append(more), forward(self, *given, **more))[1])
-    models = {"classifier": random_model(tiny_config()),
-              "answerer": BertForQuestionAnswering(tiny_config())}
-    found = measure_latency(models, 8, torch.device("cpu"), rows=2)
-    assert found.keys() == models.keys() and min(found.values()) > 0
-    assert asked and all(more == {"score_layers": ()} for more in asked)
-
-
 @pytest.mark.parametrize("flag", ["--rows", "--length", "--layers"])
 def test_the_benchmark_refuses_sizes_below_1(capsys, flag):
     assert f"{flag} 0; expected at least 1" in error_line(capsys, benchmark, flag, "0")
@@ -452,14 +439,12 @@ class Setup(ScriptSetup):
 TASKS = {
     "sst2": ("SST-2", ("0", "1")), "stsb": ("STS-B", ("LABEL_0",)),
     "mnli": ("MNLI", ("neutral", "contradiction", "entailment")), "cola": ("CoLA", ("0", "1")),
-    "rte": ("RTE", ("entailment", "not_entailment")), "mrpc": ("MRPC", ("0", "1")),
-    "qqp": ("QQP", ("0", "1")), "qnli": ("QNLI", ("entailment", "not_entailment")),
-    "wnli": ("WNLI", ("0", "1")),
+    "rte": ("RTE", ("entailment", "not_entailment")), "qqp": ("QQP", ("0", "1")),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_script_prunes_every_glue_task_and_others_evaluate_what_it_wrote(tmp_path, task):
+def test_the_script_prunes_every_kind_of_task_and_others_evaluate_what_it_wrote(tmp_path, task):
     name, labels = TASKS[task]
     setup = Setup(tmp_path, task, name, labels)
     output = setup.run("out", "--sublayerwise_tuning")
@@ -517,18 +502,12 @@ def test_smart_initialisation_takes_layers_of_a_pruned_model(pruned):
     TinyBertForSequenceClassification.from_pretrained(pruned.root / "half")
 
 
-def test_hugging_face_says_that_it_does_not_know_a_pruned_model(pruned):
-    with pytest.raises(ValueError, match="pruned_bert"):
-        transformers.AutoModelForSequenceClassification.from_pretrained(pruned.root / "out")
-
-
 def test_the_scripts_own_folder_and_the_repository_root_both_serve(pruned, monkeypatch):
-    for folder, script in ((REPO / "K-prune", "src/main.py"), (REPO, "K-prune/src/main.py")):
+    for folder in (REPO / "K-prune", REPO):
         monkeypatch.chdir(folder)
         arguments = pruned.arguments("by_process", "--overwrite_output_dir")
         result = run_process(REPO / "K-prune" / "src" / "main.py", *arguments)
         assert result.returncode == 0, result.stderr
-        assert (folder / script).is_file()
     for line in ("dev acc", "MFLOPs a row", "million parameters", "latency of 32 rows",
                  "layer 4: ", "of 2 heads"):
         assert line in result.stderr
@@ -565,20 +544,18 @@ def test_a_wrong_value_is_one_clear_line_and_nothing_is_written(pruned, capsys, 
     assert not (pruned.root / "never" / "config.json").exists()
 
 
-def test_a_checkpoint_without_classifier_is_one_clear_line(pruned, capsys):
+def test_a_checkpoint_that_cannot_be_pruned_is_one_clear_line(pruned, capsys):
     make_model(pruned.root / "base", BertModel)
-    for task, head in (("sst2", "classifier"), ("squad", "question answerer")):
-        message = error_line(capsys, kprune_main, *pruned.arguments(
-            "never", "--ckpt_dir", pruned.root / "base", "--task_name", task))
-        assert f"base/pytorch_model.bin: holds no trained {head}; expected a model" in message
-
-
-def test_an_onnx_checkpoint_is_one_clear_line(pruned, capsys):
-    made = pruned.root / "int8"
     run(quantize, "--model", pruned.root / "model", "--method", "int8-dynamic",
-        "--output_dir", made)
-    message = error_line(capsys, kprune_main, *pruned.arguments("never", "--ckpt_dir", made))
-    assert f"{made}: an ONNX model, made by quantize.py; expected the PyTorch model" in message
+        "--output_dir", pruned.root / "int8")
+    for folder, task, expected in (
+        ("base", "sst2", "holds no trained classifier; expected a model"),
+        ("base", "squad", "holds no trained span head; expected a model"),
+        ("int8", "sst2", "an ONNX model, made by quantize.py; expected the PyTorch model"),
+    ):
+        message = error_line(capsys, kprune_main, *pruned.arguments(
+            "never", "--ckpt_dir", pruned.root / folder, "--task_name", task))
+        assert f"{pruned.root / folder}" in message and expected in message
 
 
 @pytest.mark.parametrize("flag", ["--ckpt_dir", "--model_name"])
@@ -614,18 +591,17 @@ def test_an_overwritten_folder_holds_nothing_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize(("pieces", "lower", "expected"), [
-    (PIECES, False, ("do_lower_case=False", "do_lower_case=True")),
-    ([*PIECES[:-1], ";"], True, ("word piece 30 of 31 is ';'", "but ',' of 31")),
-    (PIECES[:-1], True, ("word piece 30 of 30 is None", "but ',' of 31")),
+    (PIECES, False, "another lower-casing"),
+    ([*PIECES[:-1], ";"], True, "another vocabulary"),
+    (PIECES[:-1], True, "another vocabulary"),
 ])
 def test_a_vocabulary_that_is_not_the_checkpoints_is_one_clear_line(
         pruned, tmp_path, capsys, pieces, lower, expected):
     write_vocab(tmp_path / "vocabulary", pieces, lower)
     message = error_line(capsys, kprune_main, *pruned.arguments(
         "never", "--model_name", tmp_path / "vocabulary"))
-    for text in (f"--model_name {tmp_path / 'vocabulary'}", *expected,
-                 f"--ckpt_dir {pruned.root / 'model'}"):
-        assert text in message
+    assert (f"--model_name {tmp_path / 'vocabulary'}: {expected} than --ckpt_dir"
+            f" {pruned.root / 'model'}") in message
 
 
 def test_a_checkpoint_without_vocabulary_takes_that_of_model_name(tmp_path):

@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +148,16 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
 
 def check_same_vocabulary(args: argparse.Namespace, tokenizer: BertTokenizer) -> None:
     """Raise a `UserError` where the checkpoint has another vocabulary or lower-casing."""
-    own_lower_case = saved_lower_case(Path(args.ckpt_dir))
-    if own_lower_case not in (None, tokenizer.do_lower_case):
-        raise UserError(
-            f"--model_name {args.model_name}: do_lower_case={tokenizer.do_lower_case}, but"
-            f" do_lower_case={own_lower_case} in --ckpt_dir {args.ckpt_dir}; expected the same")
-    if not (Path(args.ckpt_dir) / VOCAB_NAME).is_file():
+    folder = Path(args.ckpt_dir)
+    if saved_lower_case(folder) not in (None, tokenizer.do_lower_case):
+        difference = "lower-casing"
+    elif (folder / VOCAB_NAME).is_file() and (
+            BertTokenizer.from_pretrained(folder).vocab != tokenizer.vocab):
+        difference = "vocabulary"
+    else:
         return
-    own = BertTokenizer.from_pretrained(args.ckpt_dir).vocab
-    pairs = zip_longest(tokenizer.vocab, own)
-    for number, (given, expected) in enumerate(pairs):
-        if given != expected:
-            raise UserError(
-                f"--model_name {args.model_name}: word piece {number} of {len(tokenizer)} is"
-                f" {given!r}, but {expected!r} of {len(own)} in --ckpt_dir {args.ckpt_dir};"
-                " expected the same vocabulary")
+    raise UserError(f"--model_name {args.model_name}: another {difference} than --ckpt_dir"
+                    f" {args.ckpt_dir}; expected the same")
 
 
 def parameters(model: nn.Module) -> int:

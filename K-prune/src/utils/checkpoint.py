@@ -16,7 +16,7 @@ from transformer.modeling import (
 )
 
 HEAD_NAMES = {TinyBertForSequenceClassification: "classifier",
-              BertForQuestionAnswering: "question answerer"}
+              BertForQuestionAnswering: "span head"}
 
 # DistilBERT's names of what BERT has as well.
 CONFIG_NAMES = {
