@@ -44,7 +44,7 @@ from transformer.file_utils import (
     write_text,
 )
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
-from transformer.runtime import run_script
+from transformer.runtime import first_line, run_script
 from transformer.tasks import get_task
 from transformer.tokenization import (
     FAST_TOKENIZER_NAME,
@@ -162,7 +162,6 @@ def fetch_from_hub(
     `endpoint` is the address of a mirror; the other arguments are those of `download`.
     """
     name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every request
     constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
     get_session().timeout = timeout  # of the requests that ask which files there are
     options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}
@@ -188,10 +187,6 @@ def fetch_from_hub(
             logger.warning("%s: %s; once more", repository, first_line(error))
             time.sleep(delay)
             delay *= 2
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ------------------------------------------------------------------ saving a model

@@ -250,8 +250,6 @@ def test_cached_path_returns_a_local_path_and_refuses_a_missing_one(tmp_path):
         cached_path(path, sha256="0" * 64)
     with pytest.raises(UserError, match="absent.txt: no such file"):
         cached_path(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="'ftp'.*expected http, https or s3"):
-        cached_path("ftp://example.org/data.bin")
 
 
 def test_cached_path_downloads_an_address_once_and_keeps_equal_names_apart(

@@ -154,18 +154,15 @@ def cached_path(
     A path without a scheme is returned as it is when it exists. `http://`, `https://` and `s3://`
     are downloaded once into `cache_dir` (default: `$TINYBERT_CACHE`, else `~/.cache/tinybert`);
     delete the cached file to fetch it again. `sha256`, 64 hexadecimal digits, is checked in every
-    case. Raises `UserError` for a missing file, an unknown scheme and a failed download.
+    case. Raises `UserError` for a missing file and a failed download.
     """
     text = str(url_or_path)
-    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
-    if not scheme:
+    if "://" not in text:
         path = Path(text).expanduser()
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; expected a local path or an URL")
         _check_sha256(path, sha256, str(path))
         return path
-    if scheme not in ("http", "https", "s3"):
-        raise UserError(f"{text}: unknown scheme {scheme!r}; expected http, https or s3")
     # The digest keeps apart files of the same name, the name lets a reader see what is cached.
     prefix = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = PurePosixPath(urlsplit(text).path).name or "index"

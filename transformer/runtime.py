@@ -154,7 +154,7 @@ def setup_logging() -> None:
         level=logging.INFO if distributed.is_main() else logging.ERROR,
         format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S",
     )
-    for noisy in ("urllib3", "botocore", "boto3", "matplotlib", "httpx"):
+    for noisy in ("urllib3", "botocore", "boto3", "matplotlib", "httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
