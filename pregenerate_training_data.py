@@ -40,7 +40,7 @@ from transformer.corpus import (
     tokenize_block,
     write_corpus,
 )
-from transformer.file_utils import UserError, write_json
+from transformer.file_utils import UserError, s3_address, upload_folder, write_json
 from transformer.pretraining_data import (
     CORPUS_INFO_NAME,
     METRICS_SUFFIX,
@@ -52,7 +52,6 @@ from transformer.run_folder import ARGUMENTS_NAME, UNFINISHED, prepare_output_di
 from transformer.runtime import argument_values, check_disk, run_script
 from transformer.shards import worker_pool
 from transformer.tokenization import BLOCK_BYTES, BertTokenizer
-from transformer.uploads import s3_address, upload_folder
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Copy, where asked to.
     if address:
-        upload_folder(output_dir, *address)
+        upload_folder(output_dir, address)
 
 
 if __name__ == "__main__":
