@@ -620,26 +620,6 @@ def test_an_unknown_task_is_refused_with_the_list_of_tasks(pruned, capsys):
     assert "'ner'" in (message := capsys.readouterr().err) and "squad_v2" in message
 
 
-def test_every_flag_of_the_original_exists_with_its_type_and_default():
-    actions = {name: action for action in kprune_main.get_args_parser()._actions
-               for name in action.option_strings}
-    flags = read_json(GOLDEN / "cli_flags.json")["K-prune/src/main.py"]
-    assert len(flags) == 13
-    for flag in flags:
-        action = actions[flag["flags"][0]]
-        if flag.get("action"):
-            assert action.const is True and action.default is False
-            continue
-        assert (action.type or str).__name__ == flag["type"]
-        assert action.required == (flag.get("required") == "True")
-        if "default" in flag:
-            assert action.default == ast.literal_eval(flag["default"])
-        if "choices" in flag:
-            assert set(ast.literal_eval(flag["choices"])) <= set(action.choices)
-    assert {"--data_dir", "--output_dir", "--no_cuda", "--max_seq_length"} <= set(actions)
-    assert all(action.help for action in actions.values())
-
-
 # ------------------------------------------------------------------ DistilBERT
 
 

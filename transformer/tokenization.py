@@ -106,15 +106,8 @@ class BasicTokenizer:
 
     def __init__(self, do_lower_case: bool = True):
         self.do_lower_case = do_lower_case
-        self._cleaner = BertNormalizer(
-            clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False
-        )
-        self.normalizer = BertNormalizer(
-            clean_text=True,
-            handle_chinese_chars=True,
-            strip_accents=do_lower_case,
-            lowercase=do_lower_case,
-        )
+        self._cleaner = BertNormalizer(strip_accents=False, lowercase=False)
+        self.normalizer = BertNormalizer(strip_accents=do_lower_case, lowercase=do_lower_case)
         self.pre_tokenizer = BertPreTokenizer()
 
     def tokenize(self, text: str) -> list[str]:
@@ -159,10 +152,10 @@ class BasicTokenizer:
 
 
 class ChunkTable(dict[bytes, int]):
-    """Numbers chunks of text in the order in which they are first looked up.
+    """Maps chunks of text to indices, in the order in which they are first looked up.
 
-    `ids` holds the word pieces of chunk 0, then of chunk 1, ..., and `ends[n + 1]` is where those
-    of chunk n end. `new` are the chunks whose word pieces are still to be added.
+    `ids` holds the word pieces of chunk 0, then of chunk 1, ..., and `ends[i + 1]` is where those
+    of chunk i end. `new` are the chunks whose word pieces are still to be added.
     """
 
     def __init__(self) -> None:
@@ -174,8 +167,8 @@ class ChunkTable(dict[bytes, int]):
 
     def __missing__(self, chunk: bytes) -> int:
         self.new.append(chunk)
-        number = self[chunk] = len(self)
-        return number
+        index = self[chunk] = len(self)
+        return index
 
     def add(self, rows: Iterable[Sequence[int]]) -> None:
         """Give the new chunks their word pieces."""
@@ -191,15 +184,14 @@ class ChunkTable(dict[bytes, int]):
         size = self.text_bytes + CACHE_ENTRY_BYTES * len(self)
         return not self.new and size <= CACHE_BYTES
 
-    def gather(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the word pieces of these chunks, and how many each has [chunks]."""
         ends = np.frombuffer(self.ends, dtype=np.int64)
-        starts = ends[numbers]
-        counts = ends[numbers + 1] - starts
-        last = np.cumsum(counts)
-        # Place of each piece in `ids`: its place in the result, shifted by its chunk's move.
-        places = np.arange(counts.sum()) + np.repeat(starts - last + counts, counts)
-        return np.frombuffer(self.ids, dtype=np.int32)[places], counts
+        starts = ends[indices]
+        counts = ends[indices + 1] - starts
+        # Index of each piece in `ids`: its index in the result, shifted by its chunk's move.
+        shifts = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        return np.frombuffer(self.ids, dtype=np.int32)[np.arange(counts.sum()) + shifts], counts
 
 
 class BertTokenizer:
@@ -217,14 +209,11 @@ class BertTokenizer:
         self.unk_id, self.sep_id, self.pad_id, self.cls_id, self.mask_id = (
             self.vocab[token] for token in SPECIAL_TOKENS
         )
-        self._fast = Tokenizer(
-            WordPiece(
-                self.vocab, unk_token=UNK, max_input_chars_per_word=MAX_CHARACTERS_PER_WORD
-            )
-        )
+        self._fast = Tokenizer(WordPiece(
+            self.vocab, unk_token=UNK, max_input_chars_per_word=MAX_CHARACTERS_PER_WORD))
         self._fast.normalizer = self.basic_tokenizer.normalizer
         self._fast.pre_tokenizer = self.basic_tokenizer.pre_tokenizer
-        self._table = self._new_table()
+        self.table = self._new_table()
 
     @classmethod
     def from_pretrained(
@@ -267,7 +256,7 @@ class BertTokenizer:
         return [flat[start:end] for start, end in pairwise(ends)]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of one text and, of each, where in the text its characters stand.
+        """Return the ids of one text and the character span of each in the text.
 
         Special tokens that are written in the text count as the characters they consist of.
         """
@@ -275,10 +264,9 @@ class BertTokenizer:
         return encoding.ids, encoding.offsets
 
     def encode_flat(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of `encode_batch` as one flat array [pieces], and each text's number.
+        """Return the ids of `encode_batch` as one flat array [pieces], and each text's length.
 
-        Both are int32. What is remembered of earlier texts (see `encode_lines`) takes at most
-        some 64 MB.
+        Both are int32. The cache of earlier chunks (see `encode_lines`) takes at most some 64 MB.
         """
         parts = [self.encode_lines(block) for block in _line_blocks(texts)]
         if not parts:
@@ -287,24 +275,23 @@ class BertTokenizer:
         return np.concatenate(ids), np.concatenate(lengths)
 
     def encode_lines(self, block: bytes) -> tuple[np.ndarray, np.ndarray]:
-        r"""Tokenize UTF-8 text, one text a line: the ids of all [pieces], each line's number.
+        r"""Tokenize UTF-8 text, one text a line: the ids of all [pieces], the length of each line.
 
         Basic tokens never reach over ASCII white space or punctuation, so the text falls into
         chunks there whose word pieces depend on nothing else. Each distinct chunk is tokenized
-        once and then looked up; the table starts anew after 64 MB. Both results are int32; "\n"
-        separates lines, so there is one more of them than of it.
+        once and then looked up; the table starts anew after 64 MB. Both results are int32.
 
         Raises:
             UnicodeDecodeError: the text is not UTF-8.
         """
-        if not self._table.usable:
-            self._table = self._new_table()
+        if not self.table.usable:
+            self.table = self._new_table()
         chunks = self._chunks(block)
-        numbers = np.fromiter(map(self._table.__getitem__, chunks), np.int64, len(chunks))
-        if self._table.new:
-            self._table.add(self._encode_chunks(self._table.new))
-        ids, counts = self._table.gather(numbers)
-        line_ends = np.flatnonzero(numbers == self._table[LINE_END])
+        indices = np.fromiter(map(self.table.__getitem__, chunks), np.int64, len(chunks))
+        if self.table.new:
+            self.table.add(self._encode_chunks(self.table.new))
+        ids, counts = self.table.gather(indices)
+        line_ends = np.flatnonzero(indices == self.table[LINE_END])
         ends = np.concatenate([[0], np.cumsum(counts)])[[*line_ends, len(counts)]]
         return ids, np.diff(ends, prepend=0).astype(np.int32)
 
