@@ -20,12 +20,14 @@ obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. `--base_url` names a mi
 import argparse
 import importlib.util
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, errors, get_session, snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
 from transformer.checkpoint import fetch_model, load_state, save_pretrained
@@ -162,6 +164,8 @@ def fetch_from_hub(
     `endpoint` is the address of a mirror; the other arguments are those of `download`.
     """
     name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
     get_session().timeout = timeout  # of the requests that ask which files there are
     options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}

@@ -54,21 +54,19 @@ class UnreachableError(UserError):
 
 
 @contextmanager
-def atomic_path(target: Path | str, durable: bool = True) -> Iterator[Path]:
+def atomic_path(target: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `target` that replaces it when the block succeeds.
 
     A block that raises leaves `target` as it was and removes the temporary file, so a reader
-    never meets a half-written file under its final name; nor after a power failure, for which
-    `durable` waits for the disk. A process that is killed leaves the temporary file. Missing
-    parent folders are made.
+    never meets a half-written file under its final name, nor after a power failure. A process
+    that is killed leaves the temporary file. Missing parent folders are made.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if durable:
-            _sync(temporary)
+        _sync(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -175,7 +173,7 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attempts", type=int, default=5,
         help="number of attempts in a row that may bring nothing before a download fails")
     add("--retry_delay", type=float, default=1.0,
-        help="seconds in which the waits between attempts are counted: each is twice the last")
+        help="seconds between the first attempts; each further wait is twice as long")
     add("--timeout", type=float, default=30.0, help="longest silence of a server, in seconds")
 
 
@@ -195,16 +193,15 @@ def download(
 ) -> Path:
     """Download `url` (http, https or s3) to the file `target` and return its path.
 
-    A file already under that name is kept, after its SHA-256 was checked where one is given. Data
-    gathers in `target.part`; after a dropped connection, or in a later call, the download goes on
-    from there if the server still offers the same version (entity tag or date), or if `sha256`
-    will tell. Of several processes one downloads, the others wait. Length and SHA-256 are checked
-    before the file gets its name.
+    A file that exists is kept, after its SHA-256 was checked where one is given. An interrupted
+    download leaves `target.part`, which is continued, also by a later call, if the server still
+    has the same version (entity tag or date), or if `sha256` is given. Of several processes one
+    downloads, the others wait. Length and SHA-256 are checked before the file gets its name.
 
     Args:
-        attempts: how many refusals (429, 5xx), drops and silences in a row may bring no new byte.
-        delay: seconds in which the growing waits between them are counted, at most a minute,
-            where the server does not say how long to wait.
+        attempts: number of refusals (429, 5xx), drops and timeouts in a row without a new byte.
+        delay: seconds between the first attempts, doubled each time, at most a minute; a server's
+            Retry-After comes first.
         timeout: longest silence of the server in seconds.
 
     Raises:
@@ -225,7 +222,7 @@ def download(
 
 @dataclass
 class _Download:
-    """The way of `url` into the file `part`; `record` tells a later call what that is."""
+    """A download of `url` into `part`; beside it `record` keeps the URL and version of it."""
 
     url: str
     part: Path
