@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,7 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ENGINES = ("torch fp32", "torch bf16", "onnx fp32", "onnx int8")
 ONNX_METHODS = {"fp32": "fp32", "int8": "int8-dynamic"}  # of quantize.py
 BASELINE = ("bert_base", "torch fp32")
-FIRST_WORD, PAD_ID = 1000, 0
+FIRST_WORD = 1000
 ROWS_OF_A_TASK = 256
 MOST_REPEATS = 50
 SEED = 0
@@ -253,24 +253,6 @@ def make_settings(args: argparse.Namespace,
 # ------------------------------------------------------------------ measuring
 
 
-@dataclass
-class Row:
-    """One line of the table: times in milliseconds a batch."""
-
-    model: str
-    engine: str
-    threads: int
-    batch: int
-    length: str
-    median: float
-    p95: float
-    rows_per_second: float
-    repeats: int
-    megabytes: float
-    parameters: int
-    speedup: float | None = None  # over BERT-base in PyTorch fp32, same setting
-
-
 def take_turns(calls: list[Callable[[int], None]], seconds: float) -> list[list[float]]:
     """Call each candidate in turn until its time is used up; returns the seconds of each call.
 
@@ -300,43 +282,42 @@ def caller(model: torch.nn.Module, batches: list[Inputs],
 
 
 @torch.inference_mode()
-def measure(candidates: list[Candidate], args: argparse.Namespace,
-            settings: list[tuple[str, int, list[Inputs]]], device: torch.device) -> Iterator[Row]:
-    """Yield a row for each candidate in each setting (length, batch, its inputs)."""
+def measure(
+    candidates: list[Candidate], args: argparse.Namespace,
+    settings: list[tuple[str, int, list[Inputs]]], device: torch.device,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each candidate in each setting; times are milliseconds a batch."""
     for threads in args.threads:
         torch.set_num_threads(threads)
         models = [candidate.load() for candidate in candidates]
         for length, batch, inputs in settings:
             times = take_turns([caller(model, inputs, device) for model in models], args.seconds)
-            rows = [summary(candidate, threads, batch, length, taken)
-                    for candidate, taken in zip(candidates, times, strict=True)]
-            base = next((row for row in rows if (row.model, row.engine) == BASELINE), None)
-            for row in rows:
-                row.speedup = None if base is None else base.median / row.median
+            medians = {(candidate.model, candidate.engine): statistics.median(taken)
+                       for candidate, taken in zip(candidates, times, strict=True)}
+            baseline = medians.get(BASELINE)
             logger.info("measured: %d threads, batch %d, length %s", threads, batch, length)
-            yield from rows
+            for candidate, taken in zip(candidates, times, strict=True):
+                median = medians[candidate.model, candidate.engine]
+                yield {
+                    "model": candidate.model, "engine": candidate.engine, "threads": threads,
+                    "batch": batch, "length": length, "median": 1e3 * median,
+                    "p95": 1e3 * float(np.percentile(taken, 95)),
+                    "rows_per_second": batch / median, "repeats": len(taken),
+                    "megabytes": candidate.megabytes, "parameters": candidate.parameters,
+                    "speedup": None if baseline is None else baseline / median}
 
 
-def summary(candidate: Candidate, threads: int, batch: int, length: str,
-            taken: list[float]) -> Row:
-    median = statistics.median(taken)
-    return Row(candidate.model, candidate.engine, threads, batch, length, 1e3 * median,
-               1e3 * float(np.percentile(taken, 95)), batch / median, len(taken),
-               candidate.megabytes, candidate.parameters)
-
-
-# ------------------------------------------------------------------ results
-
-
-def table(rows: list[Row]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    header = ["threads", "batch", "length", "model", "engine", "median ms", "p95 ms", "rows/s",
-              "MB", "parameters", "speed-up"]
-    return markdown_table(header, [[
-        str(row.threads), str(row.batch), row.length, row.model, row.engine, f"{row.median:.2f}",
-        f"{row.p95:.2f}", f"{row.rows_per_second:.1f}", f"{row.megabytes:.1f}",
-        f"{row.parameters / 1e6:.1f}M", "" if row.speedup is None else f"{row.speedup:.1f}x",
-    ] for row in rows])
+    formats = {"threads": "{}", "batch": "{}", "length": "{}", "model": "{}", "engine": "{}",
+               "median": "{:.2f} ms", "p95": "{:.2f} ms", "rows_per_second": "{:.1f}",
+               "megabytes": "{:.1f}", "parameters": "{:,}", "speedup": "{:.1f}x"}
+    return markdown_table([name.replace("_", " ") for name in formats], [
+        ["" if row[name] is None else form.format(row[name]) for name, form in formats.items()]
+        for row in rows])
+
+
+# ------------------------------------------------------------------ command line
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -372,7 +353,7 @@ def main(args: argparse.Namespace) -> None:
     text = table(measured)
     facts = {**machine(device), "command": shlex.join(sys.argv),
              "minutes": (time.monotonic() - began) / 60}
-    write_json(output_dir / "inference.json", {**facts, "rows": [asdict(row) for row in measured]})
+    write_json(output_dir / "inference.json", {**facts, "rows": measured})
     write_text(output_dir / "inference.md", f"{text}\nMade by `{facts['command']}`.\n")
     print(text)
 

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,7 @@ def side_result(turns: list[dict[str, Any]], peak: float) -> dict[str, Any]:
         "seconds": [turn["seconds"] for turn in turns],
         "flops_per_second": speed, "share_of_peak": speed / peak if speed else None,
         "peak_memory": max(turn["peak_memory"] for turn in turns),
-        "facts": {name: statistics.median(turn["facts"][name] for turn in turns)
-                  for name in turns[0]["facts"]},
+        "facts": turns[0]["facts"],
     }
 
 
@@ -188,42 +188,30 @@ def measure_peaks(device: torch.device, quick: bool) -> tuple[dict[str, float], 
 # ------------------------------------------------------------------ tables
 
 
-def stage_rows(stages: dict[str, Any], other: str) -> list[list[str]]:
-    """Return the table's rows; stages that were not measured say so."""
-    rows = []
-    for name in STAGES:
-        result = stages.get(name, {})
-        sides = [result.get(other), result.get("ours")]
-        ratio = result.get("ratio")
-        rows.append([
-            name, *("-" if side is None else three_digits(side["rate"]) for side in sides),
-            NOT_MEASURED if not result else "-" if ratio is None else f"{three_digits(ratio)}x",
-            *("-" if side is None else f"{side['peak_memory'] / 1e9:.2f}" for side in sides),
-            *("-" if side is None or side["share_of_peak"] is None
-              else f"{100 * side['share_of_peak']:.1f}" for side in sides)])
-    return rows
+def stage_row(name: str, result: dict[str, Any] | None, other: str) -> list[str]:
+    """Return a stage's line of the table; one that was not measured says so."""
+    if result is None:
+        return [name, "-", "-", NOT_MEASURED, *["-"] * 4]
 
+    def cells(key: str, form: Callable[[float], str]) -> list[str]:
+        values = [result.get(side, {}).get(key) for side in (other, "ours")]
+        return ["-" if value is None else form(value) for value in values]
 
-def fact_rows(stages: dict[str, Any], other: str) -> list[list[str]]:
-    """Return the other figures of the stages that have some."""
-    def figure(result: dict[str, Any], side: str, fact: str) -> str:
-        facts = result.get(side, {}).get("facts", {})
-        return three_digits(facts[fact]) if fact in facts else "-"
-
-    return [[name, fact, figure(result, other, fact), figure(result, "ours", fact)]
-            for name, result in stages.items() for fact in result["ours"]["facts"]]
+    ratio = result["ratio"]
+    return [name, *cells("rate", three_digits), "-" if ratio is None else f"{three_digits(ratio)}x",
+            *cells("peak_memory", lambda size: f"{size / 1e9:.2f}"),
+            *cells("share_of_peak", lambda share: f"{100 * share:.1f}")]
 
 
 def markdown_page(content: dict[str, Any], other: str) -> str:
-    """Return benchmarks.md: machine, table, other figures."""
-    stages, machine_rows = content["stages"], [list(item) for item in content["machine"].items()]
+    """Return benchmarks.md: machine and table."""
     header = ["stage (rows/s; pregenerate: MB/s)", other, "ours", "ratio", f"GB {other}", "GB ours",
               f"% of peak, {other}", "% of peak, ours"]
     return "\n".join([
         "## " + content["machine"]["device"], "",
-        markdown_table(["", ""], machine_rows, align="---"),
-        markdown_table(header, stage_rows(stages, other)),
-        markdown_table(["stage", "other figures", other, "ours"], fact_rows(stages, other))])
+        markdown_table(["", ""], [list(item) for item in content["machine"].items()], "---"),
+        markdown_table(header, [stage_row(name, content["stages"].get(name), other)
+                                for name in STAGES])])
 
 
 # ------------------------------------------------------------------ command line

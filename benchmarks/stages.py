@@ -17,9 +17,10 @@ import logging
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,11 +113,11 @@ class Setup:
     def tokenizer(self) -> BertTokenizer:
         return BertTokenizer.from_pretrained(self.folder / "vocabulary")
 
-    def features(self, split: str, cache_dir: Path | None = None) -> Features:
+    def features(self, split: str) -> Features:
         """Encode the SST-2 rows of a split."""
         task = get_task("sst-2")
         return load_features(task, self.folder / "glue" / task.folder, split, self.tokenizer(),
-                             self.max_length, task.labels, cache_dir=cache_dir)
+                             self.max_length, task.labels)
 
     def instances(self) -> PregeneratedDataset:
         """Read the instances of general distillation."""
@@ -210,7 +211,7 @@ def pregeneration(setup: Setup, generate: Callable[[Path], None]) -> TimedRun:
             generate(output_dir)
         written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
         return Timing(size / 1e6, watch.seconds, np.zeros(0),
-                      {"bytes on disk per byte of text and epoch": written / size})
+                      {"bytes_per_byte": written / size})
 
     return run
 
@@ -374,7 +375,7 @@ def train_once(
 def our_training(
     setup: Setup, rows: int, trainers: list[Learner], teacher: Callable, data: Any
 ) -> TimedRun:
-    """Return what trains students side by side; says what one pass of the teacher gains."""
+    """Return what trains students side by side on one pass of the teacher."""
     modules = [teacher, *(trainer.loss for trainer in trainers)]
     compile_models(None, trainers[0].device, *(m for m in modules if isinstance(m, nn.Module)))
     generator = torch.Generator().manual_seed(SEED)
@@ -382,12 +383,7 @@ def our_training(
 
     def run() -> Timing:
         seconds = train_once(setup, trainers, teacher, data, chosen, generator)
-        facts = {}
-        if len(trainers) > 1:
-            alone = [train_once(setup, [trainer], teacher, data, chosen, generator)
-                     for trainer in trainers]
-            facts["time of each student alone / together"] = sum(alone) / seconds
-        return Timing(rows, seconds, data.lengths[chosen], facts)
+        return Timing(rows, seconds, data.lengths[chosen])
 
     return run
 
@@ -485,40 +481,21 @@ def pregenerate(
         run_script(script.main, script.get_args_parser(), words)
 
 
-def write_augmented_rows(setup: Setup) -> None:
-    """Write an augmented SST-2 file: the rows of the sample again and again, words shuffled."""
-    task, generator = get_task("sst-2"), random.Random(SEED)
-    folder = setup.folder / "glue" / task.folder
-    table = task_rows(task, folder)
-
-    def rows() -> Iterator[list[str]]:
-        yield table.header
-        for index in range(setup.memory_rows):
-            cells = list(table.rows[index % len(table.rows)])
-            words = cells[table.text_a].split()
-            generator.shuffle(words)
-            cells[table.text_a] = " ".join(words)
-            yield cells
-
-    write_tsv(folder / task.files["aug"], rows())
-
-
 def our_memory(setup: Setup, rows: int) -> TimedRun:
     """Read many augmented rows and start to train on them, on the CPU, for the peak memory."""
-    setup = replace(setup, device="cpu")
-    write_augmented_rows(setup)
-    with torch.device("meta"):  # shapes without values
-        sizes = [sum(p.numel() for p in TinyBertForSequenceClassification(config).parameters())
-                 for config in (setup.teacher_config(), *setup.student_configs())]
-    itemsize = (device_and_dtype(setup)[1] or torch.float32).itemsize
-    gigabytes = (sizes[0] * itemsize + sizes[1] * torch.float32.itemsize) / 1e9
+    setup, task = replace(setup, device="cpu"), get_task("sst-2")
+    folder = setup.folder / "glue" / task.folder
+    table = task_rows(task, folder)
+    write_tsv(folder / task.files["aug"], chain(
+        [table.header], islice(cycle(table.rows), setup.memory_rows)))
+    device_and_dtype(setup)  # before anything is allocated
 
     def run() -> Timing:
         watch = Stopwatch(torch.device("cpu"))
         with watch:
-            features = setup.features("aug", cache_dir=setup.folder / "cache")
+            features = setup.features("aug")
         our_intermediate(setup, MEMORY_STEPS * setup.batch_size, features)()
-        return Timing(len(features), watch.seconds, np.zeros(0), {"GB of weights": gigabytes})
+        return Timing(len(features), watch.seconds, np.zeros(0))
 
     return run
 

@@ -315,8 +315,7 @@ def test_a_run_measures_both_sides_and_what_was_not_measured_says_so(inputs, tmp
     for side in ("plain", "ours"):
         assert result[side]["rate"] > 0 and result[side]["peak_memory"] > 5e7
         assert 0 < result[side]["share_of_peak"] < 1
-    assert memory["ours"]["amount"] == 2000 and "plain" not in memory
-    assert memory["ours"]["peak_memory"] > 1e9 * memory["ours"]["facts"]["GB of weights"] > 0
+    assert memory["ours"]["amount"] == 2000 and memory["ratio"] is None
     assert {"device", "commit", "command", "rows", "corpus", "fp32 matrix peak", "our precision",
             } <= content["machine"].keys()
     page = (tmp_path / "out" / "benchmarks.md").read_text(encoding="utf-8")
