@@ -12,9 +12,7 @@ Example:
 """
 
 import argparse
-import json
 import logging
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,26 +29,25 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from transformer.evaluation import majority_baseline
-from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
+from transformer.file_utils import UserError, atomic_path, write_json, write_text
+from transformer.results import (
+    SMALLER,
+    Model,
+    Score,
+    folders_below,
+    read_evaluations,
+    read_if_there,
+    read_log,
+    read_models,
+    read_scores,
+    student_name,
+    task_of,
+)
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, load_examples
+from transformer.tasks import GLUE_TASKS, GlueTask, load_examples
 
 logger = logging.getLogger(__name__)
-
-# What is scored, in the order of the table, and what the names of some kinds end with.
-KINDS = ("teacher", "student", "untrained", "baseline_scratch", "baseline_general",
-         "baseline_smart", "pruned", "quantized")
-SUFFIX = {
-    "untrained": ", no task distillation",
-    "baseline_scratch": ", labels only, random start",
-    "baseline_general": ", labels only, after general d.",
-    "baseline_smart": ", labels only, copied layers",
-}
-# How a smaller student was made: the file that says it, and its key for the model before.
-SMALLER = {"pruned": ("kprune.json", "model"), "quantized": ("quantization.json", "source")}
-ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
-RESULTS = "eval_results.json"  # in the folder of a training run: the run has finished
 
 # The metric of each task's column, as in the paper's tables; accuracy elsewhere.
 SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
@@ -106,31 +103,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Model(NamedTuple):
-    """A finished model folder: how it was made, the name of the folder before, its results."""
-
-    folder: Path
-    kind: str
-    source: str
-    record: dict[str, Any]
-    results: dict[str, Any]
-
-
-class Score(NamedTuple):
-    """The dev scores of one model on one task, as fractions of 1, by split and metric."""
-
-    name: str
-    model: str  # the student that it is, or was made from
-    kind: str
-    task: str
-    best: dict[str, dict[str, float]]
-    last: dict[str, dict[str, float]] | None
-    selection: str
-    rows: int | None
-    folder: str
-    sweep: list[dict[str, Any]]  # the settings tried, where there were several
-
-
 class Column(NamedTuple):
     """One column of the table: a task's dev set and the metric shown."""
 
@@ -138,150 +110,6 @@ class Column(NamedTuple):
     split: str
     title: str
     metric: str
-
-
-# ------------------------------------------------------------------ finding the models
-
-
-def folders_below(path: Path) -> list[Path]:
-    """Return the folders directly below `path`, save those that the driver has moved away."""
-    return [folder for folder in sorted(path.glob("*"))
-            if folder.is_dir() and folder.suffix not in (".old", ".gone")]
-
-
-def read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def kind_of_run(arguments: dict[str, Any]) -> str | None:
-    """Tell from its arguments which script trained a model, and how; None for other scripts."""
-    if arguments.get("do_eval"):
-        return None
-    if "pregenerated_data" in arguments:
-        return "general"
-    if "pred_distill" in arguments:
-        return "student" if arguments["pred_distill"] else "intermediate"
-    if "from_scratch" in arguments:
-        return "baseline_scratch" if arguments["from_scratch"] else "teacher"
-    return None
-
-
-def read_model(folder: Path) -> Model | None:
-    """Read how the model in a folder was made; None where no script has finished one."""
-    results = read_if_there(folder / RESULTS)
-    for kind, (name, source) in SMALLER.items():
-        record = read_if_there(folder / name)
-        if record:
-            return Model(folder, kind, Path(record[source]).name, record, results)
-    record = read_if_there(folder / "args.json")
-    kind = kind_of_run(record.get("arguments", {}))
-    if kind and not results:
-        logger.warning("%s: not finished, left out", folder)
-        return None
-    return Model(folder, kind, Path(record["student"]).name, record, results) if kind else None
-
-
-def read_models(models_dir: Path, evaluations: dict[str, dict[str, Any]]) -> dict[str, Model]:
-    """Return the finished models by the name of their folder.
-
-    Paths are compared by their last part alone: a run may have been moved since.
-    """
-    found = [model for folder in folders_below(models_dir) if (model := read_model(folder))]
-    models = {model.folder.name: model for model in found}
-    teachers = {Path(model.record["arguments"]["teacher_model"]).name
-                for model in found if model.kind in ("intermediate", "student")}
-    depth = max((layers(models_dir / name) for name in teachers), default=0)
-    for name, model in models.items():
-        if model.kind == "teacher" and model.source in models:
-            made = {"general": "baseline_general", "teacher": "teacher"}
-            models[name] = model._replace(kind=made.get(models[model.source].kind, "student"))
-        elif model.kind == "teacher" and layers(model.folder) < depth:  # copied from a teacher
-            models[name] = model._replace(kind="baseline_smart")
-    for name, evaluation in evaluations.items():
-        folder = models_dir / name
-        if name not in models and folder.is_dir() and not (folder / "args.json").is_file():
-            kind = "teacher" if name in teachers else "untrained"
-            models[name] = Model(folder, kind, "", evaluation, {})
-    return models
-
-
-def layers(folder: Path) -> int:
-    """Return the number of layers of the model in a folder, 0 where there is none."""
-    return read_if_there(folder / "config.json").get("num_hidden_layers", 0)
-
-
-# ------------------------------------------------------------------ names and scores
-
-
-def task_of(record: dict[str, Any]) -> GlueTask | None:
-    """Return the GLUE task that a record names, None for another task or none."""
-    try:
-        return get_task(record["task"])
-    except (KeyError, UserError):
-        return None
-
-
-def student_name(model: Model, task: GlueTask | None) -> str:
-    """Return what a student is called: the name of its folder without stage and task."""
-    if model.kind == "teacher":
-        return "teacher"
-    name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
-    slug = task.name.replace("-", "") if task else ""
-    return name.removesuffix("_tsd").removesuffix(f"_{slug}")
-
-
-def title(model: Model, task: GlueTask) -> str:
-    """Return the name of a model's row; of a smaller student, what is added to the one before."""
-    if model.kind == "pruned":
-        return f"K-prune {100 * model.record['constraint']:g} % removed"
-    if model.kind == "quantized":
-        return f"{model.record['method']} {ENGINE_NAME[model.record['format']]}"
-    return student_name(model, task) + SUFFIX.get(model.kind, "")
-
-
-def ancestry(model: Model, models: dict[str, Model]) -> list[Model]:
-    """Return the models that a smaller student was made from, the largest first, and itself."""
-    steps = [model]
-    while steps[0].kind in SMALLER:
-        before = models.get(steps[0].source)
-        if before is None or before in steps:
-            before = Model(Path(steps[0].source), "student", "", {}, {})  # from elsewhere
-        steps.insert(0, before)
-    return steps
-
-
-def read_score(model: Model, steps: list[Model], evaluation: dict[str, Any]) -> Score | None:
-    """Return the scores of a model, made by `steps`: those of its evaluation, else its own."""
-    own = model.results
-    result = evaluation or own or model.record.get("after", {})
-    task = task_of(result) or task_of(model.record)
-    if task is None or "all_metrics" not in result:
-        logger.warning("%s: no score on a GLUE task, left out of the table", model.folder)
-        return None
-    selection, sweep = own.get("selection", result.get("selection", "")), own.get("sweep", [])
-    if sweep:
-        selection = (f"{own['chosen']}, best of {len(sweep)} settings by {task.metrics[0]} on dev;"
-                     f" {selection}")
-    return Score(
-        ", ".join(title(step, task) for step in steps), student_name(steps[0], task), model.kind,
-        task.folder, result["all_metrics"], {"dev": own["last"]} if "last" in own else None,
-        selection, result.get("rows"), str(model.folder), sweep)
-
-
-def read_scores(models: dict[str, Model], evaluations: dict[str, dict[str, Any]]) -> list[Score]:
-    """Return the scores in the table's order: smaller students below those they were made from."""
-    found = []
-    for name, model in models.items():
-        steps = ancestry(model, models)
-        if model.kind in KINDS and (score := read_score(model, steps, evaluations.get(name, {}))):
-            place = [(KINDS.index(step.kind), title(step, get_task(score.task))) for step in steps]
-            found.append((place, score))
-    scores: dict[tuple[str, str], Score] = {}
-    for _, score in sorted(found, key=lambda pair: pair[0]):
-        if (score.name, score.task) in scores:  # its folder tells it from the first
-            score = score._replace(name=f"{score.name} ({Path(score.folder).name})")
-        scores[score.name, score.task] = score
-    return list(scores.values())
 
 
 def make_columns(scores: list[Score]) -> list[Column]:
@@ -412,18 +240,6 @@ def results_page(
 
 
 # ------------------------------------------------------------------ pictures
-
-
-def read_log(model: Model) -> list[dict[str, Any]]:
-    """Read a run's log.jsonl, of a sweep that of the setting chosen; a damaged line is left out."""
-    path = model.folder / model.results.get("chosen", "") / "log.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: a line is not JSON, left out", path)
-    return records
 
 
 def loss_curve(
@@ -583,14 +399,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     # What the run left behind
-    evaluations = {Path(result["model"]).name: result
-                   for folder in folders_below(args.results_dir / "eval")
-                   if (result := read_if_there(folder / RESULTS))}
+    evaluations = read_evaluations(args.results_dir / "eval")
     models = read_models(args.models_dir, evaluations)
     scores = read_scores(models, evaluations)
     if not scores:
-        raise UserError(f"{args.models_dir}: no finished model with a score; expected folders with"
-                        f" {RESULTS}, or evaluations of them in {args.results_dir / 'eval'}")
+        raise UserError(f"{args.models_dir}: no finished model with a score; expected those of a"
+                        f" run, or evaluations of them in {args.results_dir / 'eval'}")
     columns = make_columns(scores)
     majority = majority_scores(columns, args.glue_dir)
     speeds, column = next(
