@@ -4,13 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import helpers
 import matplotlib.pyplot as plt
 import pytest
+from helpers import read_json
 
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
-from transformer.runtime import run_script
 from transformer.tables import text_table
 from transformer.tasks import write_tsv
 
@@ -60,17 +61,18 @@ class Run:
 
     def smaller(self, name: str, mcc: float, source: str, **record) -> None:
         """Add what main.py of K-prune, or quantize.py, made of a student."""
-        key, file = (("model", "kprune.json") if "constraint" in record else
-                     ("source", "quantization.json"))
-        write_json(self.models / name / file, {key: f"../models/{source}", **record})
+        source = f"../models/{source}"
+        if "constraint" in record:
+            write_json(self.models / name / "kprune.json", {"model": source, **record})
+        else:
+            write_json(self.models / name / "quantization.json", {"source": source, **record})
         self.evaluated(name, "cola", {"dev": {"mcc": mcc}})
 
     def report(self, *flags: str) -> dict:
         """Run report.py and return results.json."""
-        run_script(report.main, report.get_args_parser(), [
-            "--models_dir", str(self.models), "--results_dir", str(self.results),
-            "--glue_dir", str(self.glue), *flags])
-        return json.loads((self.results / "results.json").read_text(encoding="utf-8"))
+        helpers.run(report, "--models_dir", self.models, "--results_dir", self.results,
+                    "--glue_dir", self.glue, *flags)
+        return read_json(self.results / "results.json")
 
     def names(self) -> list[str]:
         return list(dict.fromkeys(score["name"] for score in self.report()["scores"]))
@@ -236,10 +238,8 @@ def test_without_latencies_there_is_no_section_on_them(run, figures):
 
 
 def test_a_run_without_any_result_is_an_error_and_writes_nothing(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        Run(tmp_path).report()
-    assert stopped.value.code == 2
-    assert "models: no finished model with a score" in capsys.readouterr().err
+    folders = ["--models_dir", tmp_path, "--results_dir", tmp_path / "results"]
+    assert "no finished model with a score" in helpers.error_line(capsys, report, *folders)
     assert not (tmp_path / "results").exists()
 
 
@@ -256,28 +256,22 @@ def test_a_short_last_interval_is_weighted_by_its_steps():
     assert report.loss_curve(log, ["loss"]) == ([0.4, 0.9], [3.0, 3.0])
 
 
-def test_loss_curves_have_a_logarithmic_axis_from_a_decade_on_and_the_legend_outside(run, figures):
-    losses = [{"step": i, "epoch": i / 4, "att_loss": 16.0 / i, "rep_loss": 9.0 / i}
-              for i in range(1, 11)]
-    run.trained("distilled_tinybert_4l", "config", log=losses, pregenerated_data="json")
-    run.trained("distilled_tinybert_6l", "config", log=losses[:5], pregenerated_data="json")
-    result = run.report()
-    ends = result["losses"][str(run.models / "distilled_tinybert_4l")]
+def test_loss_curves_are_logarithmic_from_a_decade_on_and_have_the_legend_outside(run, figures):
+    log = [{"step": i, "epoch": i / 4, "att_loss": 16.0 / i, "rep_loss": 9.0 / i, "cls_loss": 1 / i}
+           for i in range(1, 11)]
+    run.trained("distilled_tinybert_4l", "config", log=log, pregenerated_data="json")
+    run.trained("distilled_tinybert_6l", "config", log=log[:5], pregenerated_data="json")
+    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.4}, log=log[:9])
+    ends = run.report()["losses"][str(run.models / "distilled_tinybert_4l")]
     assert (ends["first"]["att_loss"], ends["last"]["att_loss"]) == (16.0, 1.6)
-    panels = {axes.get_title(): axes for axes in figures["loss_curves.png"].axes}
-    assert panels["General, attention"].get_yscale() == "log"
+    panels = {axes.get_title(): axes for axes in figures["loss_curves.png"].axes
+              if axes.get_visible()}
+    assert {title: axes.get_yscale() for title, axes in panels.items()} == {
+        "General, attention": "log", "General, hidden states": "log", "CoLA, logits": "linear"}
     assert [len(line.get_xdata()) for line in panels["General, attention"].lines] == [10, 5]
     [legend] = figures["loss_curves.png"].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["tinybert_4l", "tinybert_6l"]
+    assert {text.get_text() for text in legend.get_texts()} == {"tinybert_4l", "tinybert_6l"}
     assert not any(axes.get_legend() or overlap(legend, axes) for axes in panels.values())
-
-
-def test_loss_curves_that_span_less_than_a_decade_are_linear(run, figures):
-    losses = [{"step": i, "epoch": i / 4, "cls_loss": 9.0 / i} for i in range(1, 10)]
-    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.4}, log=losses)
-    run.report()
-    shown = [axes for axes in figures["loss_curves.png"].axes if axes.get_visible()]
-    assert [(axes.get_title(), axes.get_yscale()) for axes in shown] == [("CoLA, logits", "linear")]
 
 
 def overlap(legend, axes) -> bool:
