@@ -101,32 +101,27 @@ def test_base_and_teachers_are_saved_under_the_pipelines_names(hub, tmp_path):
         assert BertTokenizer.from_pretrained(folder).do_lower_case
 
 
-def test_the_base_model_keeps_its_masked_lm_head(hub, tmp_path):
-    run(tmp_path, *from_folders(hub), "--base_only")
-    saved = tmp_path / "bert-base-uncased"
-    wanted = transformers.BertForMaskedLM.from_pretrained(hub / "org" / "base").eval()
-    ours = BertForMaskedLM.from_pretrained(saved).eval()
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(saved).eval()
-    with torch.no_grad():
-        expected = wanted(IDS, attention_mask=MASK).logits
-        assert torch.allclose(ours(IDS, attention_mask=MASK).logits, expected, atol=1e-5)
-        assert torch.allclose(theirs(IDS, attention_mask=MASK).logits, expected, atol=1e-5)
+MODELS = {  # what it is made from, its class in Hugging Face's library, and ours
+    "bert-base-uncased": ("org/base", "BertForMaskedLM", BertForMaskedLM),
+    **{f"bert-base-uncased-{task}": (f"me/base-{task}", "BertForSequenceClassification",
+                                     TinyBertForSequenceClassification)
+       for task in ("rte", "sst2", "stsb")},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["rte", "sst2", "stsb"])
-def test_a_teacher_keeps_its_classifier_and_label_names(hub, tmp_path, task):
-    run(tmp_path, *from_folders(hub, task))
-    saved = tmp_path / f"bert-base-uncased-{task}"
-    load = transformers.AutoModelForSequenceClassification.from_pretrained
-    wanted, theirs = load(hub / "me" / f"base-{task}").eval(), load(saved).eval()
-    ours = TinyBertForSequenceClassification.from_pretrained(saved).eval()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_keeps_its_head_and_label_names(hub, tmp_path, name):
+    run(tmp_path, *from_folders(hub, "rte,sst2,stsb"))
+    origin, kind, our_class = MODELS[name]
+    load = getattr(transformers, kind).from_pretrained
+    source, saved = load(hub / origin), load(tmp_path / name)
+    models = (source, saved, our_class.from_pretrained(tmp_path / name))
     with torch.no_grad():
-        expected = wanted(IDS, attention_mask=MASK).logits
-        assert torch.allclose(ours(IDS, attention_mask=MASK)[0], expected, atol=1e-5)
-        assert torch.allclose(theirs(IDS, attention_mask=MASK).logits, expected, atol=1e-5)
-    assert theirs.config.id2label == wanted.config.id2label
-    assert theirs.config.num_labels == wanted.config.num_labels
-    assert all(key.startswith(("bert.", "classifier.")) for key in load_state(saved))
+        logits = [model.eval()(IDS, attention_mask=MASK).logits for model in models]
+    assert all(torch.allclose(found, logits[0], atol=1e-5) for found in logits)
+    assert saved.config.id2label == source.config.id2label
+    heads = ("bert.", "cls." if kind == "BertForMaskedLM" else "classifier.")
+    assert all(key.startswith(heads) for key in load_state(tmp_path / name))
 
 
 def test_a_base_model_without_mlm_head_is_an_error_unless_said(hub, tmp_path):
@@ -135,12 +130,7 @@ def test_a_base_model_without_mlm_head_is_an_error_unless_said(hub, tmp_path):
         run(tmp_path / "models", *flags)
     assert not (tmp_path / "models").exists() or files(tmp_path / "models") == []
     run(tmp_path / "models", *flags, "--no_mlm_head", "--base_name", "small")
-    saved = tmp_path / "models" / "small"
-    wanted = transformers.BertModel.from_pretrained(hub / "org" / "bare").eval()
-    with torch.no_grad():
-        ours = BertModel.from_pretrained(saved).eval()(IDS, attention_mask=MASK)
-        expected = wanted(IDS, attention_mask=MASK).last_hidden_state
-    assert torch.allclose(ours.hidden_states[-1], expected, atol=1e-5)
+    assert same_weights(load_state(tmp_path / "models" / "small"), load_state(hub / "org" / "bare"))
 
 
 @pytest.mark.parametrize(
@@ -248,16 +238,18 @@ COMMIT = "0" * 40
 BASE = ["--base_model", "org/base", "--base_only"]
 
 
-def publish(server: FileServer, root: Path, model: str, revision: str = "main") -> None:
-    """Serve the folder of `model` below `root` as the Hugging Face hub does."""
-    paths = sorted((root / model).iterdir())
-    tree = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
-            for path in paths]  # fmt: skip
+def publish(server: FileServer, folder: Path, model: str, revision: str = "main") -> None:
+    """Serve the model in `folder` and other files beside it as the Hugging Face hub does."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if "model.safetensors" in contents:
+        contents = {**dict.fromkeys(("pytorch_model.bin", "README.md"), b"never read"), **contents}
+    tree = [{"type": "file", "path": name, "size": len(content), "oid": COMMIT}
+            for name, content in contents.items()]  # fmt: skip
     info = {"id": model, "modelId": model, "sha": COMMIT, "siblings": []}
     server.files[f"/api/models/{model}/revision/{revision}"] = json.dumps(info).encode()
     server.files[f"/api/models/{model}/tree/{COMMIT}"] = json.dumps(tree).encode()
-    for path in paths:
-        server.files[f"/{model}/resolve/{COMMIT}/{path.name}"] = path.read_bytes()
+    for name, content in contents.items():
+        server.files[f"/{model}/resolve/{COMMIT}/{name}"] = content
 
 
 @pytest.fixture
@@ -266,9 +258,9 @@ def hub_server(hub, server, tmp_path, monkeypatch) -> FileServer:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.headers["X-Repo-Commit"] = COMMIT
-    publish(server, hub, "org/base")
-    publish(server, hub, "org/base", "v1")
-    publish(server, hub, "me/base-sst2")
+    publish(server, hub / "org" / "base", "org/base")
+    publish(server, hub / "org" / "base", "org/base", "v1")
+    publish(server, hub / "me" / "base-sst2", "me/base-sst2")
     return server
 
 
@@ -280,25 +272,19 @@ def run_online(output_dir: Path, hub_server: FileServer, *flags: str) -> None:
 def test_models_come_from_the_hub_and_then_from_its_cache(hub_server, tmp_path, monkeypatch):
     flags = ["--base_model", "org/base@v1", "--teachers", "me/base-{task}", "--tasks", "sst2"]
     run_online(tmp_path / "models", hub_server, *flags)
-    assert f"/org/base/resolve/{COMMIT}/model.safetensors" in hub_server.paths()
-    assert f"/me/base-sst2/resolve/{COMMIT}/pytorch_model.bin" in hub_server.paths()
+    fetched = [path for path in hub_server.paths() if "/resolve/" in path]
+    assert sorted(fetched) == [
+        *(f"/me/base-sst2/resolve/{COMMIT}/{name}" for name in (
+            "config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt")),
+        *(f"/org/base/resolve/{COMMIT}/{name}" for name in (
+            "config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt")),
+    ]  # fmt: skip
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_server.requests.clear()
     run_online(tmp_path / "again", hub_server, *flags)
     assert hub_server.requests == []
     for name in ("bert-base-uncased", "bert-base-uncased-sst2"):
         assert same_weights(weights(tmp_path / "models" / name), weights(tmp_path / "again" / name))
-
-
-def test_only_the_files_that_are_needed_are_fetched(hub, hub_server, tmp_path):
-    shutil.copytree(hub / "org" / "base", tmp_path / "hub" / "org" / "both")
-    for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
-        (tmp_path / "hub" / "org" / "both" / name).write_bytes(b"not fetched")
-    publish(hub_server, tmp_path / "hub", "org/both")
-    run_online(tmp_path / "models", hub_server, "--base_model", "org/both", "--base_only")
-    fetched = [path.rpartition("/")[2] for path in hub_server.paths() if "/resolve/" in path]
-    assert sorted(fetched) == ["config.json", "model.safetensors", "tokenizer_config.json",
-                               "vocab.txt"]  # fmt: skip
 
 
 @pytest.mark.parametrize("trouble", [{"status": 503}, {"sent": 50_000}])
@@ -328,9 +314,9 @@ def test_a_model_that_the_hub_lacks_or_keeps_to_itself_is_named(
 
 @pytest.mark.parametrize("lacking", ["config.json", "vocab.txt", "model.safetensors"])
 def test_a_model_of_the_hub_that_is_not_complete_is_refused(hub, hub_server, tmp_path, lacking):
-    shutil.copytree(hub / "org" / "base", tmp_path / "hub" / "org" / "part")
-    (tmp_path / "hub" / "org" / "part" / lacking).unlink()
-    publish(hub_server, tmp_path / "hub", "org/part")
+    shutil.copytree(hub / "org" / "base", tmp_path / "part")
+    (tmp_path / "part" / lacking).unlink()
+    publish(hub_server, tmp_path / "part", "org/part")
     with pytest.raises(UserError, match="config.json|vocab|no weights"):
         run_online(tmp_path / "models", hub_server, "--base_model", "org/part", "--base_only")
     assert files(tmp_path / "models") == []
