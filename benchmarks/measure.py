@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,24 +35,16 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-class Stopwatch:
-    """Seconds inside a `with` block, the device's queued work included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = 0.0
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `work` takes, the device's queued operations included."""
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def __enter__(self) -> "Stopwatch":
-        self._began = self._now()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds += self._now() - self._began
+    began = now()
+    work()
+    return now() - began
 
 
 def peak_memory(device: torch.device) -> int:
@@ -69,12 +62,8 @@ def peak_memory(device: torch.device) -> int:
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 10) -> float:
     """Return the operations a second of the best of several square matrix products."""
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats):
-        watch = Stopwatch(device)
-        with watch, torch.inference_mode():
-            first @ second
-        best = min(best, watch.seconds)
+    with torch.inference_mode():
+        best = min(seconds_of(lambda: first @ second, device) for _ in range(repeats))
     return 2 * size**3 / best
 
 

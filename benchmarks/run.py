@@ -155,7 +155,6 @@ def side_result(turns: list[dict[str, Any]], peak: float) -> dict[str, Any]:
         "seconds": [turn["seconds"] for turn in turns],
         "flops_per_second": speed, "share_of_peak": speed / peak if speed else None,
         "peak_memory": max(turn["peak_memory"] for turn in turns),
-        "facts": turns[0]["facts"],
     }
 
 

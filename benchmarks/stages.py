@@ -2,8 +2,8 @@
 
 `run.py` calls it, a process for each turn: the sides want different process-wide settings, and the
 peak memory is a process's. A side is a function that sets up models and data (not timed) and
-returns what is timed; ours goes through the functions that the scripts call. The first run does not
-count. Prints one line of JSON: amount, seconds, operations and peak memory of the second run.
+returns a `Job` to time; ours goes through the functions that the scripts call. The first run does
+not count. Prints one line of JSON: amount, seconds, operations and peak memory.
 
 Example (`run.py` makes the folder):
     python benchmarks/stages.py ours general FOLDER
@@ -15,13 +15,13 @@ import io
 import json
 import logging
 import random
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks import flops, plain
-from benchmarks.measure import Stopwatch, peak_memory
+from benchmarks.measure import peak_memory, seconds_of
 from transformer.augmentation import DataAugmentor, GloveIndex, is_plain_word
 from transformer.batching import batches, padded_collate, padding_multiple
 from transformer.distillation import (
@@ -67,23 +67,22 @@ from transformer.training import Collate, Learner, train
 
 PREDICTION_EPOCHS = 3  # over which the teacher's logits, computed once, are spread
 PREGENERATE_EPOCHS = 2
+RUNS = 2  # of which the first does not count
 SEED = 42
 SCHEDULE_STEPS = 1_000_000  # that the learning rate's schedule spans; more than are measured
 MEMORY_STEPS = 20  # after which a training run has held all it will hold
 
 
-class Timing(NamedTuple):
-    """What one run took.
+class Job(NamedTuple):
+    """What is timed.
 
     amount: rows, or megabytes of text times epochs.
-    lengths: word pieces of each row that went through the models, for the count of operations.
-    facts: other figures of this stage, by name.
+    lengths: word pieces of each row that goes through the models, for the count of operations.
     """
 
     amount: float
-    seconds: float
     lengths: np.ndarray
-    facts: dict[str, float] = {}
+    run: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ class Setup:
             self.folder / "instances", 0, self.tokenizer(), self.max_length)
 
 
-TimedRun = Callable[[], Timing]
-Side = Callable[[Setup, int], TimedRun]  # for a number of rows
+Side = Callable[[Setup, int], Job]  # for a number of rows
 
 
 # ------------------------------------------------------------------ what both sides use
@@ -183,37 +181,20 @@ def masked_lengths(setup: Setup, table: TaskRows) -> np.ndarray:
 
 def augmentation(
     setup: Setup, rows: int, name: str, make: Callable[[list[str], np.ndarray], Any]
-) -> TimedRun:
-    """Return what times the augmentor that `make` returns for words and their vectors."""
+) -> Job:
+    """Return the work of the augmentor that `make` returns for words and their vectors."""
     table = augmentation_rows(setup, rows, name)
-    sentences, lengths = sentences_of(table), masked_lengths(setup, table)
     words, vectors = word_vectors(setup, table)
-
-    def run() -> Timing:
-        augment = make(words, vectors)  # a new one, as it remembers neighbours and word pieces
-        watch = Stopwatch(torch.device(setup.device))
-        with watch:
-            augment(sentences)
-        return Timing(rows, watch.seconds, lengths)
-
-    return run
+    # One for each run, as it remembers neighbours and word pieces.
+    augmentors = [make(words, vectors) for _ in range(RUNS)]
+    return Job(rows, masked_lengths(setup, table), lambda: augmentors.pop()(sentences_of(table)))
 
 
-def pregeneration(setup: Setup, generate: Callable[[Path], None]) -> TimedRun:
-    """Return what times `generate`(output folder) and counts the bytes that it wrote."""
-    output_dir = setup.folder / "pregenerated"
+def pregeneration(setup: Setup, generate: Callable[[Path], None]) -> Job:
+    """Return the work of `generate`, from a new output folder."""
     size = (setup.folder / "corpus.txt").stat().st_size * PREGENERATE_EPOCHS
-
-    def run() -> Timing:
-        shutil.rmtree(output_dir, ignore_errors=True)
-        watch = Stopwatch(torch.device("cpu"))
-        with watch:
-            generate(output_dir)
-        written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
-        return Timing(size / 1e6, watch.seconds, np.zeros(0),
-                      {"bytes_per_byte": written / size})
-
-    return run
+    return Job(size / 1e6, np.zeros(0),
+               lambda: generate(Path(mkdtemp(dir=setup.folder)) / "output"))
 
 
 # ------------------------------------------------------------------ operations of a stage
@@ -245,26 +226,23 @@ def augmentation_flops(setup: Setup, lengths: np.ndarray) -> float:
 
 def plain_training(
     setup: Setup, rows: int, data: Any, steps: Sequence[Callable[[plain.Batch], Any]]
-) -> TimedRun:
-    """Return what trains one model after the other, `steps` being their training steps."""
+) -> Job:
+    """Train one model after the other, `steps` being their training steps."""
     generator = np.random.default_rng(SEED)
     chosen = spread(data.lengths, rows)
 
-    def run() -> Timing:
+    def run() -> None:
         shuffled = generator.permutation(chosen)
-        watch = Stopwatch(torch.device(setup.device))
-        with watch:
-            for step in steps:
-                for start in range(0, rows, setup.batch_size):
-                    batch = data.collate(shuffled[start : start + setup.batch_size],
-                                         pad_to=setup.max_length)
-                    step({name: values.to(setup.device) for name, values in batch.items()})
-        return Timing(rows, watch.seconds, data.lengths[chosen])
+        for step in steps:
+            for start in range(0, rows, setup.batch_size):
+                batch = data.collate(shuffled[start : start + setup.batch_size],
+                                     pad_to=setup.max_length)
+                step({name: values.to(setup.device) for name, values in batch.items()})
 
-    return run
+    return Job(rows, data.lengths[chosen], run)
 
 
-def plain_general(setup: Setup, rows: int, students: int) -> TimedRun:
+def plain_general(setup: Setup, rows: int, students: int) -> Job:
     width = setup.teacher_config().hidden_size
     teacher = plain.PlainBert(setup.teacher_config()).to(setup.device)
 
@@ -277,7 +255,7 @@ def plain_general(setup: Setup, rows: int, students: int) -> TimedRun:
                           [step_of(config) for config in setup.student_configs(students)])
 
 
-def plain_task(setup: Setup, rows: int, prediction: bool) -> TimedRun:
+def plain_task(setup: Setup, rows: int, prediction: bool) -> Job:
     config, [student_config] = setup.teacher_config(), setup.student_configs()
     teacher = plain.PlainClassifier(config).to(setup.device)
     student = plain.PlainClassifier(student_config, fit_size=config.hidden_size).to(setup.device)
@@ -287,29 +265,26 @@ def plain_task(setup: Setup, rows: int, prediction: bool) -> TimedRun:
         [lambda batch: plain.task_step(student, teacher, optimizer, batch, prediction)])
 
 
-def plain_finetune(setup: Setup, rows: int) -> TimedRun:
+def plain_finetune(setup: Setup, rows: int) -> Job:
     model = plain.PlainClassifier(setup.teacher_config()).to(setup.device)
     optimizer = plain.PlainAdam(model, rate=2e-5)
     return plain_training(setup, rows, setup.features("train"),
                           [lambda batch: plain.finetune_step(model, optimizer, batch)])
 
 
-def plain_evaluation(setup: Setup, rows: int) -> TimedRun:
+def plain_evaluation(setup: Setup, rows: int) -> Job:
     features = setup.features("dev")
     model = plain.PlainClassifier(setup.teacher_config()).to(setup.device)
     chosen = spread(features.lengths, rows)
 
-    def run() -> Timing:
-        watch = Stopwatch(torch.device(setup.device))
-        with watch:
-            batch = features.collate(chosen, pad_to=setup.max_length)
-            plain.evaluate(model, {name: values.to(setup.device) for name, values in batch.items()})
-        return Timing(rows, watch.seconds, features.lengths[chosen])
+    def run() -> None:
+        batch = features.collate(chosen, pad_to=setup.max_length)
+        plain.evaluate(model, {name: values.to(setup.device) for name, values in batch.items()})
 
-    return run
+    return Job(rows, features.lengths[chosen], run)
 
 
-def plain_augmentation(setup: Setup, rows: int, name: str) -> TimedRun:
+def plain_augmentation(setup: Setup, rows: int, name: str) -> Job:
     model = plain.PlainMaskedLM(setup.teacher_config()).to(setup.device)
     tokenizer = plain.PlainTokenizer(list(setup.tokenizer().vocab))
 
@@ -321,7 +296,7 @@ def plain_augmentation(setup: Setup, rows: int, name: str) -> TimedRun:
     return augmentation(setup, rows, name, make)
 
 
-def plain_pregenerate(setup: Setup, rows: int) -> TimedRun:
+def plain_pregenerate(setup: Setup, rows: int) -> Job:
     tokenizer = plain.PlainTokenizer(list(setup.tokenizer().vocab))
 
     def generate(output_dir: Path) -> None:
@@ -356,39 +331,35 @@ def task_models(setup: Setup) -> tuple[nn.Module, nn.Module]:
     return teacher, TinyBertForSequenceClassification(student_config, fit_size=config.hidden_size)
 
 
-def train_once(
-    setup: Setup, trainers: list[Learner], teacher: Callable, data: Any, rows: np.ndarray,
-    generator: torch.Generator, collate: Collate | None = None,
-) -> float:
-    """Train students side by side, once over the rows; returns the seconds."""
+def our_training(
+    setup: Setup, data: Any, rows: np.ndarray, trainers: list[Learner], teacher: Callable,
+    collate: Collate | None = None,
+) -> Callable[[], None]:
+    """Return what trains students side by side on one pass of the teacher, once over the rows."""
     device = trainers[0].device
     multiple = padding_multiple(device)
-    order = batches(data.lengths[rows], setup.batch_size, generator, multiple)
-    epoch = (collate or padded_collate(data, multiple), [rows[np.asarray(b)] for b in order])
-    watch = Stopwatch(device)
-    with watch:
+    collate = collate or padded_collate(data, multiple)
+    generator = torch.Generator().manual_seed(SEED)
+    modules = [teacher, *(trainer.loss for trainer in trainers)]
+    compile_models(None, device, *(m for m in modules if isinstance(m, nn.Module)))
+
+    def run() -> None:
+        order = batches(data.lengths[rows], setup.batch_size, generator, multiple)
+        epoch = (collate, [rows[np.asarray(batch)] for batch in order])
         for _ in train(trainers, teacher, [epoch], len(order), 1, device):
             pass
-    return watch.seconds
-
-
-def our_training(
-    setup: Setup, rows: int, trainers: list[Learner], teacher: Callable, data: Any
-) -> TimedRun:
-    """Return what trains students side by side on one pass of the teacher."""
-    modules = [teacher, *(trainer.loss for trainer in trainers)]
-    compile_models(None, trainers[0].device, *(m for m in modules if isinstance(m, nn.Module)))
-    generator = torch.Generator().manual_seed(SEED)
-    chosen = spread(data.lengths, rows)
-
-    def run() -> Timing:
-        seconds = train_once(setup, trainers, teacher, data, chosen, generator)
-        return Timing(rows, seconds, data.lengths[chosen])
 
     return run
 
 
-def our_general(setup: Setup, rows: int, students: int) -> TimedRun:
+def our_task_training(
+    setup: Setup, rows: int, trainers: list[Learner], teacher: Callable, data: Any
+) -> Job:
+    chosen = spread(data.lengths, rows)
+    return Job(rows, data.lengths[chosen], our_training(setup, data, chosen, trainers, teacher))
+
+
+def our_general(setup: Setup, rows: int, students: int) -> Job:
     device, dtype = device_and_dtype(setup)
     config, configs = setup.teacher_config(), setup.student_configs(students)
     trainers = []
@@ -397,60 +368,52 @@ def our_general(setup: Setup, rows: int, students: int) -> TimedRun:
         trainers.append(make_trainer(setup, student, IntermediateLoss(student)))
     encoder = freeze(BertModel(config, add_pooler=False), dtype, device)
     teacher = IntermediateTeacher(encoder, [c.num_hidden_layers for c in configs])
-    return our_training(setup, rows, trainers, teacher, setup.instances())
+    return our_task_training(setup, rows, trainers, teacher, setup.instances())
 
 
-def our_intermediate(setup: Setup, rows: int, features: Features | None = None) -> TimedRun:
+def our_intermediate(setup: Setup, rows: int, features: Features | None = None) -> Job:
     classifier, student = task_models(setup)
     trainer = make_trainer(setup, student, IntermediateLoss(student, is_student=True))
     teacher = IntermediateTeacher(classifier.bert, [student.config.num_hidden_layers])
-    return our_training(setup, rows, [trainer], teacher, features or setup.features("train"))
+    return our_task_training(
+        setup, rows, [trainer], teacher, features or setup.features("train"))
 
 
-def our_prediction(setup: Setup, rows: int) -> TimedRun:
+def our_prediction(setup: Setup, rows: int) -> Job:
+    """Compute the teacher's logits once, and train on them for some epochs."""
     (device, dtype), features = device_and_dtype(setup), setup.features("train")
     teacher, student = task_models(setup)
-    trainer = make_trainer(setup, student, PredictionLoss(student))
-    compile_models(None, device, trainer.loss)
-    generator = torch.Generator().manual_seed(SEED)
     subset = features.subset(spread(features.lengths, rows))
-    collate = padded_collate(subset, padding_multiple(device))
+    collate, logits = padded_collate(subset, padding_multiple(device)), torch.zeros(rows, 2)
+    train_epoch = our_training(
+        setup, subset, np.arange(rows), [make_trainer(setup, student, PredictionLoss(student))],
+        show_nothing, lambda batch: collate(batch) | {"teacher_logits": logits[batch]})
 
-    def run() -> Timing:
-        watch = Stopwatch(device)
-        with watch:
-            logits = predict_logits(teacher, subset, device, setup.batch_size, dtype)
-        seconds = train_once(
-            setup, [trainer], show_nothing, subset, np.arange(rows), generator,
-            lambda batch: collate(batch) | {"teacher_logits": logits[batch]})
-        return Timing(rows, seconds + watch.seconds / PREDICTION_EPOCHS, subset.lengths)
+    def run() -> None:
+        logits.copy_(predict_logits(teacher, subset, device, setup.batch_size, dtype))
+        for _ in range(PREDICTION_EPOCHS):
+            train_epoch()
 
-    return run
+    return Job(PREDICTION_EPOCHS * rows, np.tile(subset.lengths, PREDICTION_EPOCHS), run)
 
 
-def our_finetune(setup: Setup, rows: int) -> TimedRun:
+def our_finetune(setup: Setup, rows: int) -> Job:
     from finetune_teacher import LabelLoss
 
     model = TinyBertForSequenceClassification(setup.teacher_config())
     trainer = make_trainer(setup, model, LabelLoss(model))
-    return our_training(setup, rows, [trainer], show_nothing, setup.features("train"))
+    return our_task_training(setup, rows, [trainer], show_nothing, setup.features("train"))
 
 
-def our_evaluation(setup: Setup, rows: int) -> TimedRun:
+def our_evaluation(setup: Setup, rows: int) -> Job:
     (device, dtype), features = device_and_dtype(setup), setup.features("dev")
     model = freeze(TinyBertForSequenceClassification(setup.teacher_config()), dtype, device)
     subset = features.subset(spread(features.lengths, rows))
-
-    def run() -> Timing:
-        watch = Stopwatch(device)
-        with watch:
-            evaluate(model, subset, "sst-2", device, plain.EVAL_BATCH, dtype)
-        return Timing(rows, watch.seconds, subset.lengths)
-
-    return run
+    return Job(rows, subset.lengths, lambda: evaluate(
+        model, subset, "sst-2", device, plain.EVAL_BATCH, dtype))
 
 
-def our_augmentation(setup: Setup, rows: int, name: str) -> TimedRun:
+def our_augmentation(setup: Setup, rows: int, name: str) -> Job:
     (device, dtype), tokenizer = device_and_dtype(setup), setup.tokenizer()
     model = freeze(BertForMaskedLM(setup.teacher_config()), dtype, device)
 
@@ -461,7 +424,7 @@ def our_augmentation(setup: Setup, rows: int, name: str) -> TimedRun:
     return augmentation(setup, rows, name, make)
 
 
-def our_pregenerate(setup: Setup, rows: int, workers: int) -> TimedRun:
+def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
     return pregeneration(setup, lambda output_dir: pregenerate(
         setup.folder, "corpus.txt", output_dir, setup.max_length, PREGENERATE_EPOCHS, workers))
 
@@ -481,7 +444,7 @@ def pregenerate(
         run_script(script.main, script.get_args_parser(), words)
 
 
-def our_memory(setup: Setup, rows: int) -> TimedRun:
+def our_memory(setup: Setup, rows: int) -> Job:
     """Read many augmented rows and start to train on them, on the CPU, for the peak memory."""
     setup, task = replace(setup, device="cpu"), get_task("sst-2")
     folder = setup.folder / "glue" / task.folder
@@ -489,15 +452,8 @@ def our_memory(setup: Setup, rows: int) -> TimedRun:
     write_tsv(folder / task.files["aug"], chain(
         [table.header], islice(cycle(table.rows), setup.memory_rows)))
     device_and_dtype(setup)  # before anything is allocated
-
-    def run() -> Timing:
-        watch = Stopwatch(torch.device("cpu"))
-        with watch:
-            features = setup.features("aug")
-        our_intermediate(setup, MEMORY_STEPS * setup.batch_size, features)()
-        return Timing(len(features), watch.seconds, np.zeros(0))
-
-    return run
+    return Job(setup.memory_rows, np.zeros(0), lambda: our_intermediate(
+        setup, MEMORY_STEPS * setup.batch_size, setup.features("aug")).run())
 
 
 # ------------------------------------------------------------------ the stages
@@ -518,7 +474,7 @@ class Stage:
     flops: Callable[[Setup, np.ndarray], float] | None = None
     training: bool = False
 
-    def set_up(self, side: str, setup: Setup) -> TimedRun:
+    def set_up(self, side: str, setup: Setup) -> Job:
         """Set one side up for its number of rows."""
         rows = round(setup.scale * (self.plain_rows if side == "plain" else self.our_rows))
         return getattr(self, side)(setup, max(setup.batch_size if self.training else 1, rows))
@@ -549,7 +505,7 @@ STAGES = {
     "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
     "pregenerate-1": Stage(plain_pregenerate, partial(our_pregenerate, workers=1), 1, 1),
     "pregenerate-2": Stage(plain_pregenerate, partial(our_pregenerate, workers=2), 1, 1),
-    "memory": Stage(None, our_memory, 1, 1),  # its rate is that of reading the rows
+    "memory": Stage(None, our_memory, 1, 1),  # its rate counts the rows that are read
 }
 
 
@@ -568,14 +524,13 @@ def main(args: argparse.Namespace) -> None:
     setup, stage = Setup(args.folder, **read_json(args.folder / "setup.json")), STAGES[args.stage]
     random.seed(SEED)
     set_seed(SEED)
-    run = stage.set_up(args.side, setup)
+    job, device = stage.set_up(args.side, setup), torch.device(setup.device)
     if args.stage != "memory":
-        run()
-    timing = run()
+        job.run()
+    seconds = seconds_of(job.run, device)
     print(json.dumps({
-        "amount": timing.amount, "seconds": timing.seconds,
-        "flops": stage.flops(setup, timing.lengths) if stage.flops else 0, "facts": timing.facts,
-        "peak_memory": peak_memory(torch.device(setup.device))}))
+        "amount": job.amount, "seconds": seconds, "peak_memory": peak_memory(device),
+        "flops": stage.flops(setup, job.lengths) if stage.flops else 0}))
 
 
 if __name__ == "__main__":
