@@ -1,4 +1,4 @@
-"""Label sentences, or pairs of sentences, with any of our classifiers: PyTorch, int8 or ONNX.
+"""Label sentences, or pairs of sentences, with any trained classifier: PyTorch or ONNX.
 
 Reads one input a line, pairs separated by a tab, from standard input as it comes or from a file;
 JSON lines hold {"sentence": ...} or {"sentence1": ..., "sentence2": ...}. Writes one line for each:
@@ -130,11 +130,11 @@ def parse_line(name: str, number: int, raw: bytes, is_json: bool) -> Row | None:
 
 def read_rows(stream: BinaryIO, name: str, is_json: bool) -> Iterator[list[Row]]:
     """Yield the rows of a stream as they arrive."""
-    number = 0
+    first = 1
     for lines in arriving_lines(stream):
-        rows = [parse_line(name, number + place, raw, is_json)
-                for place, raw in enumerate(lines, start=1)]
-        number += len(lines)
+        rows = [parse_line(name, number, raw, is_json)
+                for number, raw in enumerate(lines, start=first)]
+        first += len(lines)
         if rows := [row for row in rows if row is not None]:
             yield rows
 
@@ -162,35 +162,35 @@ def predict(model: torch.nn.Module, tokenizer: BertTokenizer, rows: list[Row],
     return predict_logits(model, features, device, args.batch_size, dtype)
 
 
-def answers(rows: list[Row], logits: torch.Tensor, names: dict[int, str]) -> Iterator[dict]:
-    """Yield what is to be said of each row."""
-    probabilities = logits.softmax(dim=1)
-    for row, scores, shares in zip(rows, logits.tolist(), probabilities.tolist(), strict=True):
+def predictions(rows: list[Row], logits: torch.Tensor, names: dict[int, str]) -> Iterator[dict]:
+    """Yield the label and probabilities, or the score, of each row."""
+    all_probabilities = logits.softmax(dim=1).tolist()
+    for row, scores, probabilities in zip(rows, logits.tolist(), all_probabilities, strict=True):
         texts = ({"sentence": row.text_a} if row.text_b is None else
                  {"sentence1": row.text_a, "sentence2": row.text_b})
         if len(names) == 1:  # regression
             yield {"line": row.line, "score": scores[0], **texts}
             continue
-        best = max(range(len(shares)), key=shares.__getitem__)
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
         yield {"line": row.line, "label": names[best], "probabilities": {
-            names[place]: share for place, share in enumerate(shares)}, **texts}
+            names[index]: value for index, value in enumerate(probabilities)}, **texts}
 
 
 # ------------------------------------------------------------------ writing
 
 
-def show(answer: dict[str, Any], form: str) -> str:
-    """Return one line for an answer."""
+def format_line(prediction: dict[str, Any], form: str) -> str:
+    """Return one line of output."""
     if form == "jsonl":
-        return json.dumps(answer, ensure_ascii=False)
-    texts = [answer[key] for key in ("sentence", "sentence1", "sentence2") if key in answer]
-    numbers = answer.get("probabilities", {"score": answer.get("score")})
+        return json.dumps(prediction, ensure_ascii=False)
+    texts = [prediction[key] for key in ("sentence", "sentence1", "sentence2") if key in prediction]
+    numbers = prediction.get("probabilities", {"score": prediction.get("score")})
     if form == "tsv":
-        label = [answer["label"]] if "label" in answer else []
-        cells = [str(answer["line"]), *label, *(f"{number:.6f}" for number in numbers.values())]
+        label = [prediction["label"]] if "label" in prediction else []
+        cells = [str(prediction["line"]), *label, *(f"{number:.6f}" for number in numbers.values())]
         return "\t".join([*cells, *(" ".join(text.split()) for text in (*texts, "")[:2])])
     figures = "  ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-    label = f"{answer['label']:<14}  " if "label" in answer else ""
+    label = f"{prediction['label']:<14}  " if "label" in prediction else ""
     return f"{label}{figures}  {' | '.join(' '.join(text.split()) for text in texts)}"
 
 
@@ -241,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
             yield header(names)
         for rows in read_rows(stream, name, is_json):
             logits = predict(model, tokenizer, rows, args, device, dtype)
-            yield from (show(answer, args.format) for answer in answers(rows, logits, names))
+            yield from (format_line(each, args.format) for each in predictions(rows, logits, names))
 
     with nullcontext(sys.stdin.buffer) if path is None else path.open("rb") as stream:
         write_all(lines())
