@@ -30,8 +30,6 @@ from helpers import (
 
 import quantize
 import task_distill
-import tinybert_6_from_bert
-from benchmarks import kprune as benchmark
 from benchmarks.kprune import (
     random_batches,
     random_model,
@@ -384,11 +382,6 @@ def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(
                                   " apart: all of them are removed")
 
 
-@pytest.mark.parametrize("flag", ["--rows", "--length", "--layers"])
-def test_the_benchmark_refuses_sizes_below_1(capsys, flag):
-    assert f"{flag} 0; expected at least 1" in error_line(capsys, benchmark, flag, "0")
-
-
 # ------------------------------------------------------------------ the sample
 
 
@@ -491,15 +484,6 @@ def test_the_same_arguments_give_the_same_bytes(pruned):
     again = pruned.run("again", "--sublayerwise_tuning", "--constraint", "0.6")
     for name in ("pytorch_model.bin", "config.json", "vocab.txt"):
         assert (again / name).read_bytes() == (pruned.root / "out" / name).read_bytes()
-
-
-def test_smart_initialisation_takes_layers_of_a_pruned_model(pruned):
-    run(tinybert_6_from_bert, "--bert_model", pruned.root / "out", "--output_dir",
-        pruned.root / "half", "--num_layers", "2")
-    whole, half = (BertConfig.from_json_file(pruned.root / name / "config.json")
-                   for name in ("out", "half"))
-    assert half.heads == whole.heads[1::2] and half.neurons == whole.neurons[1::2]
-    TinyBertForSequenceClassification.from_pretrained(pruned.root / "half")
 
 
 def test_the_scripts_own_folder_and_the_repository_root_both_serve(pruned, monkeypatch):
