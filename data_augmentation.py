@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from transformer.augmentation import (
     COMPOSED_WORDS,
     DataAugmentor,
     GloveIndex,
+    check_settings,
     compose_vectors,
     write_vectors,
 )
@@ -59,22 +60,15 @@ UNKNOWN_SHARE_LIMIT = 0.10
 
 
 class ComposeVectors(argparse.Action):
-    """Store the files of --compose_vectors; the flags that only augmentation needs may be absent.
-
-    lifts: what the parser returned when those flags were added.
-    """
-
-    def __init__(self, *args: Any, lifts: Sequence[argparse.Action], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.lifts = lifts
+    """Store the files of --compose_vectors, which needs no task."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[Path],
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, values)
-        for action in self.lifts:
-            action.required = False
+        namespace.compose_vectors = values
+        for action in parser._actions:
+            action.required = action.required and action.dest not in ("glue_dir", "task_name")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -90,12 +84,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of a BERT with masked-LM head (config.json, weights, vocab.txt)")
     add("--glove_embs", type=str, required=True,
         help="file of word vectors as text, one word a line")
-    glue_dir = add("--glue_dir", type=str, required=True,
-                   help="folder that holds the tasks' folders (RTE, SST-2, ...)")
-    task_name = add("--task_name", type=str, required=True,
-                    help=f"GLUE task, in any case: {', '.join(GLUE_TASKS)}")
+    add("--glue_dir", type=str, required=True,
+        help="folder that holds the tasks' folders (RTE, SST-2, ...)")
+    add("--task_name", type=str, required=True,
+        help=f"GLUE task, in any case: {', '.join(GLUE_TASKS)}")
     add("--compose_vectors", type=Path, nargs="+", default=None, metavar="TEXT_FILE",
-        action=ComposeVectors, lifts=[glue_dir, task_name],
+        action=ComposeVectors,
         help="write to --glove_embs instead: vectors of the words of these files, the most "
              f"frequent {COMPOSED_WORDS:,}, composed of the model's word-piece embeddings")
     add("--N", type=int, default=30,
@@ -118,6 +112,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_resume_argument(parser)
     add("--no_cuda", action="store_true", help="compute on the CPU")
     return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a number out of range."""
+    check_settings(args.M, args.N, args.p, args.batch_tokens)
+    for name in ("max_train_rows", "max_varied_rows"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 0 (all) or more")
 
 
 class Shard(NamedTuple):
@@ -262,9 +264,7 @@ def main(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     data_dir = Path(args.glue_dir) / task.folder
     output_file = output_path(args, data_dir)
-    for name in ("max_train_rows", "max_varied_rows"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected 0 (all) or more")
+    check_args(args)
     table = task_rows(task, data_dir)
     if args.max_train_rows:
         table = table._replace(rows=table.rows[: args.max_train_rows])

@@ -61,13 +61,8 @@ LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
 # ------------------------------------------------------------------ checks
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a value that no corpus could make sense of."""
-    if not args.train_corpus.is_file():
-        raise UserError(
-            f"--train_corpus {args.train_corpus}: no such file; expected a text file, one "
-            "sentence a line and a blank line between documents"
-        )
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a value that fits no corpus."""
     for name in ("epochs_to_generate", "num_workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -241,7 +236,12 @@ def main(args: argparse.Namespace) -> None:
     # Check everything that can be checked before the long work.
     if distributed.world_size() > 1:
         raise UserError("torchrun: one process is enough; --num_workers starts more")
-    check_arguments(args)
+    check_args(args)
+    if not args.train_corpus.is_file():
+        raise UserError(
+            f"--train_corpus {args.train_corpus}: no such file; expected a text file, one "
+            "sentence a line and a blank line between documents"
+        )
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
     shutil.rmtree(args.output_dir / UNFINISHED, ignore_errors=True)  # of a killed call

@@ -269,13 +269,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a number out of range."""
+    if args.num_workers < 1:
+        raise UserError(f"--num_workers {args.num_workers}: expected at least 1 process")
+
+
 def main(args: argparse.Namespace) -> None:
     """Find the input, get a splitter, write the corpus, print the counts."""
     start = time.perf_counter()
 
     # Check what was asked for before anything slow happens.
-    if args.num_workers < 1:
-        raise UserError(f"--num_workers {args.num_workers}: expected at least 1 process")
+    check_args(args)
     output = args.output_file
     if output.is_dir():
         raise UserError(f"--output_file {output}: is a folder; expected a file")

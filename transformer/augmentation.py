@@ -75,13 +75,13 @@ class GloveIndex:
         self.vectors = (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
         self._ids: dict[str, int] = {}
         self._folded_ids: dict[str, int] = {}
-        for number, word in enumerate(self.words):
-            self._ids.setdefault(word, number)
-            self._folded_ids.setdefault(word.lower(), number)
+        for index, word in enumerate(self.words):
+            self._ids.setdefault(word, index)
+            self._folded_ids.setdefault(word.lower(), index)
         usable = norms[:, 0] > 0
         first = [
-            is_replacement(word) and self._folded_ids[word.lower()] == number
-            for number, word in enumerate(self.words)
+            is_replacement(word) and self._folded_ids[word.lower()] == index
+            for index, word in enumerate(self.words)
         ]
         self._usable = {False: usable, True: usable & np.array(first)}
         self._cache: dict[tuple[int, bool], dict[str, list[str]]] = defaultdict(dict)
@@ -126,25 +126,25 @@ class GloveIndex:
         for word in dict.fromkeys(words):
             if word not in cache:
                 new[word] = self._find(word, words_only)
-        cache.update((word, []) for word, number in new.items() if number is None)
-        known = [word for word, number in new.items() if number is not None]
-        rows = max(1, SCORE_CELLS // len(self))
-        for start in range(0, len(known), rows):
-            block = known[start : start + rows]
-            numbers = [new[word] for word in block]
-            scores = self.vectors[numbers] @ self.vectors.T  # [block, words]
+        cache.update((word, []) for word, index in new.items() if index is None)
+        known = [word for word, index in new.items() if index is not None]
+        size = max(1, SCORE_CELLS // len(self))
+        for start in range(0, len(known), size):
+            block = known[start : start + size]
+            indices = [new[word] for word in block]
+            scores = self.vectors[indices] @ self.vectors.T  # [block, words]
             scores[:, ~self._usable[words_only]] = -np.inf
-            for word, number, row in zip(block, numbers, scores, strict=True):
-                cache[word] = self._best(row, number, k, words_only)
+            for word, index, row in zip(block, indices, scores, strict=True):
+                cache[word] = self._best(row, index, k, words_only)
         return [list(cache[word]) for word in words]
 
     def _find(self, word: str, words_only: bool) -> int | None:
-        number = self._ids.get(word)
-        if number is None and words_only:
-            number = self._folded_ids.get(word.lower())
-        if number is None or not self._usable[False][number]:
+        index = self._ids.get(word)
+        if index is None and words_only:
+            index = self._folded_ids.get(word.lower())
+        if index is None or not self._usable[False][index]:
             return None
-        return number
+        return index
 
     def _best(self, scores: np.ndarray, query: int, k: int, words_only: bool) -> list[str]:
         """The spellings of the `k` highest scores; equal ones in the order of the file."""
@@ -157,7 +157,7 @@ class GloveIndex:
         # The last bits of `scores` depend on which queries were multiplied together, and so on
         # where a resumed run began; these do not.
         exact = (self.vectors[near] * self.vectors[query].astype(np.float64)).sum(axis=1)
-        best = [self.words[number] for number in near[np.lexsort((near, -exact))][:k]]
+        best = [self.words[index] for index in near[np.lexsort((near, -exact))][:k]]
         return [word.lower() for word in best] if words_only else best
 
 
@@ -195,33 +195,25 @@ def _parse_vectors(
     path: Path | str, lines: Sequence[tuple[int, bytes]], dim: int
 ) -> tuple[list[str], np.ndarray]:
     """Split lines into words and their vectors [lines, dim]."""
-    words, numbers = [], []
+    words, texts = [], []
     for number, line in lines:
         spaces = line.count(b" ")
         if spaces < dim:
             raise UserError(
                 f"{path}, line {number}: {spaces + 1} fields; expected a word and {dim} numbers"
             )
-        word, rest = _split_words(line, spaces - dim)
-        words.append(word.decode("utf-8", "replace"))
-        numbers.append(rest)
-    vectors = _parse_numbers(b" ".join(numbers))
+        *word, rest = line.split(b" ", spaces - dim + 1)
+        words.append(b" ".join(word).decode("utf-8", "replace"))
+        texts.append(rest)
+    vectors = _parse_numbers(b" ".join(texts))
     if vectors.size != len(lines) * dim:
-        for (number, line), rest in zip(lines, numbers, strict=True):
+        for (number, line), rest in zip(lines, texts, strict=True):
             if _parse_numbers(rest).size != dim:
                 text = line[:60].decode("utf-8", "replace")
                 raise UserError(
                     f"{path}, line {number}: {text!r}; expected {dim} finite numbers after the word"
                 )
     return words, vectors.reshape(len(lines), dim)
-
-
-def _split_words(line: bytes, spaces: int) -> tuple[bytes, bytes]:
-    """Cut a line after a word that contains `spaces` spaces."""
-    end = -1
-    for _ in range(spaces + 1):
-        end = line.index(b" ", end + 1)
-    return line[:end], line[end + 1 :]
 
 
 def _parse_numbers(text: bytes) -> np.ndarray:
@@ -251,6 +243,12 @@ def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> None
             file.write(f"{word} {' '.join(f'{number:.4f}' for number in vector)}\n")
 
 
+def _lines(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        with path.open(encoding="utf-8") as lines:
+            yield from lines
+
+
 def compose_vectors(
     model_dir: Path | str, files: Sequence[Path], vocab_size: int = COMPOSED_WORDS
 ) -> tuple[list[str], np.ndarray]:
@@ -258,11 +256,7 @@ def compose_vectors(
 
     A word's vector is the mean of the input embeddings of its word pieces.
     """
-    counts: Counter[str] = Counter()
-    for path in files:
-        with path.open(encoding="utf-8") as lines:
-            counts.update(count_words(lines))
-    words = sorted(counts, key=lambda word: (-counts[word], word))[:vocab_size]
+    words = list(count_words(_lines(files)))[:vocab_size]
     if not words:
         raise UserError(f"{files[0]}: no words; expected English text")
     state = load_state(model_dir)
@@ -287,6 +281,15 @@ class Query(NamedTuple):
     position: int  # where [MASK] stands
 
 
+def check_settings(M: int, N: int, p: float, batch_tokens: int) -> None:
+    """Raise a `UserError` for a setting of `DataAugmentor` that is out of range."""
+    if M < 1 or N < 0 or not 0 <= p <= 1 or batch_tokens < 0:
+        raise UserError(
+            f"M={M}, N={N}, p={p}, batch_tokens={batch_tokens}: expected M of at least 1, N "
+            "and batch_tokens of at least 0 and p from 0 to 1"
+        )
+
+
 class DataAugmentor:
     """Algorithm 1 of the paper, for many sentences at once.
 
@@ -304,24 +307,13 @@ class DataAugmentor:
     """
 
     def __init__(
-        self,
-        model: BertForMaskedLM,
-        tokenizer: BertTokenizer,
-        glove: GloveIndex,
-        M: int = 15,
-        N: int = 30,
-        p: float = 0.4,
-        seed: int = 42,
-        drop_non_words: bool = True,
+        self, model: BertForMaskedLM, tokenizer: BertTokenizer, glove: GloveIndex, M: int = 15,
+        N: int = 30, p: float = 0.4, seed: int = 42, drop_non_words: bool = True,
         batch_tokens: int = 0,
-    ):
+    ) -> None:
         if not isinstance(model, BertForMaskedLM):
             raise UserError(f"{type(model).__name__}: expected BertForMaskedLM with its head")
-        if M < 1 or N < 0 or not 0 <= p <= 1 or batch_tokens < 0:
-            raise UserError(
-                f"M={M}, N={N}, p={p}, batch_tokens={batch_tokens}: expected M of at least 1, N "
-                "and batch_tokens of at least 0 and p from 0 to 1"
-            )
+        check_settings(M, N, p, batch_tokens)
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(
                 f"the vocabulary has {len(tokenizer)} word pieces but the model "
@@ -365,12 +357,10 @@ class DataAugmentor:
         return results
 
     def _vary(
-        self,
-        sentence: str,
-        tokens: list[str],
-        candidates: dict[int, list[str]],
+        self, sentence: str, tokens: list[str], candidates: dict[int, list[str]],
         generator: random.Random,
     ) -> list[str]:
+        """Return the sentence and its variations; a token of `candidates` draws one of them."""
         seen = {sentence, " ".join(tokens)}
         variations = [sentence]
         draw = generator.random
@@ -394,7 +384,7 @@ class DataAugmentor:
         self._spell({token for row in tokens for token in row})
         found: list[dict[int, list[str]]] = [{} for _ in unique]
         queries, rare = [], []
-        for number, row in enumerate(tokens):
+        for sentence, row in enumerate(tokens):
             pieces = [self._pieces[token] for token in row]
             starts = np.cumsum([0, *map(len, pieces)])
             sentence_ids = [piece for word in pieces for piece in word]
@@ -403,12 +393,12 @@ class DataAugmentor:
             for index, token in enumerate(row):
                 if not pieces[index] or not is_plain_word(token):
                     continue
-                found[number][index] = []  # fixes the order in which words draw
+                found[sentence][index] = []  # fixes the order in which words draw
                 if len(pieces[index]) == 1:
-                    query = self._query(number, index, sentence_ids, int(starts[index]))
+                    query = self._query(sentence, index, sentence_ids, int(starts[index]))
                     queries.append(query)
                 else:
-                    rare.append((number, index, token))
+                    rare.append((sentence, index, token))
         self._fill_rare(rare, found)
         self._fill_masked(queries, found)
         for row, candidates in zip(tokens, found, strict=True):
@@ -425,7 +415,7 @@ class DataAugmentor:
         new = [word for word in sorted(words) if word not in self._pieces]
         self._pieces.update(zip(new, self.tokenizer.encode_batch(new), strict=True))
 
-    def _query(self, number: int, index: int, pieces: list[int], start: int) -> Query:
+    def _query(self, sentence: int, token: int, pieces: list[int], start: int) -> Query:
         """The model's input that masks the piece at `start` and shows the original beside it.
 
         An input longer than the model's positions is cut at its end; where that would cut off
@@ -439,7 +429,7 @@ class DataAugmentor:
         separator = self.tokenizer.sep_id
         ids = [self.tokenizer.cls_id, *pieces, separator, *pieces, separator]
         ids[start + 1] = self.tokenizer.mask_id
-        return Query(number, index, ids[:limit], len(pieces) + 2, start + 1)
+        return Query(sentence, token, ids[:limit], len(pieces) + 2, start + 1)
 
     def _fill_rare(
         self, rare: Sequence[tuple[int, int, str]], found: list[dict[int, list[str]]]
@@ -447,8 +437,8 @@ class DataAugmentor:
         """Fill in the neighbours of the words that are several word pieces."""
         words = [word for _, _, word in rare]
         neighbours = self.glove.nearest(words, self.M, words_only=self.drop_non_words)
-        for (number, index, _), near in zip(rare, neighbours, strict=True):
-            found[number][index] = near
+        for (sentence, index, _), near in zip(rare, neighbours, strict=True):
+            found[sentence][index] = near
 
     def _fill_masked(self, queries: Sequence[Query], found: list[dict[int, list[str]]]) -> None:
         """Fill in what the model proposes for the words that are one word piece."""
@@ -500,7 +490,7 @@ class DataAugmentor:
     def _forbidden_entries(self) -> torch.Tensor:
         """Which entries are never proposed: bool [the model's vocabulary]."""
         forbidden = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
-        for number, spelling in enumerate(self._spellings):
-            forbidden[number] = self.drop_non_words and not is_replacement(spelling)
+        for index, spelling in enumerate(self._spellings):
+            forbidden[index] = self.drop_non_words and not is_replacement(spelling)
         self._allowed = len(forbidden) - int(forbidden.sum())
         return forbidden.to(self.device)
