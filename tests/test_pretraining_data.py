@@ -135,11 +135,6 @@ def read_rows(folder: Path, epoch: int = 0) -> list[dict]:
     return [json.loads(line) for line in (folder / f"epoch_{epoch}.json").read_text().splitlines()]
 
 
-def write_rows(folder: Path, rows: list[dict], epoch: int = 0) -> None:
-    """Put other rows into an epoch's data file, metrics untouched."""
-    (folder / f"epoch_{epoch}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """All files in a folder, but for what they were made with."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"}
@@ -612,7 +607,7 @@ def test_a_call_killed_while_it_renames_leaves_nothing_that_passes_for_an_output
 def test_torchrun_is_refused_and_data_url_copies_the_epochs(tmp_path, monkeypatch, capsys):
     copied = []
     monkeypatch.setattr(pregenerate_training_data, "upload_folder",
-                        lambda folder, bucket, prefix: copied.append((folder, bucket, prefix)))
+                        lambda folder, address: copied.append((folder, *address)))
     folder = generate(tmp_path, "--data_url", "s3://bucket/wiki/json/")
     assert copied == [(folder, "bucket", "wiki/json")]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -623,7 +618,7 @@ def test_torchrun_is_refused_and_data_url_copies_the_epochs(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("reduce_memory", [False, True])
-@pytest.mark.parametrize("flags", [["--masked_lm_prob", "0.15"], ["--one_seq"], []])
+@pytest.mark.parametrize("flags", [["--masked_lm_prob", 0.15], ["--one_seq"]])
 def test_the_dataset_gives_back_what_was_written(tmp_path, tokenizer, flags, reduce_memory):
     folder = generate_json(tmp_path, *flags)
     dataset = PregeneratedDataset(folder, 1, tokenizer, 40, reduce_memory)
@@ -633,9 +628,8 @@ def test_the_dataset_gives_back_what_was_written(tmp_path, tokenizer, flags, red
         ids, mask, segments, labels, is_next = dataset[index]
         length = len(row["tokens"])
         assert ids.dtype == mask.dtype == segments.dtype == labels.dtype == torch.int64
-        assert dataset.lengths[index] == length and mask.tolist() == [1] * length + [0] * (
-            40 - length
-        )
+        assert dataset.lengths[index] == length
+        assert mask.tolist() == [1] * length + [0] * (40 - length)
         assert tokenizer.convert_ids_to_tokens(ids[:length]) == row["tokens"]
         assert ids[length:].eq(tokenizer.pad_id).all()
         assert segments.tolist() == row["segment_ids"] + [0] * (40 - length)
@@ -647,20 +641,25 @@ def test_the_dataset_gives_back_what_was_written(tmp_path, tokenizer, flags, red
         dataset[len(rows)]
 
 
-def test_collate_trims_to_the_longest_row(tmp_path, tokenizer):
-    dataset = PregeneratedDataset(generate(tmp_path, "--masked_lm_prob", "0.15"), 0, tokenizer, 40)
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory) -> dict[str, Path]:
+    """Two epochs of both formats, with masks."""
+    root = tmp_path_factory.mktemp("epochs")
+    return {kind: generate(root, "--masked_lm_prob", 0.2, "--format", kind, name=kind)
+            for kind in ("binary", "json")}
+
+
+def test_collate_trims_to_the_longest_row(epochs, tokenizer):
+    dataset = PregeneratedDataset(epochs["binary"], 0, tokenizer, 40)
     indices = [3, 0, 5]
     batch = dataset.collate(indices)
     longest = dataset.lengths[indices].max()
+    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
     assert {name: tuple(values.shape) for name, values in batch.items()} == dict.fromkeys(
-        ("input_ids", "token_type_ids", "attention_mask", "labels"), (3, longest)
-    )
+        names, (3, longest))
     for row, index in enumerate(indices):
-        ids, mask, segments, labels, _ = dataset[index]
-        assert batch["input_ids"][row].equal(ids[:longest])
-        assert batch["attention_mask"][row].equal(mask[:longest])
-        assert batch["token_type_ids"][row].equal(segments[:longest])
-        assert batch["labels"][row].equal(labels[:longest])
+        for name, expected in zip(names, dataset[index], strict=False):
+            assert batch[name][row].equal(expected[:longest])
 
 
 def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
@@ -676,147 +675,96 @@ def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
         assert (batch["labels"] == len(pieces) - 1).any()
 
 
-def test_fewer_epochs_than_asked_for_are_read_in_turn(tmp_path, tokenizer, caplog):
-    folder = generate(tmp_path)
-    with caplog.at_level(logging.INFO):
-        dataset = PregeneratedDataset(folder, 3, tokenizer)
+def test_fewer_epochs_than_asked_for_are_read_in_turn(epochs, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    dataset = PregeneratedDataset(epochs["binary"], 3, tokenizer)
     assert dataset.epoch == 1
-    assert len(dataset) == read_metrics(folder, 1).num_training_examples
-    assert dataset[0][0].equal(PregeneratedDataset(folder, 1, tokenizer)[0][0])
+    assert len(dataset) == read_metrics(epochs["binary"], 1).num_training_examples
+    assert dataset[0][0].equal(PregeneratedDataset(epochs["binary"], 1, tokenizer)[0][0])
     assert "2 epochs were generated" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["corpus.bin", "epoch_0.bin", "epoch_0_masks.bin"])
-@pytest.mark.parametrize("change", ["shorter", "longer", "missing", "empty"])
-def test_a_binary_file_of_another_size_is_an_error(tmp_path, tokenizer, name, change):
-    path = generate(tmp_path, "--masked_lm_prob", "0.2") / name
-    content = path.read_bytes()
-    if change == "missing":
-        path.unlink()
+def edited(**changes):
+    """What changes fields of a JSON file."""
+    return lambda content: json.dumps({**json.loads(content), **changes}).encode()
+
+
+DAMAGES = [  # format, file, what becomes of its bytes (None: no file), complaint
+    *[("binary", name, damage, f"{name}: .*expected")
+      for name in ("corpus.bin", "epoch_0.bin", "epoch_0_masks.bin")
+      for damage in (lambda old: old[:-1], lambda old: old * 2, lambda old: b"")],
+    ("binary", "corpus.bin", None, "corpus.bin: no such file"),
+    ("binary", "epoch_0_masks.bin", None, "epoch_0_masks.bin: no such file"),
+    ("binary", "epoch_0.bin", None, "epoch_0.bin: no such file"),
+    ("binary", "epoch_1_metrics.json", None, "epoch_1_metrics.json: no such file"),
+    ("binary", "epoch_0.bin", lambda old: old[:39] + bytes(13) + old[52:], r"record 3 \(from 0\)"),
+    ("binary", "epoch_0.bin", lambda old: old[:39] + b"\xff" * 13 + old[52:], "record 3"),
+    ("binary", "corpus.json", edited(dtype=3), "corpus.json: expected dtype, tokens"),
+    ("binary", "corpus.json", edited(tokens="9"), "corpus.json: expected dtype, tokens"),
+    ("binary", "corpus.json", lambda old: b"null", "corpus.json: expected dtype, tokens"),
+    ("binary", "corpus.json", None, "corpus.json: no such file"),
+    ("binary", "epoch_0_metrics.json", lambda old: b"[]", "expected positive integers"),
+    ("binary", "epoch_0_metrics.json", edited(max_seq_len="9"), "expected positive integers"),
+    ("binary", "epoch_0_metrics.json", edited(num_training_examples=0), "positive integers"),
+    ("json", "epoch_0.json", None, "epoch_0.json: no such file"),
+    ("json", "epoch_1.json", None, "epoch_1.json: no such file"),
+    ("json", "epoch_0.json", lambda old: b"", r"epoch_0.json: 0 rows; expected \d+,"),
+    ("json", "epoch_0.json", lambda old: old * 2, r"epoch_0.json: \d+ rows; expected \d+,"),
+    ("json", "epoch_0.json", lambda old: old[:-40], r"epoch_0.json, line \d+: .*expected the"),
+    ("json", "epoch_0.bin", lambda old: b"", "both formats"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "damage", "complaint"), DAMAGES)
+def test_missing_and_damaged_files_are_named(
+    epochs, tokenizer, tmp_path, kind, name, damage, complaint
+):
+    folder = shutil.copytree(epochs[kind], tmp_path / "data")
+    if damage is None:
+        (folder / name).unlink()
     else:
-        path.write_bytes({"shorter": content[:-1], "longer": content * 2, "empty": b""}[change])
-    with pytest.raises(UserError, match=name if change != "missing" else "epoch_0.bin|no such"):
-        PregeneratedDataset(path.parent, 0, tokenizer)
+        old = (folder / name).read_bytes() if (folder / name).exists() else b""
+        (folder / name).write_bytes(damage(old))
+    with pytest.raises(UserError, match=complaint):
+        PregeneratedDataset(folder, 0, tokenizer)
 
 
-def test_records_outside_the_corpus_are_an_error_with_their_number(tmp_path, tokenizer):
-    path = generate(tmp_path) / "epoch_0.bin"
-    content = path.read_bytes()
-    for damage in (bytes(13), b"\xff" * 13):
-        path.write_bytes(content[:39] + damage + content[52:])
-        with pytest.raises(UserError, match=r"epoch_0.bin: record 3 \(from 0\)"):
-            PregeneratedDataset(path.parent, 0, tokenizer)
-
-
-@pytest.mark.parametrize("change", [{"dtype": 3}, {"tokens": "9"}, {"predictions": None}, None])
-def test_a_wrong_corpus_file_is_an_error(tmp_path, tokenizer, change):
-    path = generate(tmp_path) / "corpus.json"
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps(change and {**info, **change}))
-    with pytest.raises(UserError, match="corpus.json: expected dtype, tokens"):
-        PregeneratedDataset(path.parent, 0, tokenizer)
-    path.unlink()
-    with pytest.raises(UserError, match="corpus.json: no such file"):
-        PregeneratedDataset(path.parent, 0, tokenizer)
-
-
-def test_ids_of_another_vocabulary_are_refused(tmp_path):
-    folder = generate(tmp_path)
-    swapped = [*PIECES[:-2], PIECES[-1], PIECES[-2]]
-    other = write_vocab(tmp_path / "other", swapped)
+def test_folders_without_epochs_another_vocabulary_and_longer_rows_are_refused(
+    epochs, tokenizer, tmp_path
+):
+    with pytest.raises(UserError, match="no such folder"):
+        count_epochs(tmp_path / "missing")
+    with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
+        count_epochs(tmp_path)
+    swapped = write_vocab(tmp_path / "swapped", [*PIECES[:-2], PIECES[-1], PIECES[-2]])
     with pytest.raises(UserError, match="corpus.json: of the vocabulary with SHA-256 [0-9a-f]{12}"):
-        PregeneratedDataset(folder, 0, other)
-
-
-@pytest.mark.parametrize("change", ["fewer", "more", "none"])
-def test_a_wrong_number_of_rows_is_an_error_with_both_numbers(tmp_path, tokenizer, change):
-    folder = generate_json(tmp_path)
-    rows = read_rows(folder)
-    changed = {"fewer": rows[:-1], "more": [*rows, rows[0]], "none": []}[change]
-    write_rows(folder, changed)
-    with pytest.raises(
-        UserError, match=rf"epoch_0.json: {len(changed)} rows; expected {len(rows)},"
-    ):
-        PregeneratedDataset(folder, 0, tokenizer)
-
-
-def test_a_file_that_ends_within_a_row_is_an_error_with_the_line(tmp_path, tokenizer):
-    folder = generate_json(tmp_path)
-    count = len(read_rows(folder))
-    (folder / "epoch_0.json").write_bytes((folder / "epoch_0.json").read_bytes()[:-40])
-    with pytest.raises(UserError, match=rf"epoch_0.json, line {count}: .*expected the {count}"):
-        PregeneratedDataset(folder, 0, tokenizer)
-
-
-def test_a_token_outside_the_vocabulary_is_named(tmp_path):
-    folder = generate_json(tmp_path)
-    other = write_vocab(tmp_path / "other", [piece for piece in PIECES if piece != "w7"])
+        PregeneratedDataset(epochs["binary"], 0, swapped)
+    smaller = write_vocab(tmp_path / "smaller", [piece for piece in PIECES if piece != "w7"])
     with pytest.raises(UserError, match=r"epoch_0.json, line \d+: token 'w7' is not in the"):
-        PregeneratedDataset(folder, 0, other)
+        PregeneratedDataset(epochs["json"], 0, smaller)
+    with pytest.raises(UserError, match="32 tokens; expected at most the --max_seq_length of 16"):
+        PregeneratedDataset(epochs["binary"], 0, tokenizer, max_seq_length=16)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"tokens": None}, "tokens"),
-        ({"tokens": ["w1"] * 33, "segment_ids": [0] * 33}, "33 tokens; expected 1 to 32"),
-        ({"segment_ids": [0]}, "segment ids"),
-        ({"is_random_next": 1}, "is_random_next"),
-        ({"masked_lm_positions": [0, 1]}, "2 masked positions, but 0 labels"),
-        ({"masked_lm_positions": [40], "masked_lm_labels": ["w1"]}, "masked positions from 0"),
-        ({"masked_lm_positions": [0], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
-        ({"tokens": ["[CLS]", "w1", "[SEP]", "w2", "[SEP]"], "segment_ids": [0, 0, 0, 1, 1],
-          "masked_lm_positions": [2], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
-        ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),
-        ({"tokens": ["[CLS]", "w1", "[SEP]", "[SEP]"], "segment_ids": [0, 0, 0, 1]}, "of a pair"),
-        ({"tokens": [["w1"]], "segment_ids": [0]}, "line 2"),
-    ],
-)
-def test_a_malformed_row_is_named_with_its_line(tmp_path, tokenizer, change, complaint):
-    folder = generate_json(tmp_path)
+@pytest.mark.parametrize(("change", "complaint"), [
+    ({"tokens": None}, "tokens"),
+    ({"tokens": ["w1"] * 33, "segment_ids": [0] * 33}, "33 tokens; expected 1 to 32"),
+    ({"segment_ids": [0]}, "segment ids"),
+    ({"is_random_next": 1}, "is_random_next"),
+    ({"masked_lm_positions": [], "masked_lm_labels": ["w1"]}, "0 masked positions, but 1 labels"),
+    ({"masked_lm_positions": [40], "masked_lm_labels": ["w1"]}, "masked positions from 0"),
+    ({"masked_lm_positions": [0], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
+    ({"tokens": ["[CLS]", "w1", "[SEP]", "w2", "[SEP]"], "segment_ids": [0, 0, 0, 1, 1],
+      "masked_lm_positions": [2], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
+    ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),
+    ({"tokens": ["[CLS]", "w1", "[SEP]", "[SEP]"], "segment_ids": [0, 0, 0, 1]}, "of a pair"),
+    ({"tokens": [["w1"]], "segment_ids": [0]}, "line 2"),
+])
+def test_a_malformed_row_is_named_with_its_line(epochs, tokenizer, tmp_path, change, complaint):
+    folder = shutil.copytree(epochs["json"], tmp_path / "data")
     rows = read_rows(folder)
     rows[1].update(change)
-    write_rows(folder, rows)
+    (folder / "epoch_0.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="epoch_0.json, line 2") as error:
         PregeneratedDataset(folder, 0, tokenizer)
     assert complaint in str(error.value)
-
-
-def test_data_longer_than_the_model_is_told_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="32 tokens; expected at most the --max_seq_length of 16"):
-        PregeneratedDataset(generate(tmp_path), 0, tokenizer, max_seq_length=16)
-
-
-@pytest.mark.parametrize("kind", ["json", "binary"])
-def test_missing_epochs_are_named(tmp_path, tokenizer, kind):
-    with pytest.raises(UserError, match="no such folder"):
-        count_epochs(tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
-        count_epochs(tmp_path / "empty")
-    folder = generate(tmp_path, "--epochs_to_generate", "3", "--format", kind)
-    (folder / "epoch_2_metrics.json").unlink()
-    with pytest.raises(UserError, match="epoch_2_metrics.json: no such file"):
-        count_epochs(folder)
-    next(folder.glob("epoch_1.[bj]*")).unlink()
-    with pytest.raises(UserError, match=r"epoch_1\.(json|bin): no such file"):
-        PregeneratedDataset(folder, 0, tokenizer)
-
-
-def test_files_of_both_formats_are_an_error(tmp_path, tokenizer):
-    folder = generate(tmp_path)
-    generate_json(tmp_path, name="json")
-    (tmp_path / "json" / "epoch_0.json").replace(folder / "epoch_0.json")
-    with pytest.raises(UserError, match="both formats"):
-        PregeneratedDataset(folder, 0, tokenizer)
-
-
-@pytest.mark.parametrize("text", [
-    "{}", "[]", '{"num_training_examples": "9", "max_seq_len": 9}',
-    '{"num_training_examples": 0, "max_seq_len": 9}',
-])
-def test_wrong_metrics_are_an_error(tmp_path, tokenizer, text):
-    folder = generate(tmp_path)
-    (folder / "epoch_0_metrics.json").write_text(text)
-    with pytest.raises(UserError, match="epoch_0_metrics.json: expected positive integers"):
-        PregeneratedDataset(folder, 0, tokenizer)
