@@ -469,7 +469,7 @@ def upload_folder(
     folder, (bucket, prefix) = Path(folder), address
     path = folder
     try:
-        client = _s3_client()
+        client = _s3_client(connect_timeout=20)  # training waits for it
         for path in sorted(folder.rglob("*")):
             inner = path.relative_to(folder)
             stays = any(name.startswith(".") or name in skip for name in inner.parts)
