@@ -169,12 +169,12 @@ def make_candidates(name: str, engines: list[str], folder: Path,
             yield candidate(engine, megabytes=total * (dtype or torch.float32).itemsize / 1e6,
                             load=partial(load_torch, model, dtype, device))
             continue
-        place = folder / f"{short}_{precision}"
-        place.mkdir()
-        save_config(model, place)
-        write_onnx(model, ONNX_METHODS[precision], place, None, reduce_range=False)
-        yield candidate(engine, megabytes=(place / ONNX_NAME).stat().st_size / 1e6,
-                        load=partial(load_classifier, place, None, device))
+        model_dir = folder / f"{short}_{precision}"
+        model_dir.mkdir()
+        save_config(model, model_dir)
+        write_onnx(model, ONNX_METHODS[precision], model_dir, None, reduce_range=False)
+        yield candidate(engine, megabytes=(model_dir / ONNX_NAME).stat().st_size / 1e6,
+                        load=partial(load_classifier, model_dir, None, device))
 
 
 def usable_engines(engines: list[str], device: torch.device) -> list[str]:
@@ -228,9 +228,9 @@ def task_batches(rows: Features, batch: int, vocab_size: int) -> list[Inputs]:
     batch = min(batch, len(chosen))
     groups = [chosen[begin : begin + batch]
               for begin in range(0, len(chosen) - batch + 1, batch)]
-    order = sorted(range(len(groups)), key=lambda place: abs(place - (len(groups) - 1) / 2))
-    return [tuple(x.clamp(max=vocab_size - 1) for x in model_inputs(rows.collate(groups[place])))
-            for place in order]
+    order = sorted(range(len(groups)), key=lambda index: abs(index - (len(groups) - 1) / 2))
+    return [tuple(x.clamp(max=vocab_size - 1) for x in model_inputs(rows.collate(groups[index])))
+            for index in order]
 
 
 def make_settings(args: argparse.Namespace,
@@ -261,21 +261,21 @@ def take_turns(calls: list[Callable[[int], None]], seconds: float) -> list[list[
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call(0)
-    for number in range(MOST_REPEATS):
+    for index in range(MOST_REPEATS):
         for call, taken in zip(calls, times, strict=True):
-            if number < 2 or sum(taken) < seconds:
+            if index < 2 or sum(taken) < seconds:
                 began = time.perf_counter()
-                call(number)
+                call(index)
                 taken.append(time.perf_counter() - began)
     return times
 
 
 def caller(model: torch.nn.Module, batches: list[Inputs],
            device: torch.device) -> Callable[[int], None]:
-    """Return what computes batch `number`, from inputs on the CPU to logits on the CPU."""
+    """Return what computes batch `index`, from inputs on the CPU to logits on the CPU."""
 
-    def call(number: int) -> None:
-        inputs = [tensor.to(device) for tensor in batches[number % len(batches)]]
+    def call(index: int) -> None:
+        inputs = [tensor.to(device) for tensor in batches[index % len(batches)]]
         model(*inputs, score_layers=())[0].cpu()
 
     return call

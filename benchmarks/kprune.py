@@ -1,8 +1,8 @@
-"""K-prune against the straightforward procedure: the same masks, and how much sooner.
+"""K-prune against the straightforward procedure: the same masks, and how much faster.
 
-The baseline does what the paper says and no more than that: for every sub-layer whole passes of
+The straightforward procedure does what the paper says: for every sub-layer full forward passes of
 the masked and of the unpruned model, a threshold found by trying one candidate after the other,
-and whole passes again for the tuning.
+and full forward passes again for the tuning.
 
 Example:
     python benchmarks/kprune.py --rows 320 --length 64
@@ -31,7 +31,7 @@ Settings = dict[str, float]  # the keyword arguments of `kprune`
 
 
 class Masked(nn.Module):
-    """An output projection whose inputs are masked; it keeps what comes in."""
+    """An output projection whose inputs are masked; it keeps its inputs."""
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def measure(
     model: nn.Module, original: nn.Module, masked: list[Masked], batches: list[Batch],
     settings: Settings,
 ) -> list[Tensor]:
-    """Return the scores of all units, a tensor for each sub-layer, from whole passes."""
+    """Return the scores of all units, a tensor for each sub-layer, from full forward passes."""
     config = model.config
     predictive = [torch.zeros_like(part.mask) for part in masked]
     representational = [torch.zeros_like(part.mask) for part in masked]
@@ -76,29 +76,29 @@ def measure(
         logits = model(*model_inputs(batch))[0]
         gradients = torch.autograd.grad(
             divergence(logits, reference, settings["T"], real), [part.mask for part in masked])
-        for place, part in enumerate(masked):
-            predictive[place] += 0.5 * gradients[place].square()
-            representational[place] += part.features.detach()[real].square().sum(dim=0)
+        for sublayer, part in enumerate(masked):
+            predictive[sublayer] += 0.5 * gradients[sublayer].square()
+            representational[sublayer] += part.features.detach()[real].square().sum(dim=0)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     scores = []
-    for place, part in enumerate(masked):
+    for sublayer, part in enumerate(masked):
         weight = part.dense.weight.square().mean(dim=0)
-        known = (settings["lam_pred"] * predictive[place] / samples
-                 + settings["lam_rep"] * representational[place] * weight / tokens)
-        if place % 2:
-            scores.append(known / (neuron_flops(config, settings["seq_len"]) / 1e9))
+        importance = (settings["lam_pred"] * predictive[sublayer] / samples
+                 + settings["lam_rep"] * representational[sublayer] * weight / tokens)
+        if sublayer % 2:
+            scores.append(importance / (neuron_flops(config, settings["seq_len"]) / 1e9))
         else:
-            known = known.view(config.num_attention_heads, -1).mean(dim=1)
+            importance = importance.view(config.num_attention_heads, -1).mean(dim=1)
             cost = head_flops(config, settings["seq_len"]) / 1e9
-            scores.append(settings["mu"] * known / cost)
+            scores.append(settings["mu"] * importance / cost)
     return scores
 
 
-def inputs_of(model: nn.Module, place: int, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return features and residual of sub-layer `place`, from a whole pass."""
-    part = model.bert.encoder.layer[place // 2]
-    part = part.output if place % 2 else part.attention.output
+def inputs_of(model: nn.Module, sublayer: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return features and residual of sub-layer `sublayer`, from a full forward pass."""
+    part = model.bert.encoder.layer[sublayer // 2]
+    part = part.output if sublayer % 2 else part.attention.output
     given: list[tuple[Tensor, Tensor]] = []
     hook = part.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
     model(*model_inputs(batch))
@@ -108,23 +108,23 @@ def inputs_of(model: nn.Module, place: int, batch: Batch) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def refit(
-    model: nn.Module, original: nn.Module, place: int, masked: list[Masked], batches: list[Batch]
+    model: nn.Module, original: nn.Module, sublayer: int, masked: list[Masked], batches: list[Batch]
 ) -> None:
-    """Refit the weight of sub-layer `place` by least squares on all tokens at once."""
-    kept = masked[place].mask.bool()
+    """Refit the weight of sub-layer `sublayer` by least squares on all tokens at once."""
+    kept = masked[sublayer].mask.bool()
     features, targets = [], []
     for batch in batches:
         real = batch["attention_mask"].bool()
-        part = original.bert.encoder.layer[place // 2]
-        part = part.output if place % 2 else part.attention.output
-        x, residual = inputs_of(model, place, batch)
-        their_x, their_residual = inputs_of(original, place, batch)
+        part = original.bert.encoder.layer[sublayer // 2]
+        part = part.output if sublayer % 2 else part.attention.output
+        x, residual = inputs_of(model, sublayer, batch)
+        their_x, their_residual = inputs_of(original, sublayer, batch)
         aim = their_residual + part.dense(their_x)
         features.append(x[real][:, kept])
-        targets.append((aim - residual - masked[place].dense.bias)[real])
+        targets.append((aim - residual - masked[sublayer].dense.bias)[real])
     solution = torch.linalg.lstsq(
         torch.cat(features).double(), torch.cat(targets).double(), driver="gelsd").solution
-    masked[place].dense.weight[:, kept] = solution.T.float()
+    masked[sublayer].dense.weight[:, kept] = solution.T.float()
 
 
 def straightforward(
@@ -140,18 +140,18 @@ def straightforward(
         config.num_attention_heads * costs[0] + config.intermediate_size * costs[1])
     budget = (1 - settings["constraint"]) * total
     masks = []
-    for place, part in enumerate(masked):
-        scores = measure(pruned, original, masked, batches, settings)[place:]
+    for sublayer, part in enumerate(masked):
+        scores = measure(pruned, original, masked, batches, settings)[sublayer:]
         unit_costs = torch.cat([
-            torch.full_like(s, costs[(place + offset) % 2], dtype=torch.float64)
+            torch.full_like(s, costs[(sublayer + offset) % 2], dtype=torch.float64)
             for offset, s in enumerate(scores)])
         kept = scores[0] > straightforward_threshold(torch.cat(scores), unit_costs, budget)
-        budget -= int(kept.sum()) * costs[place % 2]
-        width = 1 if place % 2 else config.head_width
+        budget -= int(kept.sum()) * costs[sublayer % 2]
+        width = 1 if sublayer % 2 else config.head_width
         with torch.no_grad():
             part.mask.copy_(kept.repeat_interleave(width))
         if settings["sublayerwise_tuning"] and kept.any():
-            refit(pruned, original, place, masked, batches)
+            refit(pruned, original, sublayer, masked, batches)
         masks.append(kept.float())
     return torch.stack(masks[0::2]), torch.stack(masks[1::2])
 

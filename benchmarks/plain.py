@@ -1,9 +1,9 @@
-"""The baseline: a plain implementation of the work that the original code does.
+"""The baseline: a plain implementation of the work that the original code does, for measuring only.
 
-For measuring only. It computes what this project computes with --match_original, without any of
-the shortcuts: float32, every row padded to the full length, all scores and hidden states kept, a
-teacher in train mode, one word at a time in augmentation, word pieces in Python, instances as
-JSON. `tests/test_benchmarks.py` checks that both do the same work.
+It computes what this project computes with --match_original, without any of the shortcuts: float32,
+every row padded to the full length, all scores and hidden states kept, a teacher in train mode, one
+word at a time in augmentation, word pieces in Python, instances as JSON. Tests check that both do
+the same work.
 """
 
 import json
@@ -107,8 +107,8 @@ class PlainBert(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        embeddings = self.words(input_ids) + self.positions(places.expand_as(input_ids))
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        embeddings = self.words(input_ids) + self.positions(positions.expand_as(input_ids))
         hidden = self.dropout(self.norm(embeddings + self.segments(token_type_ids)))
         mask = (1.0 - attention_mask[:, None, None, :].float()) * -10000.0
         all_scores, all_hidden = [], [hidden]
@@ -293,7 +293,7 @@ class PlainTokenizer:
 
     def __init__(self, pieces: Sequence[str], lower_case: bool = True) -> None:
         self.pieces = list(pieces)
-        self.vocab = {piece: number for number, piece in enumerate(pieces)}
+        self.vocab = {piece: index for index, piece in enumerate(pieces)}
         self.lower_case = lower_case
 
     def clean(self, text: str) -> str:
@@ -375,35 +375,35 @@ class PlainAugmentor:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.words, self.vectors = list(words), vectors
-        self.numbers = {word: number for number, word in enumerate(words)}
+        self.word_ids = {word: index for index, word in enumerate(words)}
         self.M, self.N, self.p = M, N, p
         self.random = random.Random(seed)
         self.device = next(model.parameters()).device
 
     def neighbours(self, word: str) -> list[str]:
         """Compare a word with all others and sort them all."""
-        if word not in self.numbers:
+        if word not in self.word_ids:
             return []
-        scores = np.dot(self.vectors, self.vectors[self.numbers[word]])
-        scores[self.numbers[word]] = -np.inf
-        return [self.words[number] for number in np.argsort(-scores)[: self.M]]
+        scores = np.dot(self.vectors, self.vectors[self.word_ids[word]])
+        scores[self.word_ids[word]] = -np.inf
+        return [self.words[index] for index in np.argsort(-scores)[: self.M]]
 
-    def proposals(self, sentence: str, pieces: list[str], place: int) -> list[str]:
-        """Mask the piece at `place` and let the model fill it, the original beside it."""
-        masked = [*pieces[:place], "[MASK]", *pieces[place + 1 :]]
+    def proposals(self, sentence: str, pieces: list[str], position: int) -> list[str]:
+        """Mask the piece at `position` and let the model fill it, the original beside it."""
+        masked = [*pieces[:position], "[MASK]", *pieces[position + 1 :]]
         tokens = ["[CLS]", *masked, "[SEP]", *self.tokenizer.tokenize(sentence), "[SEP]"]
         segments = [0] * (len(masked) + 2) + [1] * (len(tokens) - len(masked) - 2)
         ids = torch.tensor([self.tokenizer.ids(tokens)], device=self.device)
         logits = self.model(ids, torch.tensor([segments], device=self.device),
                             torch.ones_like(ids))
-        best = torch.argsort(logits[0, place + 1], descending=True)[: self.M].tolist()
-        found = [self.tokenizer.pieces[number] for number in best]
+        best = torch.argsort(logits[0, position + 1], descending=True)[: self.M].tolist()
+        found = [self.tokenizer.pieces[index] for index in best]
         return [piece for piece in found if not piece.startswith("##")]
 
     def word_candidates(self, sentence: str, index: int, word: str) -> list[str]:
         """Return the replacements of the basic token `index`; the word itself if there is none."""
         pieces = self.tokenizer.tokenize(sentence)
-        starts = [place for place, piece in enumerate(pieces) if not piece.startswith("##")]
+        starts = [position for position, piece in enumerate(pieces) if not piece.startswith("##")]
         starts.append(len(pieces))
         if starts[index + 1] - starts[index] == 1:
             found = self.proposals(sentence, pieces, starts[index])
@@ -463,16 +463,16 @@ class PlainInstances:
         self.short_probability = short_probability
         self.random = random.Random(seed)
 
-    def other_document(self, number: int) -> list[list[str]]:
-        """Draw another document, by its number of sentences."""
-        own = len(self.documents[number])
+    def other_document(self, document: int) -> list[list[str]]:
+        """Draw another document, in proportion to its sentences."""
+        own = len(self.documents[document])
         sentence = self.random.randrange(self.ends[-1] - own)
-        if sentence >= self.ends[number] - own:
+        if sentence >= self.ends[document] - own:
             sentence += own
         return self.documents[bisect_right(self.ends, sentence)]
 
-    def random_second(self, number: int, length: int) -> list[str]:
-        other = self.other_document(number)
+    def random_second(self, document: int, length: int) -> list[str]:
+        other = self.other_document(document)
         second: list[str] = []
         for sentence in other[self.random.randrange(len(other)) :]:
             second.extend(sentence)
@@ -491,48 +491,48 @@ class PlainInstances:
 
     def masked(self, tokens: list[str]) -> tuple[list[str], list[int], list[str]]:
         """Mask one token, as the original does even where nothing is to be masked."""
-        places = [place for place, token in enumerate(tokens) if token not in ("[CLS]", "[SEP]")]
-        self.random.shuffle(places)
-        place, draw = places[0], self.random.random()
-        label = tokens[place]
+        positions = [index for index, token in enumerate(tokens) if token not in ("[CLS]", "[SEP]")]
+        self.random.shuffle(positions)
+        position, draw = positions[0], self.random.random()
+        label = tokens[position]
         if draw < 0.8:
-            tokens[place] = "[MASK]"
+            tokens[position] = "[MASK]"
         elif draw < 0.9:
-            tokens[place] = self.random.choice(self.pieces)
-        return tokens, [place], [label]
+            tokens[position] = self.random.choice(self.pieces)
+        return tokens, [position], [label]
 
     def row(self, first: list[str], second: list[str], is_random: bool) -> dict:
         self.truncate(first, second)
         tokens = ["[CLS]", *first, "[SEP]", *second, "[SEP]"]
         segments = [0] * (len(first) + 2) + [1] * (len(second) + 1)
-        tokens, places, labels = self.masked(tokens)
+        tokens, positions, labels = self.masked(tokens)
         return {
             "tokens": tokens, "segment_ids": segments, "is_random_next": is_random,
-            "masked_lm_positions": places, "masked_lm_labels": labels,
+            "masked_lm_positions": positions, "masked_lm_labels": labels,
         }
 
-    def of_document(self, number: int) -> Iterator[dict]:
+    def of_document(self, index: int) -> Iterator[dict]:
         """Yield the rows of one document."""
-        document, target = self.documents[number], self.max_tokens
+        document, target = self.documents[index], self.max_tokens
         if self.random.random() < self.short_probability:
             target = self.random.randint(2, self.max_tokens)
         gathered: list[list[str]] = []
-        place = length = 0
-        while place < len(document):
-            gathered.append(document[place])
-            length += len(document[place])
-            if place == len(document) - 1 or length >= target:
+        sentence = length = 0
+        while sentence < len(document):
+            gathered.append(document[sentence])
+            length += len(document[sentence])
+            if sentence == len(document) - 1 or length >= target:
                 split = self.random.randrange(1, len(gathered)) if len(gathered) > 1 else 1
                 first = [token for sentence in gathered[:split] for token in sentence]
                 is_random = len(gathered) == 1 or self.random.random() < 0.5
                 if is_random:
-                    second = self.random_second(number, target - len(first))
-                    place -= len(gathered) - split
+                    second = self.random_second(index, target - len(first))
+                    sentence -= len(gathered) - split
                 else:
                     second = [token for sentence in gathered[split:] for token in sentence]
                 yield self.row(first, second, is_random)
                 gathered, length = [], 0
-            place += 1
+            sentence += 1
 
 
 def pregenerate(
@@ -546,8 +546,8 @@ def pregenerate(
     for epoch in range(epochs):
         rows = 0
         with (output_dir / f"epoch_{epoch}.json").open("w", encoding="utf-8") as output:
-            for number in range(len(instances.documents)):
-                for row in instances.of_document(number):
+            for index in range(len(instances.documents)):
+                for row in instances.of_document(index):
                     output.write(json.dumps(row) + "\n")
                     rows += 1
         metrics = {"num_training_examples": rows, "max_seq_len": max_length}
