@@ -16,14 +16,14 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer.batching import padded_collate, padding_multiple
-from transformer.distillation import Batch, show_nothing
+from transformer.batching import Batch, padded_collate, padding_multiple, shuffled_passes
+from transformer.distillation import no_teacher
 from transformer.evaluation import Selection, evaluate_splits
 from transformer.features import cached_features
 from transformer.file_utils import UserError
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
-from transformer.run import Output, Run, check_training_disk
+from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
     add_common_arguments,
@@ -38,7 +38,7 @@ from transformer.runtime import (
 )
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
-from transformer.training import Learner, shuffled_passes
+from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -150,33 +150,34 @@ def main(args: argparse.Namespace) -> None:
         param_groups(model, args.weight_decay), lr=args.learning_rate,
         warmup=args.warmup_proportion, t_total=max(1, total_steps))
     compiled = compile_models(args.compile, device, loss)
-    learner = Learner(model, loss, optimizer, device, dtype)
+    trainer = StudentTrainer(model, loss, optimizer, device, dtype)
 
     # Output
-    check_training_disk([learner], folder.paths, models_written=3)
+    check_training_disk([trainer], folder.paths, models_written=3)
     folder.start(log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
-    output = Output(learner, folder.paths[0], tokenizer, Selection(task))
+    output = StudentOutput(trainer, folder.paths[0], tokenizer, Selection(task))
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
     multiple = padding_multiple(device)
-    make_batch = padded_collate(train_rows, multiple, limit=args.max_seq_length)
-    run = Run(
+    collate = padded_collate(train_rows, multiple, limit=args.max_seq_length)
+    run = TrainingRun(
         [output], lambda first: shuffled_passes(
-            make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
+            collate, train_rows.lengths, args.train_batch_size, args.train_batch_size, args.seed,
+            multiple, first),
         lambda epoch: steps_per_epoch, total_steps, report_every=steps_per_epoch,
-        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=folder.state == "resume")
+        save_steps=args.save_steps, save_minutes=args.save_minutes,
+        resume=folder.state == "resume")
 
-    def measure() -> None:
-        output.record(run.facts(), evaluate_splits(
-            model, dev, task, device, args.eval_batch_size, dtype))
+    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+        return evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
 
     if run.step == 0:
-        measure()
-    for _ in run.steps(show_nothing, 1, task.name):
+        run.report(evaluate)
+    for _ in run.steps(no_teacher, task.name):
         if run.reports():
-            measure()
+            run.report(evaluate)
 
     # Results
     output.finish({"task": task.name, "before": output.selection.first["dev"],

@@ -18,7 +18,6 @@ Examples:
 import argparse
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -27,20 +26,28 @@ from torch import nn
 from tqdm import tqdm
 
 from transformer import distributed
-from transformer.batching import BATCH_UNIT, batches, padded_collate, padding_multiple
+from transformer.batching import (
+    BATCH_UNIT,
+    Collate,
+    Pass,
+    batches,
+    micro_batches,
+    padded_collate,
+    padding_multiple,
+    pass_generator,
+)
 from transformer.checkpoint import save_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     check_layer_heads,
-    freeze,
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError
-from transformer.modeling import BertModel, TinyBertForPreTraining
+from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
-from transformer.run import Output, Run, check_training_disk, uploads
+from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
     add_training_arguments,
@@ -56,8 +63,7 @@ from transformer.runtime import (
     set_seed,
 )
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, autocast, pass_generator, to_device
-from transformer.uploads import s3_address
+from transformer.training import StudentTrainer, autocast, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -114,51 +120,63 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class Corpus:
-    """The pregenerated epochs, loaded one at a time; a training pass reads the next one."""
+class EpochReader:
+    """The pregenerated epochs, one in memory at a time; pass after pass reads the next one.
 
-    folder: Path
-    tokenizer: BertTokenizer
-    max_seq_length: int
-    reduce_memory: bool
-    loaded: PregeneratedDataset | None = None
+    Args:
+        folder: what pregenerate_training_data.py wrote.
+        tokenizer, max_seq_length, reduce_memory: see `PregeneratedDataset`.
+    """
 
-    def rows(self, epoch: int) -> int:
-        """Return the number of instances in the epoch that pass `epoch` (from 0) reads."""
-        return read_metrics(self.folder, epoch % count_epochs(self.folder)).num_training_examples
+    def __init__(self, folder: Path, tokenizer: BertTokenizer, max_seq_length: int,
+                 reduce_memory: bool) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.max_seq_length, self.reduce_memory = max_seq_length, reduce_memory
+        self.loaded: PregeneratedDataset | None = None
 
-    def load(self, epoch: int) -> PregeneratedDataset:
-        """Return the data that pass `epoch` (from 0) reads; only one epoch is kept."""
-        number = epoch % count_epochs(self.folder)
-        if self.loaded is None or self.loaded.epoch != number:
+    def rows(self, number: int) -> int:
+        """Return the number of instances in the epoch that pass `number` (from 0) reads."""
+        return read_metrics(self.folder, number % count_epochs(self.folder)).num_training_examples
+
+    def load(self, number: int) -> PregeneratedDataset:
+        """Return the data that pass `number` (from 0) reads; only one epoch is kept."""
+        epoch = number % count_epochs(self.folder)
+        if self.loaded is None or self.loaded.epoch != epoch:
             self.loaded = None  # frees the old epoch's memory first
-            self.loaded = PregeneratedDataset(self.folder, epoch, self.tokenizer,
+            self.loaded = PregeneratedDataset(self.folder, number, self.tokenizer,
                                               self.max_seq_length, self.reduce_memory)
         return self.loaded
 
-    def steps_in_pass(self, epoch: int, batch_size: int) -> int:
-        """Return the number of optimizer steps of pass `epoch` (from 0)."""
-        return -(-self.rows(epoch) // batch_size)
+    def steps_in_pass(self, number: int, batch_size: int) -> int:
+        """Return the number of optimizer steps of pass `number` (from 0)."""
+        return -(-self.rows(number) // batch_size)
 
-    def steps(self, epochs: float, batch_size: int) -> int:
-        """Return the number of optimizer steps of `epochs` passes, at least 1."""
-        whole = sum(self.steps_in_pass(epoch, batch_size) for epoch in range(int(epochs)))
-        rest = self.steps_in_pass(int(epochs), batch_size)
-        return max(1, whole + round((epochs - int(epochs)) * rest))
+    def steps(self, passes: float, batch_size: int) -> int:
+        """Return the number of optimizer steps of `passes` passes, at least 1."""
+        whole = sum(self.steps_in_pass(number, batch_size) for number in range(int(passes)))
+        rest = self.steps_in_pass(int(passes), batch_size)
+        return max(1, whole + round((passes - int(passes)) * rest))
 
     def passes(
-        self, first: int, batch_size: int, seed: int, multiple: int, pad_to: int | None
-    ) -> Iterator[tuple[Collate, Sequence[Sequence[int]]]]:
-        """Yield from pass `first` on what makes its batches, and the rows of each step."""
-        for epoch in count(first):
-            data = self.load(epoch)
+        self, first: int, batch_size: int, accumulation: int, seed: int, multiple: int,
+        pad_to: int | None,
+    ) -> Iterator[Pass]:
+        """Yield the passes from number `first` on."""
+        # A batch of several units of rows of similar length is computed unit by unit.
+        unit = batch_size if batch_size % BATCH_UNIT else BATCH_UNIT
+        several = batch_size // unit
+        size = -(-unit // -(-accumulation // several))  # of a micro-batch
+        for number in count(first):
+            data = self.load(number)
             collate = padded_collate(data, multiple, pad_to, self.max_seq_length)
-            rows = batches(data.lengths, batch_size, pass_generator(seed, epoch), multiple,
-                           in_units=True)
+            units = batches(data.lengths, unit, pass_generator(seed, number), multiple,
+                            short_last=unit == BATCH_UNIT)
             del data  # so that only one epoch is held while the next is read
-            yield collate, rows
-            del collate, rows
+            yield collate, [
+                [part for rows in units[begin : begin + several]
+                 for part in micro_batches(rows, size)]
+                for begin in range(0, len(units), several)]
+            del collate, units
 
 
 def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> nn.Module:
@@ -172,49 +190,49 @@ def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> n
 
 def check_batch_sizes(sizes: list[int]) -> None:
     """Raise a `UserError` unless larger batches are made of whole smaller ones."""
-    least = min(sizes)
-    if any(size % least for size in sizes) or (len(set(sizes)) > 1 and least % BATCH_UNIT):
+    smallest = min(sizes)
+    if any(size % smallest for size in sizes) or (len(set(sizes)) > 1 and smallest % BATCH_UNIT):
         raise UserError(
             f"--train_batch_size {' '.join(map(str, sizes))}: expected one size for all students,"
             f" or multiples of the smallest, which is a multiple of {BATCH_UNIT}"
         )
 
 
-def make_learner(
-    args: argparse.Namespace, number: int, teacher: BertModel, corpus: Corpus,
+def make_trainer(
+    args: argparse.Namespace, number: int, teacher: BertModel, reader: EpochReader,
     device: torch.device, dtype: torch.dtype | None,
-) -> Learner:
+) -> StudentTrainer:
     """Make student `number` exactly as if it were the only one."""
     set_seed(args.seed)
     folder = args.student_model[number]
     student = load_student(args, folder, teacher)
-    student.config.check_vocabulary(len(corpus.tokenizer), args.teacher_model)
+    student.config.check_vocabulary(len(reader.tokenizer), args.teacher_model)
     student.config.check_length(args.max_seq_length, folder)
     student.to(device)
     size = args.train_batch_size[number]
     optimizer = BertAdam(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
         warmup=args.warmup_proportion,
-        t_total=corpus.steps(args.num_train_epochs, size))
-    return Learner(student, IntermediateLoss(student, args.match_original), optimizer, device,
-                   dtype, span=size // min(args.train_batch_size))
+        t_total=reader.steps(args.num_train_epochs, size))
+    return StudentTrainer(student, IntermediateLoss(student, args.match_original), optimizer,
+                          device, dtype, accumulation=size // min(args.train_batch_size))
 
 
 @torch.no_grad()
-def measure(learner: Learner, teacher: IntermediateTeacher, collate: Collate,
-            rows: Sequence[Sequence[int]]) -> dict[str, float]:
+def mean_losses(trainer: StudentTrainer, teacher: IntermediateTeacher, collate: Collate,
+                rows: Sequence[Sequence[int]]) -> dict[str, float]:
     """Return a student's losses over batches of instances, each instance counting the same.
 
     Under torchrun each process computes some of the batches.
     """
-    learner.student.eval()
-    totals = dict.fromkeys(("att_loss", "rep_loss"), torch.zeros((), device=learner.device))
+    trainer.student.eval()
+    totals = dict.fromkeys(("att_loss", "rep_loss"), torch.zeros((), device=trainer.device))
     own = rows[distributed.rank() :: distributed.world_size()]
     for part in tqdm(own, unit="batch", disable=None):
-        batch = to_device(collate(part), learner.device)
-        shown = teacher(batch)
-        with autocast(learner.device, learner.dtype):
-            values = learner.loss(batch, shown)
+        batch = to_device(collate(part), trainer.device)
+        teacher_outputs = teacher(batch)
+        with autocast(trainer.device, trainer.dtype):
+            values = trainer.loss(batch, teacher_outputs)
         for name, value in values.items():
             totals[name] = totals[name] + value * len(part)
     return {name: float(distributed.sum_over_ranks(total)) / sum(map(len, rows))
@@ -234,17 +252,18 @@ def load_teacher(
     return encoder, tokenizer, size
 
 
-def measure_only(args: argparse.Namespace, learners: list[Learner], teacher: IntermediateTeacher,
-                 corpus: Corpus, folders: list[Path]) -> None:
+def evaluate_only(args: argparse.Namespace, trainers: list[StudentTrainer],
+                  teacher: IntermediateTeacher, reader: EpochReader, folders: list[Path]) -> None:
     """Write each student's losses on the first epoch's data."""
-    data = corpus.load(0)
-    collate = padded_collate(data, padding_multiple(learners[0].device),
+    data = reader.load(0)
+    collate = padded_collate(data, padding_multiple(trainers[0].device),
                              args.max_seq_length if args.match_original else None,
                              args.max_seq_length)
-    for learner, folder in zip(learners, folders, strict=True):
-        values = measure(learner, teacher, collate, batches(data.lengths, args.eval_batch_size))
-        write_results(folder, {"losses": values, "rows": corpus.rows(0)})
-        logger.info("%s: %s", folder, format_values(values))
+    for trainer, folder in zip(trainers, folders, strict=True):
+        losses = mean_losses(
+            trainer, teacher, collate, batches(data.lengths, args.eval_batch_size))
+        write_results(folder, {"losses": losses, "rows": reader.rows(0)})
+        logger.info("%s: %s", folder, format_values(losses))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -258,66 +277,63 @@ def main(args: argparse.Namespace) -> None:
     check_batch_sizes(args.train_batch_size)
     batch_size = min(args.train_batch_size)
     device = get_device(args.no_cuda, args.local_rank)
-    folder = RunFolder.open(args, args.student_model)
     dtype = resolve_precision(args.precision, device, args.fp16)
-    address = s3_address(args.data_url)
+    folder = RunFolder.open(args, args.student_model)
     if folder.state == "finished":
-        uploads(address, args.output_dir).close()
+        folder.upload(last=True)
         return
 
     # Teacher, data and students
     set_seed(args.seed)
     encoder, tokenizer, teacher_size = load_teacher(args, device, dtype)
-    corpus = Corpus(args.pregenerated_data, tokenizer, args.max_seq_length, args.reduce_memory)
-    corpus.load(0)  # before anything is written: it may be damaged
-    total_steps = corpus.steps(args.num_train_epochs, batch_size)
-    learners = [make_learner(args, number, encoder, corpus, device, dtype)
+    reader = EpochReader(args.pregenerated_data, tokenizer, args.max_seq_length,
+                         args.reduce_memory)
+    reader.load(0)  # before anything is written: it may be damaged
+    total_steps = reader.steps(args.num_train_epochs, batch_size)
+    trainers = [make_trainer(args, number, encoder, reader, device, dtype)
                 for number in range(students)]
     teacher = IntermediateTeacher(
-        encoder, [learner.student.config.num_hidden_layers for learner in learners])
-    compiled = compile_models(args.compile, device, teacher, *(x.loss for x in learners))
-
-    # A batch of several units (glue.batches) is computed unit by unit, each of its own length.
-    accumulation = max(args.gradient_accumulation_steps, -(-batch_size // BATCH_UNIT))
-    if not args.do_eval:
-        check_training_disk(learners, folder.paths, 2 + total_steps // args.eval_step)
+        encoder, [trainer.student.config.num_hidden_layers for trainer in trainers])
+    compiled = compile_models(args.compile, device, teacher, *(x.loss for x in trainers))
 
     # Output; every step_N_pytorch_model.bin is a model beside this config and vocabulary
-    folders = folder.start(log_start(
-        args, device, dtype, compiled=compiled, rows=corpus.rows(0), steps=total_steps,
+    if not args.do_eval:
+        check_training_disk(trainers, folder.paths, 2 + total_steps // args.eval_step)
+    folder.start(log_start(
+        args, device, dtype, compiled=compiled, rows=reader.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
-        students=" ".join(parameter_count(learner.student) for learner in learners)))
+        students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
     if args.do_eval:
-        measure_only(args, learners, teacher, corpus, folders)
-        uploads(address, folders).close()
+        evaluate_only(args, trainers, teacher, reader, folder.paths)
+        folder.upload(last=True)
         return
-    outputs = [Output(learner, path, tokenizer)
-               for learner, path in zip(learners, folders, strict=True)]
+    outputs = [StudentOutput(trainer, path, tokenizer)
+               for trainer, path in zip(trainers, folder.paths, strict=True)]
     for output in outputs:
-        save_config(output.learner.student, output.folder, tokenizer)
+        save_config(output.trainer.student, output.folder, tokenizer)
 
     # Distillation
     multiple = padding_multiple(device)
     pad_to = args.max_seq_length if args.match_original else None
-    run = Run(
-        outputs, lambda first: corpus.passes(first, batch_size, args.seed, multiple, pad_to),
-        lambda epoch: corpus.steps_in_pass(epoch, batch_size), total_steps,
+    run = TrainingRun(
+        outputs, lambda first: reader.passes(
+            first, batch_size, args.gradient_accumulation_steps, args.seed, multiple, pad_to),
+        lambda number: reader.steps_in_pass(number, batch_size), total_steps,
         report_every=args.eval_step, save_steps=args.save_steps, save_minutes=args.save_minutes,
         resume=folder.state == "resume")
-    with uploads(address, folders) as uploader:
-        for _ in run.steps(teacher, accumulation, "general"):
-            if run.reports():
-                facts = run.facts()
-                for output in outputs:
-                    output.record(facts)
-                    output.save_weights(f"step_{run.step}_{WEIGHTS_NAME}")
-                uploader.update()
+    for _ in run.steps(teacher, "general"):
+        if run.reports():
+            run.report()
+            for output in outputs:
+                output.save_weights(f"step_{run.step}_{WEIGHTS_NAME}")
+            folder.upload()
 
-        # Results: the next stage reads these folders as they are
-        for output in outputs:
-            output.save_weights(WEIGHTS_NAME)
-            output.finish({"steps": total_steps, "rows": corpus.rows(0)})
+    # Results: the next stage reads these folders as they are
+    for output in outputs:
+        output.save_weights(WEIGHTS_NAME)
+        output.finish({"steps": total_steps, "rows": reader.rows(0)})
     run.finish()
+    folder.upload(last=True)
 
 
 if __name__ == "__main__":

@@ -13,28 +13,42 @@ Examples:
         --student_model models/tmp_distilled_tinybert_4l_rte --data_dir data/glue_data/RTE \
         --task_name RTE --output_dir models/distilled_tinybert_4l_rte --aug_train \
         --learning_rate 3e-5 --num_train_epochs 3 --eval_step 100
+    python task_distill.py --pred_distill --sweep --learning_rate 1e-5 2e-5 3e-5 \
+        --train_batch_size 16 32 --teacher_model models/final_rte_teacher \
+        --student_model models/tmp_distilled_tinybert_4l_rte --data_dir data/glue_data/RTE \
+        --task_name RTE --output_dir models/distilled_tinybert_4l_rte --aug_train
     python task_distill.py --do_eval --student_model models/distilled_tinybert_4l_rte \
         --data_dir data/glue_data/RTE --task_name RTE --output_dir tmp
 """
 
 import argparse
+import copy
+import functools
 import logging
-from collections.abc import Sequence
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transformer.batching import padded_collate, padding_multiple
+from transformer import distributed
+from transformer.batching import (
+    Batch,
+    Collate,
+    padded_collate,
+    padding_multiple,
+    shuffled_passes,
+)
 from transformer.checkpoint import fetch_model
 from transformer.distillation import (
-    Batch,
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
     check_layer_heads,
-    freeze,
-    show_nothing,
+    no_teacher,
 )
 from transformer.evaluation import (
     Selection,
@@ -43,12 +57,12 @@ from transformer.evaluation import (
     write_results,
 )
 from transformer.features import Features, cached_features
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, atomic_path, read_json
 from transformer.inference import load_classifier
-from transformer.modeling import TinyBertForSequenceClassification
+from transformer.modeling import TinyBertForSequenceClassification, freeze
 from transformer.optimization import BertAdam, param_groups
-from transformer.run import Output, Run, check_training_disk, uploads
-from transformer.run_folder import RunFolder, prepare_output_dir, save_arguments
+from transformer.run import StudentOutput, TrainingRun, check_training_disk
+from transformer.run_folder import RESULTS_NAME, RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
     add_training_arguments,
     check_numbers,
@@ -65,10 +79,11 @@ from transformer.runtime import (
 )
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, shuffled_passes
-from transformer.uploads import s3_address
+from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
+
+MODEL_RUN_FILES = ("args.json", "log.jsonl", "eval_results.json", "eval_results.txt")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -94,11 +109,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_eval", action="store_true", help="only evaluate the student on the dev set")
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
-    add("--train_batch_size", default=32, type=int, help="rows a step, over all micro-batches")
+    add("--train_batch_size", default=32, type=int, nargs="+",
+        help="rows a step, over all micro-batches; several with --sweep")
     add("--eval_batch_size", default=32, type=int, help="rows a batch on dev")
     add("--learning_rate", default=5e-5, type=float, nargs="+",
         help="intermediate stage: constant rate; prediction stage: peak of the schedule; one for"
-             " each student or one for all")
+             " each student, one for all, or with --sweep those to try")
     add("--weight_decay", "--wd", default=1e-4, type=float,
         help="decoupled weight decay, per unit of learning rate")
     add("--num_train_epochs", default=3.0, type=float,
@@ -115,6 +131,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval_step", type=int, default=50,
         help="steps between log lines and, in the prediction stage, dev evaluations")
     add("--pred_distill", action="store_true", help="the prediction stage, on the logits")
+    add("--sweep", action="store_true",
+        help="prediction stage: train every combination of the rates and batch sizes, each in a"
+             " subfolder, and keep each student's best on dev in its output folder")
     add("--data_url", type=str, default="",
         help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
@@ -132,6 +151,26 @@ def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
         args.max_seq_length = task.max_seq_length
     if "num_train_epochs" not in args.given and not args.pred_distill:
         args.num_train_epochs = float(task.intermediate_epochs)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags that do not fit together; replace lists of one by the value."""
+    for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep"):
+        if args.do_eval and getattr(args, flag):
+            raise UserError(f"--{flag} is for training; leave it out with --do_eval")
+    if args.sweep and not args.pred_distill:
+        raise UserError("--sweep chooses by dev scores; expected --pred_distill, too")
+    if args.sweep:
+        for flag in ("learning_rate", "train_batch_size"):
+            values = getattr(args, flag)
+            setattr(args, flag, values if isinstance(values, list) else [values])
+        return
+    args.learning_rate = per_student("learning_rate", args.learning_rate, len(args.student_model))
+    sizes = args.train_batch_size if isinstance(args.train_batch_size, list) else [
+        args.train_batch_size]
+    if len(sizes) > 1:
+        raise UserError(f"--train_batch_size {' '.join(map(str, sizes))}: several need --sweep")
+    args.train_batch_size = sizes[0]
 
 
 def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
@@ -159,9 +198,43 @@ def load_teacher(args: argparse.Namespace, task: GlueTask) -> tuple[nn.Module, B
     return teacher, tokenizer
 
 
-def load_student(args: argparse.Namespace, task: GlueTask, source: str,
-                 teacher: nn.Module) -> nn.Module:
+class Shared(NamedTuple):
+    """What all students of a call learn from.
+
+    teacher: frozen.
+    dev: the rows of each dev set.
+    teacher_logits: computes those of the training rows [rows, labels], once.
+    """
+
+    task: GlueTask
+    teacher: nn.Module
+    teacher_size: str
+    tokenizer: BertTokenizer
+    train_rows: Features
+    dev: dict[str, Features]
+    teacher_logits: Callable[[], Tensor]
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+def load_shared(args: argparse.Namespace, task: GlueTask, device: torch.device,
+                dtype: torch.dtype | None) -> Shared:
+    """Load the teacher and the rows."""
+    teacher, tokenizer = load_teacher(args, task)
+    labels = label_order(task, teacher.config.id2label)
+    train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
+                           args.max_train_rows)
+    dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
+    size = parameter_count(teacher)
+    freeze(teacher, dtype, device, pack=not args.compile)
+    teacher_logits = functools.cache(lambda: predict_logits(
+        teacher, train_rows, device, args.eval_batch_size, dtype))
+    return Shared(task, teacher, size, tokenizer, train_rows, dev, teacher_logits, device, dtype)
+
+
+def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Module:
     """Load a student whose outputs take the teacher's label names."""
+    teacher, task = shared.teacher, shared.task
     # A general student has no classifier yet; the prediction stage trains it.
     student = TinyBertForSequenceClassification.from_pretrained(
         fetch_model(source, args.cache_dir or None), new_head=True, num_labels=task.num_labels,
@@ -173,18 +246,16 @@ def load_student(args: argparse.Namespace, task: GlueTask, source: str,
         raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
     student.config.id2label = dict(teacher.config.id2label)
     student.config.classifier_relu |= args.match_original
+    check_fit(args, student, shared.tokenizer, args.teacher_model)
     return student
 
 
-def make_learner(
-    args: argparse.Namespace, task: GlueTask, number: int, teacher: nn.Module,
-    tokenizer: BertTokenizer, total_steps: int, device: torch.device, dtype: torch.dtype | None,
-) -> Learner:
+def make_trainer(
+    args: argparse.Namespace, shared: Shared, number: int, total_steps: int
+) -> StudentTrainer:
     """Make student `number` with its stage's loss, exactly as if it were the only one."""
     set_seed(args.seed)
-    student = load_student(args, task, args.student_model[number], teacher)
-    check_fit(args, student, tokenizer, args.teacher_model)
-    student.to(device)
+    student = load_student(args, shared, args.student_model[number]).to(shared.device)
     if args.pred_distill:
         loss = PredictionLoss(student, args.temperature, args.match_original)
     else:
@@ -193,11 +264,11 @@ def make_learner(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
         schedule="warmup_linear" if args.pred_distill else "none",
         warmup=args.warmup_proportion, t_total=total_steps)
-    return Learner(student, loss, optimizer, device, dtype)
+    return StudentTrainer(student, loss, optimizer, shared.device, shared.dtype)
 
 
 def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
-    """Return what makes batches that bring the teacher's answer to each row."""
+    """Return what makes batches that hold the teacher's logits of each row."""
 
     def with_logits(rows: Sequence[int]) -> Batch:
         return collate(rows) | {"teacher_logits": teacher_logits[rows]}
@@ -205,17 +276,141 @@ def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
     return with_logits
 
 
+def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
+           upload: Callable[[], None]) -> None:
+    """Train the students of one batch size side by side, into the folders of `folder`."""
+    # Students
+    device, rows = shared.device, shared.train_rows
+    steps_per_epoch = -(-len(rows) // args.train_batch_size)
+    total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
+    micro_batch_size = -(-args.train_batch_size // args.gradient_accumulation_steps)
+    trainers = [make_trainer(args, shared, number, total_steps)
+                for number in range(len(args.student_model))]
+    teacher = no_teacher if args.pred_distill else IntermediateTeacher(
+        shared.teacher.bert, [trainer.student.config.num_hidden_layers for trainer in trainers])
+    compiled = compile_models(args.compile, device, *(trainer.loss for trainer in trainers),
+                              *([] if args.pred_distill else [teacher]))
+
+    # Output
+    check_training_disk(trainers, folder.paths, models_written=3)
+    folder.start(log_start(
+        args, device, shared.dtype, compiled=compiled, task=shared.task.name, rows=len(rows),
+        batch=args.train_batch_size, teacher=shared.teacher_size,
+        students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
+    outputs = [
+        StudentOutput(trainer, path, shared.tokenizer,
+                      Selection(shared.task) if args.pred_distill else None)
+        for trainer, path in zip(trainers, folder.paths, strict=True)]
+
+    # Steps: in the intermediate stage the newest student is kept, in the other the best on dev
+    multiple = padding_multiple(device)
+    collate = padded_collate(rows, multiple, args.max_seq_length if args.match_original else None,
+                             args.max_seq_length)
+    if args.pred_distill:
+        # The teacher is frozen: its logits of a row are computed once, not every epoch.
+        collate = with_teacher_logits(collate, shared.teacher_logits())
+    run = TrainingRun(
+        outputs, lambda first: shuffled_passes(
+            collate, rows.lengths, args.train_batch_size, micro_batch_size, args.seed, multiple,
+            first),
+        lambda epoch: steps_per_epoch, total_steps, report_every=args.eval_step,
+        save_steps=args.save_steps, save_minutes=args.save_minutes,
+        resume=folder.state == "resume")
+
+    def evaluate(student: nn.Module) -> dict[str, dict[str, float]]:
+        return evaluate_splits(student, shared.dev, shared.task, device, args.eval_batch_size,
+                               shared.dtype)
+
+    for step in run.steps(teacher, shared.task.name):
+        if run.reports():
+            run.report(evaluate if args.pred_distill else None)
+        if step.epoch_ends and not args.pred_distill:
+            for output in outputs:
+                output.save()
+        if run.reports() or step.epoch_ends:
+            upload()
+
+    # Results
+    for output in outputs:
+        if args.pred_distill:
+            output.save("last")
+        output.finish({"task": shared.task.name, "rows": len(shared.dev["dev"]),
+                       "train_rows": len(rows), "steps": total_steps})
+    run.finish()
+
+
+def setting_name(rate: float, batch_size: int) -> str:
+    """Return the subfolder of one combination of a sweep, such as `lr1e-05_batch16`."""
+    return f"lr{rate:g}_batch{batch_size}"
+
+
+def sweep(args: argparse.Namespace, shared: Shared, folder: RunFolder) -> None:
+    """Train every student with every rate and batch size; keep its best on dev.
+
+    Those of one batch size share the teacher's logits and are trained side by side.
+    """
+    for source in args.student_model:
+        load_student(args, shared, source)  # before anything is written: it may not fit
+    folder.start(log_start(args, shared.device, shared.dtype, task=shared.task.name))
+    if folder.state == "new" and distributed.is_main():
+        for stale in [old for path in folder.paths for old in path.glob("lr*_batch*")]:
+            shutil.rmtree(stale)
+    distributed.barrier()
+    for batch_size in args.train_batch_size:
+        setting = copy.copy(args)
+        setting.sweep, setting.data_url, setting.train_batch_size = False, "", batch_size
+        setting.resume = folder.state == "resume"
+        combinations = [(source, path, rate)
+                        for source, path in zip(args.student_model, folder.paths, strict=True)
+                        for rate in args.learning_rate]
+        setting.student_model = [source for source, _, _ in combinations]
+        setting.learning_rate = [rate for _, _, rate in combinations]
+        setting.output_dir = [str(path / setting_name(rate, batch_size))
+                              for _, path, rate in combinations]
+        subfolder = RunFolder.open(setting, setting.student_model)
+        if subfolder.state != "finished":
+            distil(setting, shared, subfolder, folder.upload)
+    if distributed.is_main():
+        for path in folder.paths:
+            keep_best(path, shared.task, args.learning_rate, args.train_batch_size)
+
+
+def keep_best(path: Path, task: GlueTask, rates: list[float], batch_sizes: list[int]) -> None:
+    """Copy the model of the best setting below `path` into it, and list all in its results."""
+    settings = []
+    for batch_size in batch_sizes:
+        for rate in rates:
+            result = read_json(path / setting_name(rate, batch_size) / RESULTS_NAME)
+            settings.append({
+                "folder": setting_name(rate, batch_size), "learning_rate": rate,
+                "train_batch_size": batch_size, "metrics": result["best"],
+                "last": result["last"]})
+
+    def score(setting: dict) -> float:
+        value = setting["metrics"][task.metrics[0]]
+        return -math.inf if value is None else value
+
+    chosen = max(settings, key=score)["folder"]
+    for file in sorted((path / chosen).iterdir()):
+        if file.is_file() and file.name not in MODEL_RUN_FILES:
+            with atomic_path(path / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    write_results(path, {**read_json(path / chosen / RESULTS_NAME), "chosen": chosen,
+                         "sweep": settings})
+    logger.info("%s: the best of %d settings on dev is %s", path, len(settings), chosen)
+
+
 def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
                   dtype: torch.dtype | None) -> None:
     """Measure each student, PyTorch or ONNX, on the dev sets of the task; write the results."""
-    for source, folder in zip(args.student_model, args.output_dir, strict=True):
+    for source, path in zip(args.student_model, args.output_dir, strict=True):
         student_dir = fetch_model(source, args.cache_dir or None)
         student = load_classifier(student_dir, task.num_labels, device)
         tokenizer = BertTokenizer.from_pretrained(student_dir, args.do_lower_case or None)
         check_fit(args, student, tokenizer, student_dir)
         labels = label_order(task, student.config.id2label)
         dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
-        output_dir = prepare_output_dir(folder, args.overwrite_output_dir)
+        output_dir = prepare_output_dir(path, args.overwrite_output_dir)
         save_arguments(output_dir, log_start(
             args, device, dtype, task=task.name, parameters=parameter_count(student)))
         freeze(student, dtype, device)
@@ -233,84 +428,21 @@ def main(args: argparse.Namespace) -> None:
     check_numbers(args, "num_train_epochs")
     task = get_task(args.task_name)
     apply_task_defaults(args, task)
-    students = len(args.student_model)
-    args.learning_rate = per_student("learning_rate", args.learning_rate, students)
-    for flag in ("aug_train", "pred_distill", "compile", "resume"):
-        if args.do_eval and getattr(args, flag):
-            raise UserError(f"--{flag} is for training; leave it out with --do_eval")
+    check_flags(args)
     device = get_device(args.no_cuda)
-    folder = RunFolder.open(args, args.student_model)
     dtype = resolve_precision(args.precision, device)
-    address = s3_address(args.data_url)
+    folder = RunFolder.open(args, args.student_model)
+
+    # Evaluation or distillation
     if args.do_eval:
         evaluate_only(args, task, device, dtype)
-        uploads(address, args.output_dir).close()
-        return
-    if folder.state == "finished":
-        uploads(address, args.output_dir).close()
-        return
-
-    # Teacher, data and students
-    teacher, tokenizer = load_teacher(args, task)
-    labels = label_order(task, teacher.config.id2label)
-    train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
-                           args.max_train_rows)
-    dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
-    steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
-    total_steps = training_steps(args.num_train_epochs, steps_per_epoch)
-    teacher_size = parameter_count(teacher)
-    freeze(teacher, dtype, device, pack=not args.compile)
-    learners = [make_learner(args, task, number, teacher, tokenizer, total_steps, device, dtype)
-                for number in range(students)]
-    teach = show_nothing if args.pred_distill else IntermediateTeacher(
-        teacher.bert, [learner.student.config.num_hidden_layers for learner in learners])
-    compiled = compile_models(args.compile, device, *(learner.loss for learner in learners),
-                              *([] if args.pred_distill else [teach]))
-
-    # Output
-    check_training_disk(learners, folder.paths, models_written=3)
-    folders = folder.start(log_start(
-        args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
-        batch=args.train_batch_size, teacher=teacher_size,
-        students=" ".join(parameter_count(learner.student) for learner in learners)))
-    outputs = [Output(learner, path, tokenizer, Selection(task) if args.pred_distill else None)
-               for learner, path in zip(learners, folders, strict=True)]
-
-    # Distillation: in the intermediate stage the newest student is kept, in the other the best
-    multiple = padding_multiple(device)
-    make_batch = padded_collate(
-        train_rows, multiple, args.max_seq_length if args.match_original else None,
-        args.max_seq_length)
-    if args.pred_distill:
-        # The teacher is frozen: its answer to a row is computed once, not every epoch.
-        make_batch = with_teacher_logits(make_batch, predict_logits(
-            teacher, train_rows, device, args.eval_batch_size, dtype))
-    run = Run(
-        outputs, lambda first: shuffled_passes(
-            make_batch, train_rows.lengths, args.train_batch_size, args.seed, multiple, first),
-        lambda epoch: steps_per_epoch, total_steps, report_every=args.eval_step,
-        save_steps=args.save_steps, save_minutes=args.save_minutes, resume=folder.state == "resume")
-    with uploads(address, folders) as uploader:
-        for step in run.steps(teach, args.gradient_accumulation_steps, task.name):
-            if run.reports():
-                facts = run.facts()
-                for output in outputs:
-                    output.record(facts, evaluate_splits(
-                        output.learner.student, dev, task, device, args.eval_batch_size, dtype,
-                    ) if args.pred_distill else None)
-            if step.epoch_ends and not args.pred_distill:
-                for output in outputs:
-                    output.save()
-            if run.reports() or step.epoch_ends:
-                uploader.update()
-
-        # Results
-        for output in outputs:
-            if args.pred_distill:
-                output.save("last")
-            output.finish({"task": task.name, "rows": len(dev["dev"]),
-                           "train_rows": len(train_rows), "steps": total_steps})
-    run.finish()
+    elif folder.state != "finished":
+        shared = load_shared(args, task, device, dtype)
+        if args.sweep:
+            sweep(args, shared, folder)
+        else:
+            distil(args, shared, folder, folder.upload)
+    folder.upload(last=True)
 
 
 if __name__ == "__main__":

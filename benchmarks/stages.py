@@ -34,13 +34,12 @@ from torch import nn
 from benchmarks import flops, plain
 from benchmarks.measure import peak_memory, seconds_of
 from transformer.augmentation import DataAugmentor, GloveIndex, is_plain_word
-from transformer.batching import batches, padded_collate, padding_multiple
+from transformer.batching import Collate, batches, padded_collate, padding_multiple
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
-    freeze,
-    show_nothing,
+    no_teacher,
 )
 from transformer.evaluation import evaluate, predict_logits
 from transformer.features import Features, load_features
@@ -51,6 +50,7 @@ from transformer.modeling import (
     BertModel,
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
+    freeze,
 )
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset
@@ -63,7 +63,7 @@ from transformer.runtime import (
 )
 from transformer.tasks import TaskRows, get_task, task_rows, write_tsv
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, train
+from transformer.training import StudentTrainer, train
 
 PREDICTION_EPOCHS = 3  # over which the teacher's logits, computed once, are spread
 PREGENERATE_EPOCHS = 2
@@ -316,11 +316,11 @@ def device_and_dtype(setup: Setup) -> tuple[torch.device, torch.dtype | None]:
     return device, resolve_precision("auto", device)
 
 
-def make_trainer(setup: Setup, model: nn.Module, loss: nn.Module) -> Learner:
+def make_trainer(setup: Setup, model: nn.Module, loss: nn.Module) -> StudentTrainer:
     device, dtype = device_and_dtype(setup)
     optimizer = BertAdam(
         param_groups(model, 0.01), lr=5e-5, warmup=0.1, t_total=SCHEDULE_STEPS)
-    return Learner(model.to(device), loss, optimizer, device, dtype)
+    return StudentTrainer(model.to(device), loss, optimizer, device, dtype)
 
 
 def task_models(setup: Setup) -> tuple[nn.Module, nn.Module]:
@@ -332,7 +332,7 @@ def task_models(setup: Setup) -> tuple[nn.Module, nn.Module]:
 
 
 def our_training(
-    setup: Setup, data: Any, rows: np.ndarray, trainers: list[Learner], teacher: Callable,
+    setup: Setup, data: Any, rows: np.ndarray, trainers: list[StudentTrainer], teacher: Callable,
     collate: Collate | None = None,
 ) -> Callable[[], None]:
     """Return what trains students side by side on one pass of the teacher, once over the rows."""
@@ -346,14 +346,14 @@ def our_training(
     def run() -> None:
         order = batches(data.lengths[rows], setup.batch_size, generator, multiple)
         epoch = (collate, [rows[np.asarray(batch)] for batch in order])
-        for _ in train(trainers, teacher, [epoch], len(order), 1, device):
+        for _ in train(trainers, teacher, [epoch], len(order), device):
             pass
 
     return run
 
 
 def our_task_training(
-    setup: Setup, rows: int, trainers: list[Learner], teacher: Callable, data: Any
+    setup: Setup, rows: int, trainers: list[StudentTrainer], teacher: Callable, data: Any
 ) -> Job:
     chosen = spread(data.lengths, rows)
     return Job(rows, data.lengths[chosen], our_training(setup, data, chosen, trainers, teacher))
@@ -387,7 +387,7 @@ def our_prediction(setup: Setup, rows: int) -> Job:
     collate, logits = padded_collate(subset, padding_multiple(device)), torch.zeros(rows, 2)
     train_epoch = our_training(
         setup, subset, np.arange(rows), [make_trainer(setup, student, PredictionLoss(student))],
-        show_nothing, lambda batch: collate(batch) | {"teacher_logits": logits[batch]})
+        no_teacher, lambda batch: collate(batch) | {"teacher_logits": logits[batch]})
 
     def run() -> None:
         logits.copy_(predict_logits(teacher, subset, device, setup.batch_size, dtype))
@@ -402,7 +402,7 @@ def our_finetune(setup: Setup, rows: int) -> Job:
 
     model = TinyBertForSequenceClassification(setup.teacher_config())
     trainer = make_trainer(setup, model, LabelLoss(model))
-    return our_task_training(setup, rows, [trainer], show_nothing, setup.features("train"))
+    return our_task_training(setup, rows, [trainer], no_teacher, setup.features("train"))
 
 
 def our_evaluation(setup: Setup, rows: int) -> Job:

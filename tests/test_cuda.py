@@ -5,10 +5,10 @@ import torch
 from helpers import make_glue, make_model, random_batch, read_json, read_log, run, tiny_config
 
 import task_distill
-from transformer.distillation import IntermediateLoss, show_nothing
+from transformer.distillation import IntermediateLoss, no_teacher
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.runtime import compile_models, get_device, resolve_precision
-from transformer.training import Learner, train
+from transformer.training import StudentTrainer, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,16 +36,16 @@ def test_float16_skips_a_step_that_overflows_and_goes_on(device):
     model = torch.nn.Linear(4, 1).to(device)
     rows = {"x": torch.ones(2, 4)}
 
-    def loss(batch, shown):
+    def loss(batch, teacher_outputs):
         return {"loss": model(batch["x"]).float().mean() * batch["factor"]}
 
     def collate(factor):
         return {**rows, "factor": torch.tensor(float(factor[0]))}
 
-    learner = Learner(model, loss, torch.optim.SGD(model.parameters(), 0.1), device,
+    trainer = StudentTrainer(model, loss, torch.optim.SGD(model.parameters(), 0.1), device,
                       torch.float16)
     before = model.weight.detach().clone()
-    steps = train([learner], show_nothing, [(collate, [[float("inf")], [1.0]])], 2, 1, device)
+    steps = train([trainer], no_teacher, [(collate, [[[float("inf")]], [[1.0]]])], 2, device)
     next(steps)
     assert torch.equal(model.weight, before)
     next(steps)
@@ -60,11 +60,11 @@ def test_a_compiled_student_learns_what_an_eager_one_does(device):
     student = TinyBertForPreTraining(tiny_config(num_hidden_layers=2), fit_size=16).to(device)
     loss = IntermediateLoss(student)
     with torch.no_grad():
-        shown = teacher(*batch.values())
-        expected = loss(batch, shown)
+        teacher_outputs = teacher(*batch.values())
+        expected = loss(batch, teacher_outputs)
         if not compile_models(None, device, loss):
             pytest.skip("torch.compile does not work here")
-        for name, value in loss(batch, shown).items():
+        for name, value in loss(batch, teacher_outputs).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 

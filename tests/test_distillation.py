@@ -15,7 +15,6 @@ from transformer.distillation import (
     PredictionLoss,
     attention_loss,
     check_layer_heads,
-    freeze,
     hidden_loss,
     intermediate_losses,
     map_layers,
@@ -23,7 +22,7 @@ from transformer.distillation import (
     soft_cross_entropy,
 )
 from transformer.file_utils import UserError
-from transformer.modeling import BertConfig, TinyBertForSequenceClassification
+from transformer.modeling import BertConfig, TinyBertForSequenceClassification, freeze
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import torch
 from helpers import REPO
 
 from transformer import distributed
-from transformer.training import own_share, pass_generator
+from transformer.batching import pass_generator
+from transformer.training import process_share
 
 
 def test_a_single_process_is_the_main_one_and_asks_nobody():
@@ -46,7 +47,7 @@ def test_a_broken_connection_is_a_lost_process_only_where_there_are_several(monk
 def test_the_processes_compute_each_row_of_a_step_once(sizes, processes):
     borders = np.cumsum([0, *sizes])
     parts = [list(range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
-    shares = [own_share(parts, rank, processes) for rank in range(processes)]
+    shares = [process_share(parts, rank, processes) for rank in range(processes)]
     rows = sorted(row for share in shares for part in share for row in part)
     assert rows == list(range(sum(sizes)))
     assert len({len(share) for share in shares}) == 1, "all take part in every gradient"
@@ -54,7 +55,7 @@ def test_the_processes_compute_each_row_of_a_step_once(sizes, processes):
 
 def test_four_processes_take_whole_units_of_a_batch_of_four():
     parts = [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [own_share(parts, rank, 4) for rank in range(4)] == [[part] for part in parts]
+    assert [process_share(parts, rank, 4) for rank in range(4)] == [[part] for part in parts]
 
 
 def test_a_pass_is_shuffled_by_its_number_and_the_seed_alone():
@@ -73,15 +74,16 @@ import torch.distributed as dist
 sys.path[:0] = {paths!r}
 from helpers import tiny_config
 from transformer import distributed
-from transformer.distillation import PredictionLoss, show_nothing
+from transformer.batching import micro_batches
+from transformer.distillation import PredictionLoss, no_teacher
 from transformer.modeling import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam
-from transformer.training import Learner, train
+from transformer.training import StudentTrainer, train
 
 distributed.connect()
 torch.manual_seed(0)
 student = TinyBertForSequenceClassification(tiny_config(num_labels=2))
-learner = Learner(student, PredictionLoss(student), BertAdam(student.parameters(), lr=1e-3),
+trainer = StudentTrainer(student, PredictionLoss(student), BertAdam(student.parameters(), lr=1e-3),
                   torch.device("cpu"))
 reductions = []
 
@@ -92,7 +94,7 @@ def count(state, bucket):
     return dist.all_reduce(gradient, async_op=True).get_future().then(lambda sent: sent.value()[0])
 
 
-learner.parallel_loss.register_comm_hook(None, count)
+trainer.parallel_loss.register_comm_hook(None, count)
 
 
 def collate(rows):
@@ -102,8 +104,8 @@ def collate(rows):
 
 
 accumulation = int(sys.argv[1])
-steps = list(train([learner], show_nothing, [(collate, [list(range(8))] * 3)], 3, accumulation,
-                   torch.device("cpu")))
+parts = micro_batches(list(range(8)), 8 // accumulation)
+steps = list(train([trainer], no_teacher, [(collate, [parts] * 3)], 3, torch.device("cpu")))
 everyone = distributed.gather(next(student.parameters()).detach())
 assert torch.equal(*everyone), "the processes' students differ"
 if distributed.is_main():

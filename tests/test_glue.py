@@ -392,18 +392,12 @@ def test_every_row_is_in_exactly_one_batch_and_equal_seeds_agree(lengths, batch_
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 500, 640])
-@pytest.mark.parametrize("times", [1, 2, 4])
-def test_large_batches_are_consecutive_batches_of_64(rows, times):
+def test_the_batch_that_is_not_full_can_be_kept_last(rows):
     lengths = torch.randint(5, 60, (rows,), generator=torch.Generator().manual_seed(0)).numpy()
-
-    def make(batch_size):
-        generator = torch.Generator().manual_seed(1)
-        return as_lists(batches(lengths, batch_size, generator, in_units=True))
-
-    small, large = make(64), make(64 * times)
-    assert [sum(small[begin : begin + times], []) for begin in range(0, len(small), times)] == large
-    assert all(len(batch) == 64 for batch in small[:-1])
-    assert len(large) == -(-rows // (64 * times))
+    generator = torch.Generator().manual_seed(1)
+    *full, _ = as_lists(batches(lengths, 64, generator, short_last=True))
+    assert all(len(batch) == 64 for batch in full)
+    assert len(full) == -(-rows // 64) - 1
 
 
 def test_fewer_rows_than_a_batch_make_one_batch():

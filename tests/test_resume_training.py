@@ -33,7 +33,7 @@ import general_distill
 import task_distill
 from transformer.checkpoint import load_training_state, read_state
 from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
-from transformer.run import Run
+from transformer.run import TrainingRun
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 TIMES = ("rows_per_second", "waiting")  # of a log's line, they differ from run to run
@@ -524,17 +524,17 @@ def test_the_best_score_changes_in_the_runs_that_are_killed(cases):
 
 def stop_in_the_middle(case: Case) -> None:
     """Run in this process, and send it SIGTERM after its first saved state."""
-    save, earlier = Run.save, signal.getsignal(signal.SIGTERM)
+    save, earlier = TrainingRun.save, signal.getsignal(signal.SIGTERM)
 
-    def save_and_stop(self: Run) -> None:
+    def save_and_stop(self: TrainingRun) -> None:
         save(self)
         self.signal = signal.SIGTERM
 
-    Run.save = save_and_stop
+    TrainingRun.save = save_and_stop
     try:
         case.run("out")
     finally:
-        Run.save = save
+        TrainingRun.save = save
         signal.signal(signal.SIGTERM, earlier)
 
 

@@ -294,6 +294,54 @@ def test_part_of_an_epoch_trains_part_of_its_steps(sst2):
     assert len(read_log(output)) == 4
 
 
+# ------------------------------------------------------------------ the sweep
+
+
+SWEEP = ("--pred_distill", "--sweep", "--learning_rate", 1e-3, 1e-2, "--train_batch_size", 8, 16,
+         "--num_train_epochs", 2, "--eval_step", 2)
+
+
+def test_a_sweep_trains_every_setting_as_if_alone_and_keeps_each_students_best(sst2):
+    make_model(sst2.root / "b", TinyBertForPreTraining, seed=2, num_hidden_layers=4,
+               hidden_dropout_prob=0.1, model_arguments={"fit_size": 16})
+    outputs = [sst2.root / "swept_a", sst2.root / "swept_b"]
+    sst2.run("swept_a", *SWEEP, "--student_model", sst2.student, sst2.root / "b",
+             "--output_dir", *outputs)
+    for output, source in zip(outputs, (sst2.student, sst2.root / "b"), strict=True):
+        result = read_json(output / "eval_results.json")
+        settings = result["sweep"]
+        assert [setting["folder"] for setting in settings] == [
+            "lr0.001_batch8", "lr0.01_batch8", "lr0.001_batch16", "lr0.01_batch16"]
+        assert result["best"]["acc"] == max(setting["metrics"]["acc"] for setting in settings)
+        assert same_weights(weights(output), weights(output / result["chosen"]))
+        alone = sst2.run(f"alone_{output.name}", *SWEEP[2:], "--pred_distill", "--student_model",
+                         source, "--learning_rate", 1e-2, "--train_batch_size", 16)
+        assert same_weights(weights(alone), weights(output / "lr0.01_batch16"))
+        assert {p.name for p in output.iterdir() if p.is_file()} == FILES - {"log.jsonl"}
+
+
+def test_the_best_of_a_sweep_is_the_folders_model(sst2):
+    output = sst2.run("out", *SWEEP)
+    run(task_distill, "--do_eval", "--student_model", output, "--data_dir", sst2.data,
+        "--task_name", "sst-2", "--output_dir", sst2.root / "eval", "--precision", "fp32")
+    assert (read_json(sst2.root / "eval" / "eval_results.json")["metrics"]
+            == read_json(output / "eval_results.json")["best"])
+
+
+@pytest.mark.parametrize(("more", "contains"), [
+    (("--sweep",), "--pred_distill"),
+    (("--pred_distill", "--train_batch_size", 8, 16), "several need --sweep"),
+])
+def test_a_sweep_that_cannot_be_is_one_line(sst2, capsys, more, contains):
+    sst2.expect_error(capsys, *more, contains=[contains])
+
+
+def test_what_an_overwritten_sweep_left_is_not_taken_for_results(sst2):
+    output = sst2.run("out", *SWEEP)
+    sst2.run("out", *SWEEP, "--learning_rate", 2e-3, "--overwrite_output_dir")
+    assert sorted(p.name for p in output.glob("lr*")) == ["lr0.002_batch16", "lr0.002_batch8"]
+
+
 # ------------------------------------------------------------------ seeds, accumulation, padding
 
 

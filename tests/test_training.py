@@ -10,24 +10,16 @@ import torch.nn.functional as F
 from helpers import random_batch, tiny_config
 from torch import nn
 
-from transformer.batching import padded_collate
+from transformer.batching import micro_batches, padded_collate, prefetch
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
-    freeze,
-    show_nothing,
+    no_teacher,
 )
-from transformer.modeling import TinyBertForSequenceClassification
+from transformer.modeling import TinyBertForSequenceClassification, freeze
 from transformer.optimization import BertAdam
-from transformer.training import (
-    Learner,
-    RandomState,
-    autocast,
-    micro_batches,
-    prefetch,
-    train,
-)
+from transformer.training import RandomState, StudentTrainer, autocast, train
 
 CPU = torch.device("cpu")
 
@@ -38,21 +30,23 @@ def make_teacher(seed: int = 0) -> TinyBertForSequenceClassification:
         tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, num_labels=3))
 
 
-def make_learner(prediction: bool, match_original: bool = False, seed: int = 0,
-                 **changes) -> Learner:
+def make_trainer(prediction: bool, match_original: bool = False, seed: int = 0,
+                 **changes) -> StudentTrainer:
     torch.manual_seed(seed)
     changes = {"num_hidden_layers": 2, "hidden_size": 12, "num_labels": 3, **changes}
     student = TinyBertForSequenceClassification(tiny_config(**changes), fit_size=16)
     loss = (PredictionLoss(student, 1.0, match_original) if prediction
             else IntermediateLoss(student, match_original, is_student=True))
-    return Learner(student, loss, BertAdam(student.parameters(), lr=1e-2, schedule="none"), CPU)
+    optimizer = BertAdam(student.parameters(), lr=1e-2, schedule="none")
+    return StudentTrainer(student, loss, optimizer, CPU)
 
 
 def distil(accumulation: int, prediction: bool, match_original: bool = False,
-           rows: int = 7, pad_to: int = 0, steps: int = 1, learners: list[Learner] | None = None):
+           rows: int = 7, pad_to: int = 0, steps: int = 1,
+           trainers: list[StudentTrainer] | None = None):
     """Train tiny students; returns the first one's weights and losses, and the teacher."""
     teacher = make_teacher()
-    learners = learners or [make_learner(prediction, match_original)]
+    trainers = trainers or [make_trainer(prediction, match_original)]
     ids, segments, mask = random_batch(rows, 11)
     lengths = mask.sum(1)
     with torch.no_grad():
@@ -65,12 +59,13 @@ def distil(accumulation: int, prediction: bool, match_original: bool = False,
         batch = dict(zip(("input_ids", "token_type_ids", "attention_mask"), cut, strict=True))
         return batch | {"teacher_logits": teacher_logits[list(part)]}
 
-    depths = [learner.student.config.num_hidden_layers for learner in learners]
-    teach = show_nothing if prediction else IntermediateTeacher(teacher.bert, depths)
-    epochs = [(collate, [list(range(rows))])] * steps
+    depths = [trainer.student.config.num_hidden_layers for trainer in trainers]
+    teach = no_teacher if prediction else IntermediateTeacher(teacher.bert, depths)
+    size = -(-rows // accumulation)
+    passes = [(collate, [micro_batches(list(range(rows)), size)])] * steps
     history = [{k: float(v) for k, v in step.losses[0].items()}
-               for step in train(learners, teach, epochs, steps, accumulation, CPU)]
-    return learners[0].student.state_dict(), history, teacher
+               for step in train(trainers, teach, passes, steps, CPU)]
+    return trainers[0].student.state_dict(), history, teacher
 
 
 @pytest.mark.parametrize("match_original", [False, True])
@@ -109,7 +104,7 @@ def test_the_teacher_stays_as_it_was_without_dropout_and_without_gradients():
 
 
 def sum_of_squares(model: nn.Linear, seen: list | None = None):
-    def loss(batch, shown):
+    def loss(batch, teacher_outputs):
         if seen is not None:
             seen.append(model.weight.grad is None)
         return {"loss": model(batch["x"]).square().mean()}
@@ -123,9 +118,9 @@ def ones(rows):
 
 def test_no_gradient_is_carried_into_the_next_step():
     model, seen = nn.Linear(1, 1, bias=False), []
-    learner = Learner(model, sum_of_squares(model, seen),
+    trainer = StudentTrainer(model, sum_of_squares(model, seen),
                       torch.optim.SGD(model.parameters(), lr=0.1), CPU)
-    steps = list(train([learner], show_nothing, [(ones, [[0, 1], [2]])] * 2, 4, 1, CPU))
+    steps = list(train([trainer], no_teacher, [(ones, [[[0, 1]], [[2]]])] * 2, 4, CPU))
     assert seen == [True] * 4
     assert [step.epoch_ends for step in steps] == [False, True, False, True]
     assert [step.rows for step in steps] == [2, 1, 2, 1]
@@ -146,40 +141,42 @@ def test_micro_batches_hold_every_row_once():
 def test_a_student_learns_the_same_alone_and_beside_others(prediction):
     dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     other = {"num_hidden_layers": 4, "hidden_size": 8, **dropout}
-    alone = [distil(2, prediction, steps=3, learners=[make_learner(prediction, **shape)])[0]
+    alone = [distil(2, prediction, steps=3, trainers=[make_trainer(prediction, **shape)])[0]
              for shape in (dropout, other)]
-    together = [make_learner(prediction, **dropout), make_learner(prediction, **other)]
-    distil(2, prediction, steps=3, learners=together)
-    for expected, learner in zip(alone, together, strict=True):
-        for name, tensor in learner.student.state_dict().items():
+    together = [make_trainer(prediction, **dropout), make_trainer(prediction, **other)]
+    distil(2, prediction, steps=3, trainers=together)
+    for expected, trainer in zip(alone, together, strict=True):
+        for name, tensor in trainer.student.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_step_may_span_several_of_the_shared_batches():
+def test_a_student_may_accumulate_several_of_the_shared_steps():
     torch.manual_seed(0)
     model = nn.Linear(1, 1, bias=False)
     start = model.weight.detach().clone()
 
-    def loss(batch, shown):
+    def loss(batch, teacher_outputs):
         return {"loss": (model.weight * batch["x"]).mean()}
 
     def collate(rows):
         return {"x": torch.tensor([float(row) for row in rows])}
 
-    learner = Learner(model, loss, torch.optim.SGD(model.parameters(), lr=1.0), CPU, span=2)
-    steps = list(train([learner], show_nothing, [(collate, [[1, 2], [3, 4], [8]])], 3, 1, CPU))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = StudentTrainer(model, loss, optimizer, CPU, accumulation=2)
+    steps = list(train([trainer], no_teacher, [(collate, [[[1, 2]], [[3], [4]], [[8]]])], 3, CPU))
     assert [step.losses[0] is None for step in steps] == [True, False, False]
     # Means over all rows of a step, the second step cut short by the end of the epoch.
     assert float((start - model.weight).detach()) == pytest.approx((1 + 2 + 3 + 4) / 4 + 8)
     assert float(steps[1].losses[0]["loss"]) == pytest.approx(float(start) * 2.5)
 
 
-def test_the_teacher_shows_the_scores_that_any_student_aims_at_and_no_others():
+def test_the_teacher_gives_the_scores_that_students_learn_from_and_no_others():
     teacher = make_teacher()
-    shown = IntermediateTeacher(freeze(teacher).bert, [1, 2])(
+    teacher_outputs = IntermediateTeacher(freeze(teacher).bert, [1, 2])(
         dict(zip(("input_ids", "token_type_ids", "attention_mask"), random_batch(), strict=True)))
-    assert [scores is not None for scores in shown.attention_scores] == [False, True, False, True]
-    assert len(shown.hidden_states) == 5
+    needed = [scores is not None for scores in teacher_outputs.attention_scores]
+    assert needed == [False, True, False, True]
+    assert len(teacher_outputs.hidden_states) == 5
 
 
 def test_random_numbers_inside_a_state_do_not_depend_on_those_outside():
@@ -190,7 +187,7 @@ def test_random_numbers_inside_a_state_do_not_depend_on_those_outside():
     drawn = []
     for _ in range(2):
         torch.rand(7)
-        with state.drawn_from():
+        with state.active():
             drawn.append(torch.rand(2))
     assert torch.equal(torch.cat(drawn), expected)
 
@@ -246,8 +243,9 @@ def test_waiting_for_batches_is_reported():
         return ones(rows)
 
     model = nn.Linear(1, 1)
-    learner = Learner(model, sum_of_squares(model), torch.optim.SGD(model.parameters(), 0.1), CPU)
-    steps = list(train([learner], show_nothing, [(slowly, [[0]] * 4)], 4, 1, CPU))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = StudentTrainer(model, sum_of_squares(model), optimizer, CPU)
+    steps = list(train([trainer], no_teacher, [(slowly, [[[0]]] * 4)], 4, CPU))
     assert sum(step.waited for step in steps) > 0.1
 
 

@@ -1,8 +1,11 @@
-"""Batches of rows of similar length, padded to few lengths."""
+"""Batches of rows of similar length, padded to few lengths, and made ahead of their use."""
 
-from collections.abc import Callable, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,7 +13,12 @@ import torch
 from transformer.file_utils import UserError
 
 MOST_BUCKETS = 8  # padded lengths of one set of rows
-BATCH_UNIT = 64  # rows that are shuffled together where batches are larger
+BATCH_UNIT = 64  # rows of similar length; larger batches are made of several such units
+
+Batch = dict[str, torch.Tensor]
+Collate = Callable[[Sequence[int]], Batch]  # from row numbers to tensors [rows, length]
+# A pass over the data: of each optimizer step the micro-batches, and of each of those the rows.
+Pass = tuple[Collate, Sequence[Sequence[Sequence[int]]]]
 
 
 class Rows(Protocol):
@@ -18,7 +26,7 @@ class Rows(Protocol):
 
     lengths: np.ndarray  # [rows]
 
-    def collate(self, rows: Sequence[int], pad_to: int | None = None) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Sequence[int], pad_to: int | None = None) -> Batch:
         """Return the rows as tensors [rows, length]."""
 
 
@@ -62,7 +70,7 @@ def padding_multiple(device: torch.device) -> int:
 
 def padded_collate(
     data: Rows, multiple: int = 1, pad_to: int | None = None, limit: int | None = None
-) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
+) -> Collate:
     """Return what makes batches of `data`, padded to one of few lengths, or all to `pad_to`.
 
     The lengths are those of `bucket_lengths`, so a batch is little longer than its longest row
@@ -77,7 +85,7 @@ def padded_collate(
         # A row that is too long stays so, for the model to complain of.
         buckets = np.minimum(buckets, max(limit, lengths.max()))
 
-    def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def collate(rows: Sequence[int]) -> Batch:
         longest = lengths[rows].max()
         return data.collate(rows, pad_to=int(buckets[np.searchsorted(buckets, longest)]))
 
@@ -89,7 +97,7 @@ def batches(
     batch_size: int,
     generator: torch.Generator | None = None,
     multiple: int = 1,
-    in_units: bool = False,
+    short_last: bool = False,
 ) -> list[np.ndarray]:
     """Split rows into batches of similar length, so that little is padded; each row once.
 
@@ -97,9 +105,7 @@ def batches(
     memory fails at once). With it rows are shuffled within each of the `bucket_lengths` (in
     multiples of `multiple`) to which batches are padded, and the batches shuffled as well: the
     same generator state gives the same batches, at most 7 of them with rows of several buckets.
-    With `in_units`, a batch of a multiple of BATCH_UNIT rows is made of consecutive units of so
-    many, each of similar lengths, and the unit that is not full comes last: students with
-    different batch sizes can learn from the same units.
+    With `short_last` a batch that is not full stays the last one.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}; expected at least 1 row")
@@ -112,14 +118,71 @@ def batches(
         # Numbers from the longest bucket down; in one byte they are sorted in linear time.
         numbers = (len(buckets) - np.searchsorted(buckets, lengths)).astype(np.uint8)
         order = order[np.argsort(numbers[order], kind="stable")]
-    in_units = in_units and batch_size % BATCH_UNIT == 0
-    size = BATCH_UNIT if in_units else batch_size
-    groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    groups = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     if generator is None:
         return groups
-    rest = [groups.pop()] if in_units and groups and len(groups[-1]) < size else []
-    groups = [groups[place] for place in
-              torch.randperm(len(groups), generator=generator).tolist()] + rest
-    units = batch_size // size
-    return groups if units == 1 else [
-        np.concatenate(groups[begin : begin + units]) for begin in range(0, len(groups), units)]
+    last = [groups.pop()] if short_last and groups and len(groups[-1]) < batch_size else []
+    places = torch.randperm(len(groups), generator=generator).tolist()
+    return [groups[place] for place in places] + last
+
+
+def micro_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Cut the rows of a batch into micro-batches of `size` rows; the last may be smaller."""
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
+
+def pass_generator(seed: int, number: int) -> torch.Generator:
+    """Return the generator that shuffles pass `number`; each pass has one of its own."""
+    words = np.random.SeedSequence((seed % 2**63, number)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+def shuffled_passes(
+    collate: Collate, lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int,
+    multiple: int, first: int,
+) -> Iterator[Pass]:
+    """Yield the passes over the same rows from pass `first` on."""
+    for number in count(first):
+        steps = batches(lengths, batch_size, pass_generator(seed, number), multiple)
+        yield collate, [micro_batches(rows, micro_batch_size) for rows in steps]
+
+
+def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
+    """Yield the items of an iterator that a thread runs up to `ahead` items in advance.
+
+    An error in the iterator is raised here; leaving early ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # raised by the reader
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join(timeout=1)  # longer only where it is reading an epoch; it ends by itself then

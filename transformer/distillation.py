@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer.batching import Batch
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertModel, BertModelOutput, model_inputs
-from transformer.modeling import freeze as freeze  # a teacher's first step
 
 
 def map_layers(teacher_layers: int, student_layers: int) -> tuple[list[int], list[int]]:
@@ -193,13 +193,11 @@ def intermediate_losses(
     return {"att_loss": att_loss, "rep_loss": rep_loss}
 
 
-# ------------------------------------------------------------------ what a teacher shows
-
-Batch = dict[str, Tensor]
+# ------------------------------------------------------------------ teacher and student losses
 
 
 class IntermediateTeacher(nn.Module):
-    """The hidden states of a frozen encoder, and those raw scores that any student aims at.
+    """A frozen encoder's hidden states, and the raw scores of the layers that students learn from.
 
     Args:
         encoder: a frozen `BertModel`.
@@ -218,17 +216,17 @@ class IntermediateTeacher(nn.Module):
         return self.encoder(*model_inputs(batch), score_layers=self.score_layers)
 
 
-def show_nothing(batch: Batch) -> None:
-    """Stand in for a teacher whose answers the batch brings along, or that is not needed."""
+def no_teacher(batch: Batch) -> None:
+    """The teacher where the batch holds its logits already, or where none is needed."""
 
 
 class IntermediateLoss(nn.Module):
     """Eq. 7-9 on a batch: attention scores, hidden states and embeddings, summed over layers.
 
     Args:
-        student: its last two outputs are its scores and its hidden states.
+        student: its last two outputs are the raw attention scores and the hidden states.
         match_original: see `intermediate_losses`.
-        arguments: what else the student is called with.
+        arguments: further arguments of the student's `forward`.
     """
 
     def __init__(self, student: nn.Module, match_original: bool = False, **arguments: bool) -> None:
@@ -243,7 +241,7 @@ class IntermediateLoss(nn.Module):
 
 
 class PredictionLoss(nn.Module):
-    """Eq. 10 on a batch that brings its rows' teacher logits."""
+    """Eq. 10 on a batch that holds its rows' teacher logits."""
 
     def __init__(
         self, student: nn.Module, temperature: float = 1.0, match_original: bool = False

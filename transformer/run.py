@@ -1,7 +1,7 @@
-"""A training run from its start, or from where it was stopped, to its end.
+"""A training run from its start, or from a saved state, to its end.
 
-It keeps what a run knows besides its models: how far it is, what it has logged and which dev score
-was the best; saves all of it from time to time, and goes on from there.
+It knows, besides the models, how far the run is, what it has logged and which dev score was the
+best; saves all of it from time to time, and continues from there.
 """
 
 import logging
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer import distributed
+from transformer.batching import Batch, Pass
 from transformer.checkpoint import (
     STATE_FOLDER,
     load_training_state,
@@ -32,25 +33,19 @@ from transformer.file_utils import UserError
 from transformer.run_folder import JsonLog, RunningMean, Throughput
 from transformer.runtime import Stopped, check_disk, format_values
 from transformer.tokenization import BertTokenizer
-from transformer.training import Collate, Learner, Step, train
-from transformer.uploads import Uploader
+from transformer.training import Step, StudentTrainer, train
 
 logger = logging.getLogger(__name__)
 
-# What a process asks of the others after a step; the largest wish is granted.
-NOTHING, SAVE, STOP = 0, 1, 2
-
-
-def uploads(address: tuple[str, str] | None, folders: Sequence[Path | str]) -> Uploader:
-    """Return what copies the folders' files to S3 during a run; its states stay here."""
-    return Uploader(address if distributed.is_main() else None, folders, skip=(STATE_FOLDER,))
+# What a process requests after a step; the largest request of all processes is granted.
+CONTINUE, SAVE, STOP = 0, 1, 2
 
 
 @dataclass
-class Output:
+class StudentOutput:
     """One student's folder: its checkpoints, log and results; the first process writes them."""
 
-    learner: Learner
+    trainer: StudentTrainer
     folder: Path
     tokenizer: BertTokenizer
     selection: Selection | None = None  # where dev scores choose the student
@@ -60,30 +55,32 @@ class Output:
     def __post_init__(self) -> None:
         self.log = JsonLog(self.folder / "log.jsonl", keep=True)
 
-    def record(
-        self, facts: dict[str, Any], metrics: dict[str, dict[str, float]] | None = None
+    def report(
+        self, progress: dict[str, Any], metrics: dict[str, dict[str, float]] | None, eta: str
     ) -> None:
-        """Log facts, losses and dev metrics, if any; save the student that is the best so far."""
-        record = {**facts, "lr": self.learner.optimizer.get_lr()[0], **self.losses}
+        """Log progress, mean losses and dev metrics, if any; save the best student so far."""
+        steps, self.losses = self.means.count, self.means.read()
+        record = {**progress, "steps": steps, "lr": self.trainer.optimizer.get_lr()[0],
+                  **self.losses}
         if metrics is not None:
             record |= {"metrics": metrics["dev"], "all_metrics": metrics}
             if self.selection.update(metrics):
                 self.save()
         self.log.write(record)
         record.pop("all_metrics", None)
-        logger.info("%s: %s", self.folder.name, format_values(record))
+        logger.info("%s: %s  eta %s", self.folder.name, format_values(record), eta)
 
     def save(self, subfolder: str = "") -> None:
         """Write the student as a model directory."""
-        save_pretrained(self.learner.student, self.folder / subfolder, self.tokenizer)
+        save_pretrained(self.trainer.student, self.folder / subfolder, self.tokenizer)
 
     def save_weights(self, name: str) -> None:
         """Write the student's weights alone."""
-        save_weights(self.learner.student, self.folder / name)
+        save_weights(self.trainer.student, self.folder / name)
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Write the results: they say that the run has finished."""
-        result = {**facts, "losses": self.losses}
+        result = {**summary, "losses": self.losses}
         if self.selection is not None:
             result |= self.selection.results()
             scores = {"first": self.selection.first["dev"], "best": result["best"],
@@ -92,37 +89,34 @@ class Output:
         write_results(self.folder, result)
 
     def state(self) -> dict[str, Any]:
-        """Return what `load_state` takes; the processes ask for it together."""
+        """Return what `load_state` takes; all processes call it together."""
         return {
-            "learner": self.learner.state(), "means": self.means.state(), "losses": self.losses,
+            "trainer": self.trainer.state(), "means": self.means.state(), "losses": self.losses,
             "selection": self.selection and self.selection.state(), "log_bytes": self.log.size,
         }
 
     def load_state(self, state: dict[str, Any], random_state: list[Tensor] | None) -> None:
-        """Go on from what `state` returned."""
-        self.learner.load_state(state["learner"], random_state)
-        self.means.load_state(state["means"], self.learner.device)
+        """Continue from what `state` returned."""
+        self.trainer.load_state(state["trainer"], random_state)
+        self.means.load_state(state["means"], self.trainer.device)
         self.losses = state["losses"]
         if self.selection is not None:
             self.selection.load_state(state["selection"])
         self.log.cut(state["log_bytes"])
 
 
-# ------------------------------------------------------------------ the run
-
-
 def check_training_disk(
-    learners: Sequence[Learner], folders: Sequence[Path], models_written: int
+    trainers: Sequence[StudentTrainer], folders: Sequence[Path], models_written: int
 ) -> None:
-    """Raise a `UserError` where the disk is smaller than what the run will write.
+    """Raise a `UserError` where less disk is free than the run will write.
 
     Args:
-        learners: the students, made already.
+        trainers: the students.
         folders: their output folders, made or not.
         models_written: models that each student's folder will hold at once.
     """
-    parameters = sum(parameter.numel() for learner in learners
-                     for parameter in learner.student.parameters())
+    parameters = sum(parameter.numel() for trainer in trainers
+                     for parameter in trainer.student.parameters())
     # Weights and Adam's two moments, in two states that are kept and one that is written.
     needed = parameters * 4 * (3 * 3 + models_written)
     # What a resumed run finds of its own is part of that.
@@ -133,11 +127,11 @@ def check_training_disk(
 
 @torch.no_grad()
 def weights_are_finite(model: nn.Module) -> bool:
-    """Say whether all parameters are numbers."""
+    """Say whether all parameters are finite."""
     return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
-class Run:
+class TrainingRun:
     """The steps of a run, from the beginning or, with `resume`, from the newest saved state.
 
     States lie in the first student's folder. All processes of a run do the same, and stop at the
@@ -145,25 +139,24 @@ class Run:
 
     Args:
         outputs: the students.
-        passes: from the number of a pass over the data to it and those after it, as `train` takes
-            them.
+        passes: from the number of a pass over the data to it and those after it.
         steps_in_pass: from the number of a pass to its steps.
         total_steps: where the run ends.
         report_every: steps between reports.
         save_steps, save_minutes: how often a state is saved; 0 for not by this measure.
-        resume: go on from a saved state if there is one.
+        resume: continue from a saved state if there is one.
     """
 
     def __init__(
-        self, outputs: Sequence[Output],
-        passes: Callable[[int], Iterable[tuple[Collate, Sequence[Sequence[int]]]]],
+        self, outputs: Sequence[StudentOutput],
+        passes: Callable[[int], Iterable[Pass]],
         steps_in_pass: Callable[[int], int], total_steps: int, *, report_every: int,
         save_steps: int, save_minutes: float, resume: bool,
     ) -> None:
         self.outputs, self.passes, self.steps_in_pass = outputs, passes, steps_in_pass
         self.total_steps, self.report_every = total_steps, report_every
         self.save_steps, self.save_minutes = save_steps, save_minutes
-        self.device = outputs[0].learner.device
+        self.device = outputs[0].trainer.device
         self.step = 0
         self.throughput = Throughput()
         self.signal: int | None = None
@@ -173,6 +166,7 @@ class Run:
         if not (resume and self._load()):
             for output in outputs:
                 output.log.cut(0)
+        self.began, self.first_step = time.monotonic(), self.step
 
     def position(self, step: int) -> tuple[int, int]:
         """Return the pass that follows `step` steps, and how many of its steps are among them."""
@@ -186,19 +180,28 @@ class Run:
         number, step = self.position(self.step)
         return round(number + step / self.steps_in_pass(number), 3)
 
+    def eta(self) -> str:
+        """Return the remaining time, as hours, minutes and seconds."""
+        done = self.step - self.first_step
+        if not done:
+            return "?"
+        seconds = (time.monotonic() - self.began) / done * (self.total_steps - self.step)
+        return tqdm.format_interval(seconds)
+
     def reports(self) -> bool:
         """Say whether this step is one to report on."""
         return self.step % self.report_every == 0 or self.step == self.total_steps
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a report says of the run, and take the students' mean losses for it."""
+    def report(
+        self, evaluate: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None
+    ) -> None:
+        """Log every student's losses and, with `evaluate`, its dev metrics by split."""
+        progress = {"step": self.step, "epoch": self.epoch(), **self.throughput.read()}
         for output in self.outputs:
-            output.losses = output.means.read()
-        return {"step": self.step, "epoch": self.epoch(), **self.throughput.read()}
+            metrics = evaluate and evaluate(output.trainer.student)
+            output.report(progress, metrics, self.eta())
 
-    def steps(
-        self, teach: Callable, accumulation: int, description: str
-    ) -> Iterator[Step]:
+    def steps(self, teacher: Callable[[Batch], Any], description: str) -> Iterator[Step]:
         """Take the steps that are left; yields after each, with `step` counted.
 
         What the caller does with a step belongs to it: a state is saved afterwards.
@@ -210,8 +213,8 @@ class Run:
         if self.step == self.total_steps:
             return
         first, done = self.position(self.step)
-        steps = train([output.learner for output in self.outputs], teach, self.passes(first),
-                      self.total_steps - self.step, accumulation, self.device, done)
+        steps = train([output.trainer for output in self.outputs], teacher, self.passes(first),
+                      self.total_steps - self.step, self.device, done)
         saved_at = time.monotonic()
         progress = tqdm(steps, desc=description, initial=self.step, total=self.total_steps,
                         unit="step", disable=None if distributed.is_main() else True)
@@ -225,13 +228,13 @@ class Run:
                 if self.reports():
                     self.throughput.restart()  # without the time that the report took
                 if None in step.losses:
-                    continue  # a gradient is kept for the next one; a state holds none
-                wish = distributed.largest(self._wish(saved_at))
-                if wish != NOTHING:
+                    continue  # a student is still accumulating: a state holds no gradients
+                request = distributed.largest(self._request(saved_at))
+                if request != CONTINUE:
                     self.check_finite()
                     self.save()
                     saved_at = time.monotonic()
-                if wish == STOP:
+                if request == STOP:
                     raise Stopped(self.signal or signal.SIGTERM)
 
     def _count(self, step: Step) -> None:
@@ -248,7 +251,7 @@ class Run:
         """Raise a `UserError` if a loss or a weight is not finite, with the step and the batch."""
         for output, first_bad in zip(self.outputs, self.first_bad, strict=True):
             step = distributed.largest(int(first_bad))
-            if step or not weights_are_finite(output.learner.student):
+            if step or not weights_are_finite(output.trainer.student):
                 number, place = self.position((step or self.step) - 1)
                 kept = f"The state of step {self.saved_step}" if self.saved_step else "No state"
                 raise UserError(
@@ -258,13 +261,13 @@ class Run:
                     " may help"
                 )
 
-    def _wish(self, saved_at: float) -> int:
+    def _request(self, saved_at: float) -> int:
         if self.signal is not None:
             return STOP
         by_steps = self.save_steps and self.step - self.saved_step >= self.save_steps
         minutes = (time.monotonic() - saved_at) / 60
         by_time = self.save_minutes and minutes >= self.save_minutes and distributed.is_main()
-        return SAVE if by_steps or by_time else NOTHING
+        return SAVE if by_steps or by_time else CONTINUE
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
@@ -290,7 +293,7 @@ class Run:
     def save(self) -> None:
         """Save the run's state; the processes do it together."""
         random_states = distributed.gather(
-            [output.learner.random_state.state for output in self.outputs])
+            [output.trainer.random_state.state for output in self.outputs])
         for output in self.outputs:
             output.log.sync()  # a state says how long it is
         state = {"step": self.step, "total_steps": self.total_steps,
@@ -303,7 +306,7 @@ class Run:
         distributed.barrier()
 
     def _load(self) -> bool:
-        """Go on from the newest saved state; False if there is none."""
+        """Continue from the newest saved state; False if there is none."""
         folder = self.outputs[0].folder
         state = distributed.from_main(
             load_training_state(folder) if distributed.is_main() else None)

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer import distributed
-from transformer.file_utils import UserError, read_json, write_json
+from transformer.file_utils import (
+    UserError,
+    read_json,
+    s3_address,
+    upload_folder,
+    write_json,
+)
 from transformer.runtime import argument_values
 
 if TYPE_CHECKING:
@@ -25,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS_NAME = "args.json"  # what a run was begun with
 RESULTS_NAME = "eval_results.json"  # of a run that has finished
+STATE_FOLDER = "training_state"  # below the first student's folder
 UNFINISHED = ".unfinished"  # the folder, or how it begins, of shards of an unfinished output
 
 # Arguments that may change from one call to the one that resumes it: they do not change results.
@@ -175,7 +182,8 @@ class RunFolder:
     def __init__(self, paths: Sequence[Path], sources: Sequence[str], overwrite: bool,
                  resume: bool, state: str, data_url: str) -> None:
         self.paths, self.sources, self.overwrite, self.resume = paths, sources, overwrite, resume
-        self.state, self.data_url = state, data_url
+        self.state = state
+        self.address = s3_address(data_url)
 
     @classmethod
     def open(cls, args: argparse.Namespace, sources: Sequence[str]) -> "RunFolder":
@@ -212,12 +220,31 @@ class RunFolder:
     def start(self, record: Mapping[str, Any]) -> list[Path]:
         """Make the folders with their `args.json`: `record` and the student's source."""
         for path, source in zip(self.paths, self.sources, strict=True):
-            prepare_output_dir(path, self.overwrite, self.resume)
-            lock_folder(path)
             if distributed.is_main():
+                path.mkdir(parents=True, exist_ok=True)
+                lock_folder(path)  # before anything of it is removed
+                prepare_output_dir(path, self.overwrite, self.resume)
                 (path / RESULTS_NAME).unlink(missing_ok=True)
             save_arguments(path, {**record, "student": source})
         return self.paths
+
+    def upload(self, last: bool = False) -> None:
+        """Copy what is new to --data_url, if given; what fails is a warning, at `last` an error.
+
+        Below the address several folders are kept apart by their own paths.
+        """
+        if self.address is None or not distributed.is_main():
+            return
+        bucket, prefix = self.address
+        for path in self.paths:
+            inner = path.as_posix().lstrip("/") if len(self.paths) > 1 else ""
+            key = "/".join(part for part in (prefix, inner) if part)
+            try:
+                upload_folder(path, (bucket, key), skip=(STATE_FOLDER,))
+            except UserError as error:
+                if last:
+                    raise
+                logger.warning("%s; tried again with the next checkpoint", error)
 
 
 def _earlier_state(

@@ -391,11 +391,6 @@ def check_disk(stage: str, folder: Path | str, needed: float) -> None:
             f"{folder}: {size_text(free)} of disk free; {stage} needs about {size_text(needed)}")
 
 
-def check_room(what: str, folder: Path | str, disk: float, memory: int = 0) -> None:
-    """Call `check_disk`, for scripts that still pass an estimate of memory."""
-    check_disk(what, folder, disk)
-
-
 def size_text(size: float) -> str:
     """Return a number of bytes as a person would say it, such as `1.3 GB`."""
     for unit in ("bytes", "kB", "MB"):

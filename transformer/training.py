@@ -1,149 +1,16 @@
-"""Optimizer steps: batches made in advance, and several students on one teacher's answers."""
+"""Optimizer steps of several students that share one teacher's forward pass."""
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer import distributed
-from transformer.batching import batches
-from transformer.distillation import Batch
-
-Collate = Callable[[Sequence[int]], Batch]
-
-
-# ------------------------------------------------------------------ batches, ahead of their use
-
-
-class StepBatches(NamedTuple):
-    """The micro-batches of one step of the student with the smallest batches.
-
-    parts: of each micro-batch that this process computes, the number of rows and the batch.
-    rows: of all parts of all processes together.
-    spans: for each number of such steps that a student's own step spans, how many rows that step
-        has in all, and whether this is the end of it.
-    """
-
-    parts: list[tuple[int, Batch]]
-    rows: int
-    spans: dict[int, tuple[int, bool]]
-    epoch_ends: bool
-
-
-def micro_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Split the rows of one step into pieces of `size` rows; the last may be smaller."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def own_share(parts: list[Sequence[int]], rank: int, processes: int) -> list[Sequence[int]]:
-    """Return what one of several processes computes of a step's micro-batches.
-
-    Whole micro-batches where every process gets as many, otherwise some rows of each.
-    """
-    if len(parts) % processes == 0:
-        return parts[rank::processes]
-    return [part[rank::processes] for part in parts]
-
-
-def step_batches(
-    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]], steps: int, accumulation: int,
-    spans: Iterable[int], device: torch.device, done: int = 0,
-) -> Iterator[StepBatches]:
-    """Make the batches of `steps` steps; for a GPU where it copies them from at once.
-
-    The first `done` steps of the first pass have been taken already.
-    """
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)  # this thread's, for the pinned memory
-    rank, processes = distributed.rank(), distributed.world_size()
-    for collate, epoch_rows in epochs:
-        size = -(-max(map(len, epoch_rows)) // accumulation)
-        epoch_rows = epoch_rows[: done + steps]
-        for place in range(done, len(epoch_rows)):
-            rows = epoch_rows[place]
-            parts = []
-            for part in own_share(micro_batches(rows, size), rank, processes):
-                # Fewer rows than processes: this one computes a row that does not count.
-                batch = collate(part if len(part) else rows[:1])
-                if on_gpu:
-                    batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-                parts.append((len(part), batch))
-            epoch_ends = place + 1 == len(epoch_rows)
-            whole = {}
-            for span in spans:
-                begin = place // span * span
-                count = sum(len(rows) for rows in epoch_rows[begin : begin + span])
-                whole[span] = (count, epoch_ends or (place + 1) % span == 0)
-            yield StepBatches(parts, len(rows), whole, epoch_ends)
-        steps -= len(epoch_rows) - done
-        done = 0
-        del collate, epoch_rows  # they hold the epoch's data, and the next one is read now
-        if not steps:
-            return
-
-
-def pass_generator(seed: int, number: int) -> torch.Generator:
-    """Return the generator that shuffles pass `number`; each pass has one of its own."""
-    words = np.random.SeedSequence((seed % 2**63, number)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]))
-
-
-def shuffled_passes(
-    collate: Collate, lengths: np.ndarray, batch_size: int, seed: int, multiple: int, first: int
-) -> Iterator[tuple[Collate, list[np.ndarray]]]:
-    """Yield the passes over the same rows from pass `first` on, as `train` takes them."""
-    for number in count(first):
-        yield collate, batches(lengths, batch_size, pass_generator(seed, number), multiple)
-
-
-def prefetch(items: Iterator, ahead: int = 8) -> Iterator:
-    """Yield the items of an iterator that a thread runs up to `ahead` items in advance.
-
-    An error in the iterator is raised here; leaving early ends the thread.
-    """
-    ready: queue.Queue = queue.Queue(ahead)
-    stopped = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:  # handed to the reader, which raises it
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join(timeout=1)  # longer only where it is reading an epoch; it ends by itself then
+from transformer.batching import Batch, Pass, prefetch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -156,11 +23,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-# ------------------------------------------------------------------ training steps
+# ------------------------------------------------------------------ one student
 
 
 class RandomState:
-    """torch's random numbers as one student draws them, whatever else draws in between."""
+    """The state of torch's random number generators that belongs to one student."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -178,7 +45,7 @@ class RandomState:
             torch.cuda.set_rng_state(states[1], self.device)
 
     @contextmanager
-    def drawn_from(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Draw from this state inside the block, and from the one before it afterwards."""
         outside = self._read()
         self._write(self.state)
@@ -189,30 +56,30 @@ class RandomState:
             self._write(outside)
 
 
-class Learner:
-    """A student in training with what is its own: loss, optimizer, random numbers.
+class StudentTrainer:
+    """The training state of one student: model, loss, optimizer, gradient scaler, random state.
 
-    Its random numbers start from torch's state at this moment, so that a student learns the same
-    alone and beside others. Under torchrun the processes add up their gradients, and each draws
-    random numbers of its own.
+    The random state starts from torch's at this moment, so that a student learns the same alone
+    and beside others. Under torchrun the processes add up their gradients, and each has a random
+    state of its own.
 
     Args:
         student: trained in place.
-        loss: a module around the student, from a batch and what the teacher showed to named
+        loss: a module around the student, from a batch and the teacher's outputs to named
             losses, each a mean over rows; their sum is minimised.
         optimizer: of the student.
         device: where the student is.
         dtype: autocast precision; None computes in float32. float16 scales the loss.
-        span: how many of the shared batches make one step of this student.
+        accumulation: how many steps of the smallest batch size make one of this student's.
     """
 
     def __init__(
         self, student: nn.Module, loss: Callable[[Batch, Any], dict[str, Tensor]],
         optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype | None = None,
-        span: int = 1,
+        accumulation: int = 1,
     ) -> None:
         self.student, self.loss, self.optimizer = student, loss, optimizer
-        self.device, self.dtype, self.span = device, dtype, span
+        self.device, self.dtype, self.accumulation = device, dtype, accumulation
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.processes = distributed.world_size()
         self.parallel_loss = loss
@@ -223,17 +90,19 @@ class Learner:
         self.random_state = RandomState(device)
         self.step_losses: dict[str, Tensor] = {}
 
-    def accumulate(self, batch: Batch, shown: Any, share: float, last: bool = True) -> None:
-        """Add the gradient of a batch that holds `share` of the step's rows.
+    def accumulate(
+        self, batch: Batch, teacher_outputs: Any, share: float, step_ends: bool = True
+    ) -> None:
+        """Add the gradient of a micro-batch that holds `share` of the rows of the student's step.
 
-        `last` says that the step follows: then the processes add up what they have.
+        The processes add up their gradients where the step ends.
         """
-        alone = self.processes == 1 or last
-        with nullcontext() if alone else self.parallel_loss.no_sync(), \
-                self.random_state.drawn_from():
+        in_sync = self.processes == 1 or step_ends
+        with nullcontext() if in_sync else self.parallel_loss.no_sync(), \
+                self.random_state.active():
             with autocast(self.device, self.dtype):
-                losses = self.parallel_loss(batch, shown)
-            # The processes' gradients are averaged, and it is their sum that counts.
+                losses = self.parallel_loss(batch, teacher_outputs)
+            # DistributedDataParallel averages the processes' gradients; their sum is wanted.
             scaled = sum(losses.values()) * (share * self.processes)
             self.scaler.scale(scaled).backward()
         for name, value in losses.items():
@@ -249,12 +118,12 @@ class Learner:
         return losses
 
     def state(self) -> dict[str, Any]:
-        """Return what a later process needs to go on after a step, but for `random_state`."""
+        """Return what `load_state` takes, without `random_state`."""
         return {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: dict[str, Any], random_state: list[Tensor] | None) -> None:
-        """Go on from what `state` returned; None keeps the random numbers as they are."""
+        """Continue from what `state` returned; None keeps the random state as it is."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -262,11 +131,83 @@ class Learner:
             self.random_state.state = random_state
 
 
-class Step(NamedTuple):
-    """What one optimizer step gave.
+# ------------------------------------------------------------------ the stream of micro-batches
 
-    losses: of each learner, by name, detached and still on the device; this process's part of
-        them, where there are several; None for a learner whose step spans further batches.
+
+class MicroBatch(NamedTuple):
+    """Rows of one forward and backward pass in this process.
+
+    batch: their tensors.
+    shares: for each student, which part of its optimizer step's rows they are.
+    step_ends: for each student, whether its optimizer step follows.
+    last: whether a step of the smallest batch size ends here.
+    rows: of that step, over all processes.
+    epoch_ends: whether that step is the last of a pass.
+    """
+
+    batch: Batch
+    shares: list[float]
+    step_ends: list[bool]
+    last: bool
+    rows: int
+    epoch_ends: bool
+
+
+def process_share(parts: list[Sequence[int]], rank: int, processes: int) -> list[Sequence[int]]:
+    """Return what one of several processes computes of a step's micro-batches.
+
+    Whole micro-batches where every process gets as many, otherwise some rows of each.
+    """
+    if len(parts) % processes == 0:
+        return parts[rank::processes]
+    return [part[rank::processes] for part in parts]
+
+
+def stream(
+    passes: Iterable[Pass], accumulation: Sequence[int], steps: int, device: torch.device,
+    done: int = 0,
+) -> Iterator[MicroBatch]:
+    """Make the micro-batches of `steps` steps, in pinned memory where `device` is a GPU.
+
+    The arguments are those of `train`, and each student's `accumulation`. The end of a pass ends
+    every student's step.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # this thread's, for the pinned memory
+    rank, processes = distributed.rank(), distributed.world_size()
+    for collate, step_parts in passes:
+        step_parts = step_parts[: done + steps]
+        sizes = [sum(map(len, parts)) for parts in step_parts]
+        for place in range(done, len(step_parts)):
+            epoch_ends = place + 1 == len(step_parts)
+            totals = [sum(sizes[place // several * several :][:several])
+                      for several in accumulation]
+            ends = [epoch_ends or (place + 1) % several == 0 for several in accumulation]
+            own = process_share(step_parts[place], rank, processes)
+            for number, part in enumerate(own, start=1):
+                # Fewer rows than processes: this one computes a row that does not count.
+                batch = collate(part if len(part) else step_parts[place][0][:1])
+                if on_gpu:
+                    batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+                last = number == len(own)
+                yield MicroBatch(batch, [len(part) / total for total in totals],
+                                 [last and end for end in ends], last, sizes[place], epoch_ends)
+        steps -= len(step_parts) - done
+        done = 0
+        del collate, step_parts  # they hold the epoch's data, and the next one is read now
+        if not steps:
+            return
+
+
+# ------------------------------------------------------------------ training steps
+
+
+class Step(NamedTuple):
+    """The result of one step of the smallest batch size.
+
+    losses: of each student, by name, detached and still on the device; this process's part of
+        them, where there are several; None for a student that is still accumulating.
     rows: how many rows it trained on.
     epoch_ends: whether it ended a pass over the rows.
     waited: seconds that it waited for its batches.
@@ -279,47 +220,45 @@ class Step(NamedTuple):
 
 
 def train(
-    learners: Sequence[Learner],
-    teach: Callable[[Batch], Any],
-    epochs: Iterable[tuple[Collate, Sequence[Sequence[int]]]],
+    trainers: Sequence[StudentTrainer],
+    teacher: Callable[[Batch], Any],
+    passes: Iterable[Pass],
     steps: int,
-    accumulation: int,
     device: torch.device,
     done: int = 0,
 ) -> Iterator[Step]:
-    """Train students side by side on what one teacher shows, one optimizer step at a time.
+    """Train students side by side on one teacher's outputs, one optimizer step at a time.
 
     Args:
-        learners: the students; each ends as if it had been trained alone (on a GPU up to rounding,
+        trainers: the students; each ends as if it had been trained alone (on a GPU up to rounding,
             as a teacher layer whose scores another student needs runs another kernel).
-        teach: from a batch to what every student's loss is told: one pass for all of them.
-        epochs: for each pass, what turns row numbers into a batch, and the rows of each step of
-            the smallest batch size. A thread reads them in advance.
-        steps: how many of those steps to take; the last one ends every student's step.
-        accumulation: micro-batches a step. A row counts the same in whichever micro-batch it
-            stands, so the step's result does not depend on this number.
+        teacher: from a batch to the teacher's outputs, which every student's loss gets.
+        passes: see `batching.Pass`; their steps have the smallest batch size of any student. A
+            row counts the same in whichever micro-batch it is, so a step's result does not depend
+            on their size. A thread reads the passes in advance.
+        steps: how many steps to take; the last one ends every student's step.
         device: where the models are.
         done: how many steps of the first pass have been taken already.
     """
-    for learner in learners:
-        learner.student.train()
-    spans = {learner.span for learner in learners}
-    ready = prefetch(step_batches(epochs, steps, accumulation, spans, device, done))
-    with closing(ready):
+    for trainer in trainers:
+        trainer.student.train()
+    accumulation = [trainer.accumulation for trainer in trainers]
+    waited = 0.0
+    with closing(prefetch(stream(passes, accumulation, steps, device, done))) as ready:
         while True:
             began = time.perf_counter()
-            step = next(ready, None)
-            if step is None:
+            micro_batch = next(ready, None)
+            if micro_batch is None:
                 return
-            waited = time.perf_counter() - began
-            for place, (rows, batch) in enumerate(step.parts, start=1):
-                batch = to_device(batch, device)
-                shown = teach(batch)
-                for learner in learners:
-                    step_rows, step_ends = step.spans[learner.span]
-                    last = step_ends and place == len(step.parts)
-                    learner.accumulate(batch, shown, rows / step_rows, last)
-                del shown  # before the teacher makes the next
-            losses = [learner.step() if step.spans[learner.span][1] else None
-                      for learner in learners]
-            yield Step(losses, step.rows, step.epoch_ends, waited)
+            waited += time.perf_counter() - began
+            batch = to_device(micro_batch.batch, device)
+            teacher_outputs = teacher(batch)
+            for trainer, share, ends in zip(
+                    trainers, micro_batch.shares, micro_batch.step_ends, strict=True):
+                trainer.accumulate(batch, teacher_outputs, share, ends)
+            del teacher_outputs  # before the teacher computes the next
+            if micro_batch.last:
+                losses = [trainer.step() if ends else None
+                          for trainer, ends in zip(trainers, micro_batch.step_ends, strict=True)]
+                yield Step(losses, micro_batch.rows, micro_batch.epoch_ends, waited)
+                waited = 0.0
