@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def run_script(
     `args.given` holds the names of the flags that were given. A user's mistake, a full disk, too
     little memory and a lost process of the same run become one line on stderr and exit code 2;
     Ctrl-C and SIGTERM exit with 130 and 143 and, for a script with --resume, print the command
-    that continues. Log lines appear above a progress bar, not in it.
+    that continues. In a terminal log lines appear above a progress bar, not in it.
     """
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
@@ -83,7 +84,7 @@ def run_script(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
             main(args)
         if distributed.is_connected():
             # At once, when all have got here: while Python takes a group's modules and threads
