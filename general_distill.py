@@ -280,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = resolve_precision(args.precision, device, args.fp16)
     folder = RunFolder.open(args, args.student_model)
     if folder.state == "finished":
-        folder.upload(last=True)
+        folder.upload(strict=True)
         return
 
     # Teacher, data and students
@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> None:
         students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
     if args.do_eval:
         evaluate_only(args, trainers, teacher, reader, folder.paths)
-        folder.upload(last=True)
+        folder.upload(strict=True)
         return
     outputs = [StudentOutput(trainer, path, tokenizer)
                for trainer, path in zip(trainers, folder.paths, strict=True)]
@@ -333,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
         output.save_weights(WEIGHTS_NAME)
         output.finish({"steps": total_steps, "rows": reader.rows(0)})
     run.finish()
-    folder.upload(last=True)
+    folder.upload(strict=True)
 
 
 if __name__ == "__main__":

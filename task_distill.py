@@ -442,7 +442,7 @@ def main(args: argparse.Namespace) -> None:
             sweep(args, shared, folder)
         else:
             distil(args, shared, folder, folder.upload)
-    folder.upload(last=True)
+    folder.upload(strict=True)
 
 
 if __name__ == "__main__":

@@ -226,10 +226,11 @@ class RunFolder:
                 prepare_output_dir(path, self.overwrite, self.resume)
                 (path / RESULTS_NAME).unlink(missing_ok=True)
             save_arguments(path, {**record, "student": source})
+        self.upload(strict=True)  # a wrong address is an error now, not after days
         return self.paths
 
-    def upload(self, last: bool = False) -> None:
-        """Copy what is new to --data_url, if given; what fails is a warning, at `last` an error.
+    def upload(self, strict: bool = False) -> None:
+        """Copy what is new to --data_url, if given; a failure is a warning or, `strict`, an error.
 
         Below the address several folders are kept apart by their own paths.
         """
@@ -242,7 +243,7 @@ class RunFolder:
             try:
                 upload_folder(path, (bucket, key), skip=(STATE_FOLDER,))
             except UserError as error:
-                if last:
+                if strict:
                     raise
                 logger.warning("%s; tried again with the next checkpoint", error)
 
