@@ -23,6 +23,7 @@ from transformer.checkpoint import (
     canonical_key,
     load_state,
     load_weights,
+    read_tensors,
     weights_path,
     write_tensors,
 )
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 BASE = "models/bert-base-uncased"
 DEFAULT_MODELS = [BASE, *(f"{BASE}-{task}" for task in ("rte", "sst2", "cola", "mrpc"))]
-State = dict[str, torch.Tensor]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,36 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_raw(path: Path) -> State:
-    """Read a file of weights under the names that it has."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def repair_names(state: State, source: Path) -> tuple[State, list[str]]:
-    """Return the weights under BERT's names, and one line for each kind of change."""
-    repaired: State = {}
-    prefixed, renamed, dropped = [], [], []
-    for key, tensor in state.items():
-        name = canonical_key(key)
-        if name.endswith(BUFFERS):
-            dropped.append(key)
-            continue
-        if name in repaired and not torch.equal(repaired[name], tensor):
-            raise UserError(f"{source}: holds {name} twice, under two names and with two values")
-        if name != key:
-            (prefixed if name.endswith(key) else renamed).append(key)
-        repaired[name] = tensor
-    changes = [
-        f"{what} {len(keys)} (such as {keys[0]})"
-        for what, keys in (("prefixed", prefixed), ("renamed", renamed), ("dropped", dropped))
-        if keys
-    ]
-    return repaired, changes
-
-
-def find_head(state: State) -> str | None:
+def find_head(state: dict[str, torch.Tensor]) -> str | None:
     """Say which head the weights hold; None for a bare encoder."""
     if "cls.predictions.transform.dense.weight" in state:
         return "masked-LM head"
@@ -92,13 +63,12 @@ def find_head(state: State) -> str | None:
     return None
 
 
-def check_complete(state: State, folder: Path) -> None:
+def check_complete(state: dict[str, torch.Tensor], folder: Path) -> None:
     """Raise a `UserError` unless the weights fill the model that config.json describes."""
     config = BertConfig.from_json_file(find_config(folder))
     head = find_head(state)
     model_class = BertModel if head is None else (
-        BertForMaskedLM if head.startswith("masked") else TinyBertForSequenceClassification
-    )
+        BertForMaskedLM if head.startswith("masked") else TinyBertForSequenceClassification)
     arguments = model_class.constructor_arguments(config, state, folder, {})
     with torch.device("meta"):  # the shapes are all that is needed
         model = model_class(config, **arguments)
@@ -108,16 +78,28 @@ def check_complete(state: State, folder: Path) -> None:
 def repair(folder: Path) -> str | None:
     """Repair one folder in place; return what head it has, None if it has none."""
     path = weights_path(folder)
-    check_complete(load_state(path), folder)
-    state, changes = repair_names(read_raw(path), path)
-    head = find_head(state)
+    state = load_state(path)
+    check_complete(state, folder)
+    stored = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    renamed, dropped = [], []
+    for key, tensor in stored.items():
+        name = canonical_key(key)
+        if name in state and not torch.equal(state[name], tensor):
+            raise UserError(f"{path}: holds {name} twice, under two names and with two values")
+        if name.endswith(BUFFERS):
+            dropped.append(key)
+        elif name != key:
+            renamed.append(key)
+    changes = [f"{what} {len(keys)} (such as {keys[0]})"
+               for what, keys in (("renamed", renamed), ("dropped", dropped)) if keys]
     if changes:
         with atomic_path(path) as temporary:
             if path.suffix == ".safetensors":
                 save_file(state, temporary, metadata={"format": "pt"})
             else:
                 write_tensors(state, temporary)
-    logger.info("%s: %s; %s", path, "; ".join(changes) or "sound, nothing to do",
+    head = find_head(state)
+    logger.info("%s: %s; %s", path, ", ".join(changes) or "sound, nothing to do",
                 head or "NO HEAD")
     return head
 
@@ -126,10 +108,9 @@ def main(args: argparse.Namespace) -> None:
     without_head = [folder for folder in args.models if repair(Path(folder)) is None]
     if not without_head:
         return
-    message = (
-        f"{', '.join(without_head)}: no masked-LM head and no classifier, and none can be made "
-        "from what is there; fetch the model again with get_bert_models.py --overwrite_output_dir"
-    )
+    message = (f"{', '.join(without_head)}: no masked-LM head and no classifier, and none can be"
+               " made from what is there; fetch the model again with get_bert_models.py"
+               " --overwrite_output_dir")
     if not args.allow_missing_head:
         raise UserError(f"{message}, or give --allow_missing_head if it never had one")
     logger.warning("%s", message)
