@@ -3,18 +3,19 @@
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_line, run
 
 import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
 from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
-from transformer.runtime import run_script
 from transformer.tasks import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
 
@@ -87,37 +88,24 @@ def golden():
     return facts, model, tokenizer, GloveIndex.load(GOLDEN / "augmentation_vectors.txt")
 
 
-def run(capsys, *argv: object) -> tuple[int, str]:
-    """Run the script in this process; returns exit code and stderr."""
-    try:
-        run_script(
-            data_augmentation.main,
-            data_augmentation.get_args_parser(),
-            [str(value) for value in argv],
-        )
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    return code, capsys.readouterr().err
-
-
 @pytest.fixture
-def script(model_dir, vector_file, tmp_path, capsys):
-    """Write a task's train.tsv and run the script on it."""
+def script(model_dir, vector_file, tmp_path):
+    """Write a task's train.tsv and run the script on it; returns the file that it wrote."""
 
-    def call(
-        task: str, rows: list[list[str]], *flags: object, overwrite: bool = True
-    ) -> tuple[int, str, Path]:
+    def call(task: str, rows: list[list[str]], *flags: object, overwrite: bool = True) -> Path:
         folder = tmp_path / get_task(task).folder
         write_tsv(folder / "train.tsv", rows)
-        code, message = run(
-            capsys, "--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
+        run(data_augmentation, "--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
             "--glue_dir", tmp_path, "--task_name", task, "--precision", "fp32", *flags,
-            *(["--overwrite"] if overwrite else []),
-        )
-        return code, message, folder / "train_aug.tsv"
+            *(["--overwrite"] if overwrite else []))
+        return folder / "train_aug.tsv"
 
     return call
+
+
+def refused(capsys, *flags: object) -> str:
+    """Run the script, expect a user's mistake, and return its line."""
+    return error_line(capsys, data_augmentation, *flags)
 
 
 PAIR_HEADER = ["index", "sentence1", "sentence2", "label"]
@@ -203,12 +191,9 @@ def test_a_model_without_masked_lm_head_is_refused(model_dir, vector_file, tmp_p
         DataAugmentor(body, tokenizer, GloveIndex.load(vector_file))
     save_pretrained(body, tmp_path / "body", tokenizer)
     write_tsv(tmp_path / "RTE" / "train.tsv", [PAIR_HEADER, *PAIRS])
-    code, message = run(
+    assert "cls.predictions" in refused(
         capsys, "--pretrained_bert_model", tmp_path / "body", "--glove_embs", vector_file,
-        "--glue_dir", tmp_path, "--task_name", "RTE",
-    )
-    assert code == 2
-    assert "cls.predictions" in message
+        "--glue_dir", tmp_path, "--task_name", "RTE")
     assert not (tmp_path / "RTE" / "train_aug.tsv").exists()
 
 
@@ -341,6 +326,7 @@ def test_cased_vectors_are_found_by_lower_case_words(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
+        (None, "no such file"),
         ([], "no word vectors"),
         (["cat"], "line 1"),
         (["cat 1 2", "dog 1 2", "bird 1"], "line 3: 2 fields"),
@@ -349,15 +335,12 @@ def test_cased_vectors_are_found_by_lower_case_words(tmp_path):
     ],
 )
 def test_a_broken_vector_file_is_refused_by_line(tmp_path, lines, message):
-    path = write_vectors(tmp_path / "g.txt", *lines)
+    path = tmp_path / "g.txt"
+    if lines is not None:
+        write_vectors(path, *lines)
     with pytest.raises(UserError, match=message) as error:
         GloveIndex.load(path)
     assert str(path) in str(error.value)
-
-
-def test_a_missing_vector_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        GloveIndex.load(tmp_path / "none.txt")
 
 
 def test_composed_vectors_are_the_means_of_the_word_pieces(model_dir, tmp_path, capsys):
@@ -365,7 +348,7 @@ def test_composed_vectors_are_the_means_of_the_word_pieces(model_dir, tmp_path, 
     text.write_text("The cat sees the Riverbank.\nThe river\n")
     flags = ["--pretrained_bert_model", model_dir, "--glove_embs", output,
              "--compose_vectors", text, text]
-    assert run(capsys, *flags)[0] == 0
+    run(data_augmentation, *flags)
     lines = [line.split(" ") for line in output.read_text().splitlines()]
     assert [word for word, *_ in lines] == ["the", ".", "cat", "river", "riverbank", "sees"]
     table = load_state(model_dir)["bert.embeddings.word_embeddings.weight"].numpy()
@@ -374,16 +357,15 @@ def test_composed_vectors_are_the_means_of_the_word_pieces(model_dir, tmp_path, 
         mean = table[tokenizer.encode_batch([word])[0]].mean(axis=0)
         np.testing.assert_allclose(np.array(numbers, dtype=float), mean, atol=1e-4)
     assert GloveIndex.load(output).words == [word for word, *_ in lines]
-    code, message = run(capsys, *flags)
-    assert code == 2 and f"{output}: exists; --overwrite" in message
-    assert run(capsys, *flags, "--overwrite")[0] == 0
+    assert f"{output}: exists; --overwrite" in refused(capsys, *flags)
+    run(data_augmentation, *flags, "--overwrite")
 
 
 def test_a_text_without_words_gives_no_vectors(model_dir, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\u2603\n")
-    code, message = run(capsys, "--pretrained_bert_model", model_dir, "--glove_embs",
-                        tmp_path / "vectors.txt", "--compose_vectors", tmp_path / "text.txt")
-    assert code == 2 and "text.txt: no words" in message
+    assert "text.txt: no words" in refused(
+        capsys, "--pretrained_bert_model", model_dir, "--glove_embs", tmp_path / "vectors.txt",
+        "--compose_vectors", tmp_path / "text.txt")
     assert not (tmp_path / "vectors.txt").exists()
 
 
@@ -391,9 +373,8 @@ def test_a_text_without_words_gives_no_vectors(model_dir, tmp_path, capsys):
 
 
 def test_while_one_sentence_is_varied_the_other_is_the_original(script):
-    code, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 8)
+    output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 8)
     rows = read_tsv(output)
-    assert code == 0
     assert rows[0] == PAIR_HEADER
     for original in PAIRS:
         mine = [row for row in rows[1:] if row[0] == original[0]]
@@ -408,8 +389,7 @@ def test_while_one_sentence_is_varied_the_other_is_the_original(script):
 
 def test_quotes_are_written_as_they_are_read(script):
     rows = [['say "cat" now', "1"], ['"unbalanced old dog', "0"], ["it''s ,\"\" cold", "1"]]
-    _, _, output = script("SST-2", [["sentence", "label"], *rows], "--N", 3)
-    written = read_tsv(output)
+    written = read_tsv(script("SST-2", [["sentence", "label"], *rows], "--N", 3))
     assert all(row in written for row in rows)
     assert any(row[0].startswith('" unbalanced') for row in written)
     assert not any('""' in row[0].replace(',""', "") for row in written)
@@ -423,8 +403,7 @@ def test_every_task_of_glue_is_augmented(script, task):
     values = {task.text_a: "the old cat sleeps", task.text_b: "a dog runs", task.label: label}
     row = [values.get(name, "x") for name in header]
     rows = [row] if task.columns else [header, row]
-    code, message, output = script(task.name.upper(), rows, "--N", 4)
-    assert code == 0, message
+    output = script(task.name.upper(), rows, "--N", 4)
     examples = load_examples(task, output.parent, "aug")
     assert len(examples) > 2
     assert examples[0].text_a == "the old cat sleeps"
@@ -435,102 +414,58 @@ def test_every_task_of_glue_is_augmented(script, task):
 def test_the_flag_N_wins_over_the_tasks_number(script):
     rows = [["sentence", "label"], [" ".join(WORDS[:10]), "1"]]
     for flags, expected in (((), 20), (("--N", 30), 30), (("--N", 3), 3), (("--N=0",), 0)):
-        _, _, output = script("sst-2", rows, *flags)
-        assert len(read_tsv(output)) == 2 + expected
+        assert len(read_tsv(script("sst-2", rows, *flags))) == 2 + expected
 
 
-def test_the_same_seed_writes_the_same_file_and_another_does_not(script):
-    rows = [PAIR_HEADER, *PAIRS]
-    first = script("RTE", rows, "--N", 5, "--seed", 1)[2].read_bytes()
-    assert script("RTE", rows, "--N", 5, "--seed", 1)[2].read_bytes() == first
-    assert script("RTE", rows, "--N", 5, "--seed", 1, "--batch_tokens", 9)[2].read_bytes() == first
-    assert script("RTE", rows, "--N", 5, "--seed", 2)[2].read_bytes() != first
+def test_the_seed_decides_and_batches_shards_and_max_train_rows_do_not(script, monkeypatch):
+    def call(*flags: object) -> bytes:
+        return script("RTE", [PAIR_HEADER, *PAIRS], "--N", 5, *flags).read_bytes()
 
-
-def test_shards_and_max_train_rows_do_not_change_a_rows_variations(script, monkeypatch):
-    rows = [PAIR_HEADER, *PAIRS]
-    whole = script("RTE", rows, "--N", 5)[2].read_bytes()
-    one = script("RTE", rows, "--N", 5, "--max_train_rows", 1)[2].read_bytes()
-    assert whole.startswith(one)
-    assert len(one) < len(whole)
+    expected = call("--seed", 1)
+    assert call("--seed", 1) == call("--seed", 1, "--batch_tokens", 9) == expected
+    assert call("--seed", 2) != expected
+    one = call("--seed", 1, "--max_train_rows", 1)
+    assert expected.startswith(one) and len(one) < len(expected)
     monkeypatch.setattr(data_augmentation, "SHARD_ROWS", 1)
-    assert script("RTE", rows, "--N", 5)[2].read_bytes() == whole
+    assert call("--seed", 1) == expected
 
 
 def test_rows_beyond_max_varied_rows_are_copied_as_they_are(script):
     rows = [PAIR_HEADER, *PAIRS]
-    one = read_tsv(script("RTE", rows, "--N", 5, "--max_train_rows", 1)[2])
-    first_varied = read_tsv(script("RTE", rows, "--N", 5, "--max_varied_rows", 1)[2])
+    one = read_tsv(script("RTE", rows, "--N", 5, "--max_train_rows", 1))
+    first_varied = read_tsv(script("RTE", rows, "--N", 5, "--max_varied_rows", 1))
     assert first_varied == one + [list(row) for row in PAIRS[1:]]
 
 
-@pytest.mark.parametrize(
-    ("task", "rows", "message"),
-    [
-        ("RTE", [PAIR_HEADER, PAIRS[0], ["1", "only one"]], "train.tsv, line 3: 2 columns"),
-        ("RTE", [PAIR_HEADER, [*PAIRS[0][:3], "maybe"]], "line 2: label 'maybe'"),
-        ("SST-2", [["sentence", "label"]], "no rows"),
-        ("CoLA", [["source", "label", "mark", "sentence"]], "line 1"),
-    ],
-)
-def test_bad_rows_are_named_and_nothing_is_written(script, task, rows, message):
-    code, error, output = script(task, rows)
-    assert code == 2
-    assert message in error
-    assert "train.tsv" in error
-    assert not output.exists()
-    assert "Traceback" not in error
+@pytest.mark.parametrize(("task", "rows", "message"), [
+    ("RTE", [PAIR_HEADER, PAIRS[0], ["1", "only one"]], "train.tsv, line 3: 2 columns"),
+    ("RTE", [PAIR_HEADER, [*PAIRS[0][:3], "maybe"]], "line 2: label 'maybe'"),
+    ("SST-2", [["sentence", "label"]], "no rows"),
+])
+def test_bad_rows_are_named_and_nothing_is_written(script, tmp_path, capsys, task, rows, message):
+    with pytest.raises(SystemExit):
+        script(task, rows)
+    error = capsys.readouterr().err
+    assert message in error and "train.tsv" in error and error.count("\n") == 1
+    assert [path.name for path in (tmp_path / task).iterdir()] == ["train.tsv"]
 
 
-def test_an_unknown_task_lists_the_tasks(model_dir, vector_file, tmp_path, capsys):
-    code, message = run(
-        capsys, "--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
-        "--glue_dir", tmp_path, "--task_name", "RTF",
-    )
-    assert code == 2
-    assert "RTF" in message
-    assert all(name in message.lower() for name in ("rte", "sst-2", "wnli"))
-
-
-def test_an_interrupted_run_leaves_no_half_written_file(script, monkeypatch):
-    _, _, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 2)
-    before = output.read_bytes()
-
-    def interrupted(table, augmentor, shard):
-        yield [table.rows[0]]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data_augmentation, "augmented_rows", interrupted)
-    code, message, output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 9)
-    assert code == 130
-    assert "--resume" in message
-    assert output.read_bytes() == before
-    unfinished = output.with_name(".unfinished-train_aug.tsv")
-    assert {file.name for file in output.parent.iterdir()} == {
-        "train.tsv", "train_aug.tsv", "train_aug.tsv.args.json", unfinished.name}
-    assert [file.name for file in unfinished.iterdir()] == ["args.json"]
-
-
-def test_an_existing_output_file_is_only_replaced_with_overwrite(script, tmp_path):
+def test_an_existing_output_file_is_only_replaced_with_overwrite(script, tmp_path, capsys):
     target = tmp_path / "deep" / "aug.tsv"
-    flags = ("--N", 1, "--output_file", target)
-    code, _, output = script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=False)
-    assert (code, target.exists(), output.exists()) == (0, True, False)
+    call = partial(script, "RTE", [PAIR_HEADER, *PAIRS], "--output_file", target)
+    assert not call("--N", 1, overwrite=False).exists()
     before = target.read_bytes()
-    code, message, _ = script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=False)
-    assert code == 2
-    assert str(target) in message
-    assert target.read_bytes() == before
-    flags = ("--N", 2, "--output_file", target)
-    assert script("RTE", [PAIR_HEADER, *PAIRS], *flags, overwrite=True)[0] == 0
+    with pytest.raises(SystemExit):
+        call("--N", 1, overwrite=False)
+    assert f"{target}: exists" in capsys.readouterr().err and target.read_bytes() == before
+    call("--N", 2)
     assert target.read_bytes() != before
 
 
 def test_the_closing_line_counts_rows_and_words(script, caplog):
     caplog.set_level(logging.INFO)
-    output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 4)[2]
+    output = script("RTE", [PAIR_HEADER, *PAIRS], "--N", 4)
     assert f"2 rows in, {len(read_tsv(output)) - 1} rows out" in caplog.text
-    assert "rows/s" in caplog.text
     assert "0 of 19 word pieces are [UNK]" in caplog.text
     assert "[UNK]; does" not in caplog.text
     script("RTE", [PAIR_HEADER, ["0", "Zebra zebu", "zeal", "entailment"]], "--N", 4)

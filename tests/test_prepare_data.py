@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import nltk
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from transformer.corpus import (
     tokenize_block,
     write_corpus,
 )
-from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -53,18 +53,16 @@ def write_articles(folder: Path, articles: list[list[str]] = ARTICLES) -> Path:
 
 def run(input_dir: Path, output_file: Path, *flags: str) -> None:
     """Run the script's main with a trained splitter, which needs no network."""
-    argv = ["--input_dir", str(input_dir), "--output_file", str(output_file), "--punkt", "train"]
-    run_script(prepare_data.main, prepare_data.get_args_parser(), [*argv, *flags])
+    helpers.run(prepare_data, "--input_dir", input_dir, "--output_file", output_file, "--punkt",
+                "train", *flags)
 
 
-def refused(capsys, *args: str | Path) -> str:
-    """Run, expect exit code 2 and one line on stderr, and return that line."""
+def refused(capsys, *arguments: str | Path) -> str:
+    """Run, expect a user's mistake, and return the last line on stderr."""
     with pytest.raises(SystemExit) as exit_info:
-        run(*args)
+        run(*arguments)
     assert exit_info.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return lines[0]
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_writes_one_sentence_a_line_and_a_blank_line_between_documents(tmp_path, caplog):
@@ -141,15 +139,6 @@ def test_a_malformed_line_is_named_with_its_file(tmp_path, capsys, line, complai
     message = refused(capsys, input_dir, tmp_path / "corpus.txt")
     assert f"{broken}, line 4" in message and complaint in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-
-
-def test_an_existing_output_is_kept_unless_overwrite_is_given(tmp_path, capsys):
-    input_dir, output = write_articles(tmp_path / "in"), tmp_path / "corpus.txt"
-    output.write_text("precious")
-    assert "--overwrite" in refused(capsys, input_dir, output)
-    assert output.read_text() == "precious"
-    run(input_dir, output, "--overwrite")
-    assert "Dr. Smith" in output.read_text()
 
 
 def test_punkt_tab_is_used_where_it_is_there_and_a_trained_model_elsewhere(
