@@ -345,7 +345,7 @@ def our_training(
 
     def run() -> None:
         order = batches(data.lengths[rows], setup.batch_size, generator, multiple)
-        epoch = (collate, [rows[np.asarray(batch)] for batch in order])
+        epoch = (collate, [[rows[np.asarray(batch)]] for batch in order])
         for _ in train(trainers, teacher, [epoch], len(order), device):
             pass
 
