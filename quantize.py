@@ -56,11 +56,10 @@ logger = logging.getLogger(__name__)
 
 METHODS = {"fp32": ("onnx",), "fp16": ("torch", "onnx"), "bf16": ("torch",),
            "int8-dynamic": ("onnx",), "int8-static": ("onnx",)}
-# Why the other format makes no sense.
+INT8_REASON = "int8 as ONNX is as small and faster, and other tools read it"
 REASONS = {"fp32": "an fp32 PyTorch model is what --model already is",
            "bf16": "ONNX Runtime computes no bfloat16 on a CPU",
-           "int8-dynamic": "int8 as ONNX is as small and faster, and other tools read it",
-           "int8-static": "int8 as ONNX is as small and faster, and other tools read it"}
+           "int8-dynamic": INT8_REASON, "int8-static": INT8_REASON}  # against the other format
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION_BATCH = 8
 RECORD_NAME = "quantization.json"
@@ -110,12 +109,9 @@ def check_arguments(args: argparse.Namespace) -> GlueTask | None:
     if args.format not in METHODS[args.method]:
         raise UserError(f"--method {args.method} --format {args.format}: {REASONS[args.method]};"
                         f" expected --format {METHODS[args.method][0]}")
-    needs = [flag for flag, needed in (("--do_eval", args.do_eval),
-                                       ("--method int8-static", args.method == "int8-static"))
-             if needed]
-    missing = [flag for flag in ("task_name", "data_dir") if getattr(args, flag) is None]
-    if needs and missing:
-        raise UserError(f"{needs[0]} reads rows of a task; --{missing[0]} is missing")
+    for flag in ("task_name", "data_dir"):
+        if (args.do_eval or args.method == "int8-static") and getattr(args, flag) is None:
+            raise UserError(f"--do_eval and int8-static read rows of a task; --{flag} is missing")
     for name, least in (("calibration_rows", 1), ("eval_batch_size", 1), ("max_seq_length", 3)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
@@ -177,7 +173,7 @@ def write_onnx(model: nn.Module, method: str, folder: Path,
     return record
 
 
-def single_class(result: dict[str, Any]) -> bool:
+def is_constant(result: dict[str, Any]) -> bool:
     """Say whether all predictions (classes, or scores) of an evaluation are the same."""
     return len(np.unique(result["predictions"])) == 1  # also where they are not numbers
 
@@ -205,8 +201,8 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
     metrics = {split: result["metrics"] for split, result in after.items()}
     changed = {split: int((after[split]["predictions"] != before[split]["predictions"]).sum())
                for split in dev}
-    collapsed = [split for split in dev if single_class(after[split])
-                 and not single_class(before[split])]
+    collapsed = [split for split in dev
+                 if is_constant(after[split]) and not is_constant(before[split])]
     write_results(folder, {
         "task": task.name, "split": "dev", "model": str(folder), "method": args.method,
         "format": args.format, "metrics": metrics["dev"], "all_metrics": metrics,
@@ -216,8 +212,8 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
         "selection": "none: this checkpoint as it is",
     })
     for split, rows in dev.items():
-        print(f"{task.name} {split} ({len(rows)} rows)  before {shown(before[split])}"
-              f"  after {shown(after[split])}")
+        print(f"{task.name} {split} ({len(rows)} rows)  before {format_metrics(before[split])}"
+              f"  after {format_metrics(after[split])}")
     if collapsed:
         what = "score" if task.is_regression else "class"
         raise UserError(
@@ -225,7 +221,7 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
             " before did not; expected one that still works: do not use it")
 
 
-def shown(result: dict[str, Any]) -> str:
+def format_metrics(result: dict[str, Any]) -> str:
     return " ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
 
 

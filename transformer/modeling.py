@@ -23,7 +23,7 @@ MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the origina
 FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
 
 
-# ------------------------------------------------------------------ parts
+# ------------------------------------------------------------------ layers
 
 
 class Dropout(nn.Module):
@@ -77,8 +77,7 @@ class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -423,10 +422,8 @@ class BertModel(BertPreTrainedModel):
     ) -> BertModelOutput:
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit:
-            raise UserError(
-                f"a sequence of {input_ids.shape[1]} tokens; the model has {limit} positions"
-                " (lower --max_seq_length)"
-            )
+            raise UserError(f"a sequence of {input_ids.shape[1]} tokens; the model has {limit}"
+                            " positions (lower --max_seq_length)")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if attention_mask is None:
@@ -519,10 +516,8 @@ class _FittedModel(BertPreTrainedModel):
         if stored is not None:
             wanted = kwargs.get("fit_size")
             if wanted is not None and wanted != stored.shape[0]:
-                raise UserError(
-                    f"{source}: its fit_dense maps to width {stored.shape[0]},"
-                    f" the teacher is {wanted} wide"
-                )
+                raise UserError(f"{source}: its fit_dense maps to width {stored.shape[0]},"
+                                f" the teacher is {wanted} wide")
             kwargs["fit_size"] = stored.shape[0]
         return kwargs
 
