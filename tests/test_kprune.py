@@ -512,14 +512,14 @@ def test_without_output_dir_the_experiments_name_is_the_folder(pruned, monkeypat
     (("--constraint", "0.9999"), ("--constraint 0.9999 cannot be met", "nothing would be left")),
     (("--T", "0"), ("--T 0", "above 0")),
     (("--lam_pred", "0", "--lam_rep", "0"), ("--lam_pred 0 --lam_rep 0", "above 0")),
-    (("--model_name", "models/nowhere"), ("--model_name models/nowhere", "no such folder")),
+    (("--model_name", "models/nowhere"), ("--model_name models/nowhere", "neither a folder")),
     (("--mu", "-1"), ("--mu -1", "at least 0")),
     (("--num_tokens", "0"), ("--num_tokens 0",)),
     (("--max_seq_length", "4000"), ("--max_seq_length 4000", "128 positions")),
     (("--task_name", "stsb"), ("2 labels", "expected 1")),
     (("--data_dir", "nowhere"), ("nowhere", "no such folder")),
     (("--ckpt_dir", "nowhere"), ("nowhere", "config.json")),
-    (("--model_name", "distilbert-base-uncased"), ("distilbert-base-uncased", "no DistilBERT")),
+    (("--model_name", "distilbert-base-uncased"), ("distilbert-base-uncased", "nor the published name")),
 ])
 def test_a_wrong_value_is_one_clear_line_and_nothing_is_written(pruned, capsys, more, contains):
     message = error_line(capsys, kprune_main, *pruned.arguments("never", *more))
@@ -555,10 +555,9 @@ def test_a_folder_that_is_read_is_not_written_into(tmp_path, capsys, flag):
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
-def test_a_folder_with_files_is_refused_without_the_offer_of_a_flag_that_is_none(pruned, capsys):
-    message = error_line(capsys, kprune_main, *pruned.arguments("out"))
-    assert message.endswith("out: exists and is not empty; choose another folder or pass"
-                            " --overwrite_output_dir")
+def test_a_folder_with_files_is_refused(pruned, capsys):
+    assert "out: exists and is not empty" in error_line(
+        capsys, kprune_main, *pruned.arguments("out"))
 
 
 def test_an_overwritten_folder_holds_nothing_of_another_kind(tmp_path):
@@ -574,18 +573,15 @@ def test_an_overwritten_folder_holds_nothing_of_another_kind(tmp_path):
     assert {"notes.txt", "pytorch_model.bin", "kprune.json"} <= left
 
 
-@pytest.mark.parametrize(("pieces", "lower", "expected"), [
-    (PIECES, False, "another lower-casing"),
-    ([*PIECES[:-1], ";"], True, "another vocabulary"),
-    (PIECES[:-1], True, "another vocabulary"),
+@pytest.mark.parametrize(("pieces", "lower"), [
+    (PIECES, False), ([*PIECES[:-1], ";"], True), (PIECES[:-1], True),
 ])
 def test_a_vocabulary_that_is_not_the_checkpoints_is_one_clear_line(
-        pruned, tmp_path, capsys, pieces, lower, expected):
+        pruned, tmp_path, capsys, pieces, lower):
     write_vocab(tmp_path / "vocabulary", pieces, lower)
     message = error_line(capsys, kprune_main, *pruned.arguments(
         "never", "--model_name", tmp_path / "vocabulary"))
-    assert (f"--model_name {tmp_path / 'vocabulary'}: {expected} than --ckpt_dir"
-            f" {pruned.root / 'model'}") in message
+    assert "another vocabulary or lower-casing than --ckpt_dir" in message
 
 
 def test_a_checkpoint_without_vocabulary_takes_that_of_model_name(tmp_path):

@@ -17,13 +17,11 @@ import argparse
 import copy
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -108,60 +106,33 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_folders(args: argparse.Namespace) -> None:
     """Raise a `UserError` where writing would meet what is read, or files of another run."""
-    output = Path(args.output_dir)
     for flag in ("ckpt_dir", "model_name"):
-        if output.resolve() == Path(getattr(args, flag)).resolve():
-            raise UserError(f"--output_dir {output}: is --{flag} as well, whose files the pruned"
-                            " model would replace; expected another folder")
-    if not args.overwrite_output_dir and output.is_dir() and any(output.iterdir()):
-        # Said here, because the common message offers --resume, which this script has not.
-        raise UserError(f"{output}: exists and is not empty; choose another folder or pass"
-                        " --overwrite_output_dir")
-    check_output_dir(output, args.overwrite_output_dir)
-
-
-def choose_device(args: argparse.Namespace) -> torch.device:
-    """Return the GPU that --gpu names, or the CPU."""
-    if not args.no_cuda and torch.cuda.is_available() and args.gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu {args.gpu}: there are {torch.cuda.device_count()} GPUs,"
-                        " numbered from 0")
-    return get_device(args.no_cuda, args.gpu)
+        if Path(args.output_dir).resolve() == Path(getattr(args, flag)).resolve():
+            raise UserError(f"--output_dir {args.output_dir}: is --{flag} as well, whose files the"
+                            " pruned model would replace; expected another folder")
+    check_output_dir(args.output_dir, args.overwrite_output_dir)
 
 
 def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
-    """Load the vocabulary of --model_name where that is a folder, else that of the checkpoint."""
-    if Path(args.model_name).is_dir():
-        tokenizer = BertTokenizer.from_pretrained(args.model_name)
-        check_same_vocabulary(args, tokenizer)
-        return tokenizer
-    if "/" in args.model_name or os.sep in args.model_name:
-        raise UserError(f"--model_name {args.model_name}: no such folder; expected one with the"
-                        " vocabulary, or a published name such as bert-base-uncased")
-    name = args.model_name.lower()
-    if ("distilbert" in name) != is_distilbert(args.ckpt_dir):
-        found = "a DistilBERT" if is_distilbert(args.ckpt_dir) else "no DistilBERT"
-        raise UserError(f"--model_name {args.model_name}: no such folder, and {args.ckpt_dir}"
-                        f" is {found}")
-    lower = None if "cased" not in name else "uncased" in name
-    return BertTokenizer.from_pretrained(args.ckpt_dir, lower)
+    """Load the vocabulary of --model_name where that is a folder, else that of the checkpoint.
 
-
-def check_same_vocabulary(args: argparse.Namespace, tokenizer: BertTokenizer) -> None:
-    """Raise a `UserError` where the checkpoint has another vocabulary or lower-casing."""
-    folder = Path(args.ckpt_dir)
-    if saved_lower_case(folder) not in (None, tokenizer.do_lower_case):
-        difference = "lower-casing"
-    elif (folder / VOCAB_NAME).is_file() and (
-            BertTokenizer.from_pretrained(folder).vocab != tokenizer.vocab):
-        difference = "vocabulary"
-    else:
-        return
-    raise UserError(f"--model_name {args.model_name}: another {difference} than --ckpt_dir"
-                    f" {args.ckpt_dir}; expected the same")
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    Raises:
+        UserError: the checkpoint is of another kind, or has another vocabulary or lower-casing.
+    """
+    folder, name = Path(args.ckpt_dir), args.model_name.lower()
+    if not Path(args.model_name).is_dir():
+        if "/" in name or ("distilbert" in name) != is_distilbert(folder):
+            raise UserError(f"--model_name {args.model_name}: neither a folder with the vocabulary"
+                            f" nor the published name of what {folder} was made from")
+        return BertTokenizer.from_pretrained(folder, "uncased" in name if "cased" in name else None)
+    tokenizer = BertTokenizer.from_pretrained(args.model_name)
+    same_case = saved_lower_case(folder) in (None, tokenizer.do_lower_case)
+    own_vocabulary = (folder / VOCAB_NAME).is_file()
+    if not same_case or (own_vocabulary
+                         and BertTokenizer.from_pretrained(folder).vocab != tokenizer.vocab):
+        raise UserError(f"--model_name {args.model_name}: another vocabulary or lower-casing than"
+                        f" --ckpt_dir {folder}; expected the same")
+    return tokenizer
 
 
 def figures(
@@ -169,7 +140,8 @@ def figures(
 ) -> dict[str, Any]:
     """Return what is printed and saved of a model, before or after."""
     return {"metrics": metrics["dev"], "all_metrics": metrics, "flops": round(flops),
-            "parameters": parameters(model), "latency_ms": round(milliseconds, 3)}
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "latency_ms": round(milliseconds, 3)}
 
 
 def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> None:
@@ -194,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     # Settings
     check_arguments(args)
     check_folders(args)
-    device = choose_device(args)
+    device = get_device(args.no_cuda, args.gpu)
     set_seed(args.seed)
 
     # Model and data
