@@ -38,17 +38,10 @@ HELD_OUT_EVERY = 20  # every twentieth document is kept for measuring
 HELD_OUT_ROWS = 256  # sequences at most
 IGNORED = -100
 Document = list[list[int]]  # word-piece ids of each sentence
+Batch = dict[str, torch.Tensor]
 
 
-class Run(NamedTuple):
-    """Where a run computes, in what precision (None: float32), and its log."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    log: run_folder.JsonLog
-
-
-class Sequence(NamedTuple):
+class Row(NamedTuple):
     """One training row: its ids with [CLS] and [SEP], and how many belong to segment 0."""
 
     ids: list[int]
@@ -72,7 +65,7 @@ def read_documents(path: Path, tokenizer: BertTokenizer) -> list[Document]:
 
 def pack(
     document: Document, tokenizer: BertTokenizer, length: int, rng: np.random.Generator
-) -> Iterator[Sequence]:
+) -> Iterator[Row]:
     """Cut a document into rows of whole sentences, as full as `length` allows.
 
     A row of several sentences is split at one of them into two segments, as BERT's rows are.
@@ -87,13 +80,13 @@ def pack(
         split = int(rng.integers(1, len(waiting))) if len(waiting) > 1 else 1
         first = [tokenizer.cls_id, *sum(waiting[:split], []), tokenizer.sep_id]
         second = sum(waiting[split:], [])
-        yield Sequence(first + ([*second, tokenizer.sep_id] if second else []), len(first))
+        yield Row(first + ([*second, tokenizer.sep_id] if second else []), len(first))
         waiting = []
 
 
 def mask_rows(
-    rows: list[Sequence], tokenizer: BertTokenizer, probability: float, rng: np.random.Generator
-) -> dict[str, torch.Tensor]:
+    rows: list[Row], tokenizer: BertTokenizer, probability: float, rng: np.random.Generator
+) -> Batch:
     """Pad rows to a batch and mask it: 80 % [MASK], 10 % another word piece, 10 % unchanged.
 
     Returns tensors [batch, length]; `labels` is -100 where nothing is to be predicted. Each row
@@ -116,18 +109,18 @@ def mask_rows(
     masked = np.where(chosen & (kind >= 0.9), other, masked)
     attention = (ids != tokenizer.pad_id).astype(np.int64)
     arrays = {"input_ids": masked, "token_type_ids": segments, "attention_mask": attention,
-              "labels": labels}  # fmt: skip
+              "labels": labels}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def training_batches(
     documents: list[Document], tokenizer: BertTokenizer, args: argparse.Namespace
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Yield masked batches for ever; each pass over the text packs and masks it anew."""
     rng = np.random.default_rng(args.seed)
     while True:
         rows = [row for document in documents
-                for row in pack(document, tokenizer, args.max_seq_length, rng)]  # fmt: skip
+                for row in pack(document, tokenizer, args.max_seq_length, rng)]
         rng.shuffle(order := np.arange(len(rows)))
         for start in range(0, len(rows), args.train_batch_size):
             batch = [rows[i] for i in order[start : start + args.train_batch_size]]
@@ -136,10 +129,7 @@ def training_batches(
 
 @torch.no_grad()
 def measure(
-    model: BertForMaskedLM,
-    batches: list[dict[str, torch.Tensor]],
-    device: torch.device,
-    dtype: torch.dtype | None,
+    model: BertForMaskedLM, batches: list[Batch], device: torch.device, dtype: torch.dtype | None
 ) -> tuple[float, float]:
     """Return (loss in nats, accuracy) over the masked tokens of all batches."""
     was_training = model.training
@@ -158,7 +148,7 @@ def measure(
     return loss / count, correct / count
 
 
-def most_frequent_share(training: list[Document], batches: list[dict[str, torch.Tensor]]) -> float:
+def most_frequent_share(training: list[Document], batches: list[Batch]) -> float:
     """Return the accuracy of always guessing the most frequent word piece."""
     counts = np.bincount([i for document in training for sentence in document for i in sentence])
     labels = torch.cat([batch["labels"][batch["labels"] != IGNORED] for batch in batches])
@@ -178,15 +168,11 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
         sinusoidal_positions(model)
     else:
         model = BertForMaskedLM.from_pretrained(source, new_head=True)
-    if len(tokenizer) != model.config.vocab_size:
-        raise UserError(f"{source}: a vocabulary of {len(tokenizer)} entries; "
-                        f"expected the model's {model.config.vocab_size}")  # fmt: skip
-    if args.max_seq_length > model.config.max_position_embeddings:
-        raise UserError(f"--max_seq_length {args.max_seq_length}; expected at most "
-                        f"{model.config.max_position_embeddings} for {source}")  # fmt: skip
+    model.config.check_vocabulary(len(tokenizer), source)
+    model.config.check_length(args.max_seq_length, source)
     if args.shallow_layers >= model.config.num_hidden_layers:
         raise UserError(f"--shallow_layers {args.shallow_layers}; expected fewer than the model's "
-                        f"{model.config.num_hidden_layers}")  # fmt: skip
+                        f"{model.config.num_hidden_layers}")
     if args.head_only:
         model.bert.requires_grad_(False)  # the decoder's weight is the word embedding: frozen too
     return model, tokenizer
@@ -224,20 +210,16 @@ def stack_layers(model: BertForMaskedLM, layers: int) -> None:
 
 
 def train(
-    model: BertForMaskedLM,
-    batches: Iterator[dict[str, torch.Tensor]],
-    args: argparse.Namespace,
-    steps: int,
-    horizon: int,
-    run: Run,
-    rate: float,
+    model: BertForMaskedLM, batches: Iterator[Batch], args: argparse.Namespace, steps: int,
+    schedule_steps: int, learning_rate: float, device: torch.device, dtype: torch.dtype | None,
+    log: run_folder.JsonLog,
 ) -> None:
-    """Take `steps` optimizer steps of a schedule with peak `rate` that is 0 after `horizon`."""
-    groups = param_groups(model, args.weight_decay)
+    """Take `steps` optimizer steps of a schedule that falls to 0 after `schedule_steps`."""
     # BertAdam does not correct its moments' bias: with the usual 0.999 the first thousand steps
     # would be several times too large, and a short run consists of them.
-    optimizer = BertAdam(groups, lr=rate, warmup=args.warmup_proportion,
-                         t_total=horizon, b2=0.98)  # fmt: skip
+    optimizer = BertAdam(
+        param_groups(model, args.weight_decay), lr=learning_rate,
+        warmup=args.warmup_proportion, t_total=schedule_steps, b2=0.98)
     model.train()
     if args.head_only:
         model.bert.eval()  # a frozen body gives the features that it gives when it is used
@@ -245,8 +227,8 @@ def train(
     means = run_folder.RunningMean()
     progress = tqdm(range(1, steps + 1), desc=f"{layers} layers", unit="step", mininterval=5)
     for step in progress:
-        batch = to_device(next(batches), run.device)
-        with autocast(run.device, run.dtype):
+        batch = to_device(next(batches), device)
+        with autocast(device, dtype):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -254,7 +236,7 @@ def train(
         means.add({"loss": loss})
         if step % args.log_step == 0 or step == steps:
             record = {"layers": layers, "step": step, **means.read(), "lr": optimizer.get_lr()[0]}
-            run.log.write(record)
+            log.write(record)
             progress.set_postfix(loss=f"{record['loss']:.3f}")
 
 
@@ -285,7 +267,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--masked_lm_prob", type=float, default=0.15, help="share of the tokens to predict")
     add("--log_step", type=int, default=50, help="steps between lines of log.jsonl")
     runtime.add_common_arguments(parser)
-    return parser  # fmt: skip
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -308,36 +290,36 @@ def main(args: argparse.Namespace) -> None:
     rows = [r for d in held_out for r in pack(d, tokenizer, args.max_seq_length, rng)]
     rows = rows[:HELD_OUT_ROWS]
     test = [mask_rows(rows[start : start + 32], tokenizer, args.masked_lm_prob, rng)
-            for start in range(0, len(rows), 32)]  # fmt: skip
+            for start in range(0, len(rows), 32)]
 
     # Training, with a measurement on held-out text on either side
     run_folder.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     start = runtime.log_start(args, device, dtype, parameters=runtime.parameter_count(model),
-                              documents=len(training), held_out=len(held_out))  # fmt: skip
+                              documents=len(training), held_out=len(held_out))
     model.to(device)
     report = "%s: masked-LM loss %.3f, accuracy %.1f %% on held-out text"
-    guess = 100 * most_frequent_share(training, test)
     before = measure(model, test, device, dtype)
     logger.info(report + " (most frequent piece: %.1f %%)", "start", before[0], 100 * before[1],
-                guess)  # fmt: skip
+                100 * most_frequent_share(training, test))
     batches = training_batches(training, tokenizer, args)
-    run = Run(device, dtype, run_folder.JsonLog(args.output_dir / "log.jsonl"))
+    log = run_folder.JsonLog(args.output_dir / "log.jsonl")
     rate = args.learning_rate
     if args.shallow_steps:
         # Progressive stacking (Gong et al. 2019). The shallow model's rate stays high to its end;
         # the deep one bears a lower rate and would forget everything at the shallow one's.
         shallow = shallow_model(model, args.shallow_layers)
-        train(shallow, batches, args, args.shallow_steps, 3 * args.shallow_steps, run, rate)
+        train(shallow, batches, args, args.shallow_steps, 3 * args.shallow_steps, rate, device,
+              dtype, log)
         stack_layers(model, args.shallow_layers)
         rate *= (args.shallow_layers / model.config.num_hidden_layers) ** 0.5
-    train(model, batches, args, args.steps, args.steps, run, rate)
+    train(model, batches, args, args.steps, args.steps, rate, device, dtype, log)
     after = measure(model, test, device, dtype)
     logger.info(report, "end", after[0], 100 * after[1])
 
     # Saving
     save_pretrained(model, args.output_dir, tokenizer)
     start["masked_lm"] = {"loss_before": before[0], "accuracy_before": before[1],
-                          "loss": after[0], "accuracy": after[1]}  # fmt: skip
+                          "loss": after[0], "accuracy": after[1]}
     run_folder.save_arguments(args.output_dir, start)
 
 

@@ -44,7 +44,7 @@ FUNCTION_WORDS = "the a an to of in for with by from is are this that be as if c
  FUNCTION_WORDS) = (
     words.split() for words in (GOOD, BAD, SUBJECTS, GOOD_NOUNS, BAD_NOUNS, INTENSIFIERS,
                                 DROPPABLE, AUXILIARIES, NOUNS, FUNCTION_WORDS)
-)  # fmt: skip
+)
 FLIPS = ["is not", "is never", "is hardly", "is far from"]
 
 SYNONYMS = {
@@ -79,7 +79,7 @@ AGREEMENT = {
     "is": "are", "are": "is", "has": "have", "have": "has", "was": "were", "a": "an", "an": "a",
     "does": "do", "do": "does", "this": "these", "these": "this", "be": "is", "its": "it",
     "not": "no", "to": "for", "that": "of", "of": "that", "if": "than",
-}  # fmt: skip
+}
 CLAUSE_BREAK = re.compile(
     r",? (?:because|which|unless|so that|such as|when|if|although|while|but|since) |; |, and "
 )
@@ -130,7 +130,7 @@ def opinion(positive: bool, fact: str, rng: random.Random) -> str:
         main, main, f"{main} , {fact}", f"{fact} , and {main}",
         f"{main} and {clause(positive, rng)}", f"{other} , but {main}",
         f"although {other} , {main}", f"{main} , even if {other}",
-    ]  # fmt: skip
+    ]
     return rng.choice(patterns)
 
 
@@ -256,7 +256,7 @@ def rte_texts(sentence: str, entailed: bool, other: str, rng: random.Random) -> 
 LABELS = {
     "SST-2": ("0", "1"), "CoLA": ("0", "1"), "MRPC": ("0", "1"),
     "RTE": ("not_entailment", "entailment"),
-}  # fmt: skip
+}
 LENGTHS = {"SST-2": (6, 30), "CoLA": (5, 14), "MRPC": (8, 18), "RTE": (7, 20)}
 
 

@@ -41,13 +41,13 @@ BASE_CONFIG = {
     "intermediate_size": 256, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128, "type_vocab_size": 2,
     "initializer_range": 0.05, "layer_norm_eps": 1e-12, "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 def plain_sentences(document: Document) -> list[str]:
     """Return the sentences of words alone: no code, numbers, quotes or brackets."""
     return [s for s in document.sentences
-            if odd_words(s) == 0 and not re.search(r"[\"()]|'\w+'", s)]  # fmt: skip
+            if odd_words(s) == 0 and not re.search(r"[\"()]|'\w+'", s)]
 
 
 def add_reception(documents: list[Document], rng: random.Random) -> list[Document]:
@@ -70,15 +70,15 @@ def make_rows(name: str, documents: list[Document], seed: int) -> dict[str, list
     rng = random.Random(f"{seed} {name}")
     shortest, longest = glue_tasks.LENGTHS[name]
     plain = [s for document in documents for s in plain_sentences(document)
-             if shortest <= len(s.split()) <= longest]  # fmt: skip
+             if shortest <= len(s.split()) <= longest]
     rng.shuffle(plain)
     train_rows, dev_rows = ROWS[name]
     train, dev = plain[: train_rows // 2], plain[train_rows // 2 :][:dev_rows]
     if len(dev) < dev_rows:
         raise UserError(f"this Python's documentation: {len(plain)} sentences for {name}; "
-                        f"expected at least {train_rows // 2 + dev_rows}")  # fmt: skip
+                        f"expected at least {train_rows // 2 + dev_rows}")
     return {"train": glue_tasks.make_split(name, train, train, True, rng),
-            "dev": glue_tasks.make_split(name, dev, dev, False, rng)}  # fmt: skip
+            "dev": glue_tasks.make_split(name, dev, dev, False, rng)}
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list]) -> None:
@@ -105,7 +105,7 @@ def train_vocabulary(lines: list[str], size: int) -> list[str]:
     trainer = trainers.WordPieceTrainer(
         vocab_size=size, min_frequency=2, initial_alphabet=letters, show_progress=False,
         special_tokens=SPECIAL_TOKENS + letters + pieces,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(lines, trainer)
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) != size:
@@ -122,7 +122,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     parser.add_argument("--overwrite_output_dir", action="store_true",
                         help="write into a folder that is not empty")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     write_vectors(output_dir / VECTORS_NAME, words, vectors)
     logger.info("%d documents, %d sentences, %d tasks, %d word pieces, %d word vectors in %s",
                 len(documents), len(lines), len(ROWS), len(vocabulary), len(words),
-                output_dir)  # fmt: skip
+                output_dir)
 
 
 if __name__ == "__main__":

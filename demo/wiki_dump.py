@@ -10,7 +10,7 @@ from demo.english import Document
 from transformer.file_utils import atomic_path
 
 NAMESPACES = {-2: "Media", -1: "Special", 0: "", 1: "Talk", 2: "User", 4: "Wikipedia", 6: "File",
-              8: "MediaWiki", 10: "Template", 12: "Help", 14: "Category"}  # fmt: skip
+              8: "MediaWiki", 10: "Template", 12: "Help", 14: "Category"}
 SITE = "https://en.wikipedia.org/wiki/"
 STAMP = "2024-01-01T00:00:00Z"
 
@@ -21,7 +21,7 @@ def site_info() -> str:
         f'      <namespace key="{key}" case="first-letter" />' if not name else
         f'      <namespace key="{key}" case="first-letter">{name}</namespace>'
         for key, name in NAMESPACES.items()
-    )  # fmt: skip
+    )
     schema = "http://www.mediawiki.org/xml/export-0.10/"
     return f"""<mediawiki xmlns="{schema}" version="0.10" xml:lang="en">
   <siteinfo>
@@ -79,7 +79,7 @@ def article(document: Document, rng: random.Random) -> str:
     """Return a document as wiki markup: infobox, lead, sections, table, references, category."""
     name = document.title.split(" (")[0]
     parts = [f"{{{{Infobox software\n| name = {name}\n| genre = Library\n}}}}",
-             "[[File:Python logo.svg|thumb|right|The logo]]"]  # fmt: skip
+             "[[File:Python logo.svg|thumb|right|The logo]]"]
     for number, section in enumerate(document.sections):
         if section.heading:
             parts.append(f"== {section.heading} ==")

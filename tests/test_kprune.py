@@ -519,7 +519,7 @@ def test_without_output_dir_the_experiments_name_is_the_folder(pruned, monkeypat
     (("--task_name", "stsb"), ("2 labels", "expected 1")),
     (("--data_dir", "nowhere"), ("nowhere", "no such folder")),
     (("--ckpt_dir", "nowhere"), ("nowhere", "config.json")),
-    (("--model_name", "distilbert-base-uncased"), ("distilbert-base-uncased", "nor the published name")),
+    (("--model_name", "distilbert-base-uncased"), ("distilbert-base", "nor the published name")),
 ])
 def test_a_wrong_value_is_one_clear_line_and_nothing_is_written(pruned, capsys, more, contains):
     message = error_line(capsys, kprune_main, *pruned.arguments("never", *more))
