@@ -378,7 +378,7 @@ def number_points(axes: Axes, points: list[tuple[float, float]]) -> None:
              for x, y in axes.transData.transform(points)]
     for x, y in points:
         label = axes.annotate(
-            f"{y:.1f}, {x:.1f} ms", (x, y), xytext=PLACES[0], textcoords="offset points",
+            f"{y:.1f}, {x:.3g} ms", (x, y), xytext=PLACES[0], textcoords="offset points",
             fontsize=7, ha="center", va="center")
         for place in PLACES:
             label.set_position(place)

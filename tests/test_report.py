@@ -298,7 +298,7 @@ def test_the_tradeoff_has_a_title_and_numbers_at_its_points_that_do_not_overlap(
     assert axes.get_title().startswith("CoLA: score against latency")
     assert axes.get_xscale() == "log"
     assert {text.get_text() for text in axes.texts} == {
-        "50.0, 40.0 ms", "40.1, 8.0 ms", "39.0, 7.0 ms", "40.0, 2.0 ms"}
+        "50.0, 40 ms", "40.1, 8 ms", "39.0, 7 ms", "40.0, 2 ms"}
     boxes = [text.get_window_extent() for text in axes.texts]
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)
     assert not overlap(legend, axes)
