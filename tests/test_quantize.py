@@ -79,29 +79,19 @@ def test_onnx_runtime_fuses_every_layer(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
-def test_an_int8_file_is_at_most_30_per_cent_of_the_fp32_file(tmp_path, glue, method):
-    make_model(tmp_path / "model", hidden_size=256, num_hidden_layers=4, intermediate_size=1024)
-    record = read_json(make(tmp_path, method, "onnx", *task_flags(glue)) / "quantization.json")
+def test_int8_weights_are_bytes_and_logits_do_not_depend_on_the_rest_of_the_batch(
+        tmp_path, glue, method):
+    make_model(tmp_path / "model", hidden_size=256, intermediate_size=1024)
+    folder = make(tmp_path, method, "onnx", *task_flags(glue))
+    weights = [w for w in onnx.load(folder / "model.onnx").graph.initializer
+               if np.prod(w.dims) >= 31 * 256 and not w.name.startswith(("positions", "pooler"))]
+    assert len(weights) == 1 + 4 * 6  # the embeddings, and six matrices a layer
+    assert {w.data_type for w in weights} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    record = read_json(folder / "quantization.json")
     assert record["bytes_after"] <= 0.3 * record["bytes_before"]
-
-
-def test_int8_weights_are_stored_as_bytes_embeddings_included(tmp_path):
-    make_model(tmp_path / "model")
-    proto = onnx.load(make(tmp_path, "int8-dynamic", "onnx") / "model.onnx")
-    large = [w for w in proto.graph.initializer if np.prod(w.dims) >= 16 * 16
-             and not w.name.startswith(("positions", "pooler"))]
-    assert len(large) == 1 + 4 * 6
-    assert {w.data_type for w in large} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-
-
-@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
-def test_int8_logits_do_not_depend_on_the_rest_of_the_batch(tmp_path, glue, method):
-    make_model(tmp_path / "model")
-    made = load_classifier(make(tmp_path, method, "onnx", *task_flags(glue)))
-    inputs = random_batch(16, 11)
-    together = made(*inputs).logits
+    made, inputs = load_classifier(folder), random_batch(16, 11)
     alone = made(*(x[:1] for x in inputs)).logits
-    torch.testing.assert_close(alone, together[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, made(*inputs).logits[:1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "labels"), [("STS-B", 1), ("MNLI", 3)])
@@ -152,13 +142,16 @@ def test_an_onnx_model_keeps_its_precision_wherever_it_is_moved(tmp_path):
                                        if "fit_dense" not in n)
 
 
-def test_another_format_replaces_the_one_before(tmp_path):
+def test_overwriting_leaves_nothing_of_the_model_before_and_never_the_source(tmp_path, capsys):
     make_model(tmp_path / "model")
-    for form, name in (("torch", "pytorch_model.bin"), ("onnx", "model.onnx"),
-                       ("torch", "pytorch_model.bin")):
+    for form, name in (("onnx", "model.onnx"), ("torch", "pytorch_model.bin")):
         folder = make(tmp_path, "fp16", form, "--overwrite_output_dir")
         assert [file.name for file in folder.iterdir()
-                if file.suffix in (".bin", ".onnx")] == [name]
+                if file.suffix in (".bin", ".onnx") or "eval" in file.name] == [name]
+        (folder / "eval_results.json").write_text("{}")
+    message = error_line(capsys, quantize, "--model", tmp_path / "model", "--output_dir",
+                         tmp_path / "model", "--method", "fp16", "--overwrite_output_dir")
+    assert "is --model" in message and (tmp_path / "model" / "pytorch_model.bin").is_file()
 
 
 # ------------------------------------------------------------------ mistakes
@@ -166,7 +159,8 @@ def test_another_format_replaces_the_one_before(tmp_path):
 
 def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
     make_model(tmp_path / "model")
-    base = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    make_model(tmp_path / "general", TinyBertForPreTraining)
+    made = make(tmp_path, "int8-dynamic", "onnx", output="made")
     for more, expected in (
         (["--method", "bf16", "--format", "onnx"], "bfloat16"),
         (["--method", "fp32", "--format", "torch"], "--format onnx"),
@@ -176,19 +170,13 @@ def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
         (["--method", "int8-static", "--calibration_rows", "0", *task_flags(glue)],
          "--calibration_rows 0"),
         (["--method", "fp16", *task_flags(glue, "MNLI")], "expected 3"),
+        (["--method", "fp16", "--model", tmp_path / "general"], "no trained classifier"),
+        (["--method", "fp16", "--model", made], "expected the PyTorch model"),
+        (["--method", "fp16", "--model", tmp_path / "none"], "no such"),
     ):
-        assert expected in error_line(capsys, quantize, *base, *more)
+        flags = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", *more]
+        assert expected in error_line(capsys, quantize, *flags)
         assert not (tmp_path / "out").exists()
-
-
-def test_a_model_without_classifier_or_as_onnx_is_refused(tmp_path, capsys):
-    make_model(tmp_path / "general", TinyBertForPreTraining)
-    make_model(tmp_path / "model")
-    made = make(tmp_path, "int8-dynamic", "onnx")
-    for source, expected in ((tmp_path / "general", "no trained classifier"),
-                             (made, "expected the PyTorch model"), (tmp_path / "none", "no such")):
-        assert expected in error_line(capsys, quantize, "--model", source, "--output_dir",
-                                      tmp_path / "new", "--method", "fp16")
 
 
 @pytest.fixture
@@ -220,36 +208,17 @@ def test_an_onnx_file_that_does_not_fit_its_config_is_refused(exported, change, 
         load_classifier(exported)
 
 
-def test_the_model_itself_is_not_overwritten(tmp_path, capsys):
-    make_model(tmp_path / "model")
-    message = error_line(capsys, quantize, "--model", tmp_path / "model", "--output_dir",
-                         tmp_path / "model", "--method", "fp16", "--overwrite_output_dir")
-    assert "is --model" in message and (tmp_path / "model" / "pytorch_model.bin").is_file()
-
-
-def test_overwriting_leaves_no_score_of_the_model_before(exported, tmp_path):
-    (exported / "eval_results.json").write_text("{}")
-    run(quantize, "--model", tmp_path / "model", "--output_dir", exported, "--method", "fp16",
-        "--format", "torch", "--overwrite_output_dir")
-    assert not (exported / "eval_results.json").exists()
-    assert not (exported / "model.onnx").exists()
-
-
-def test_an_onnx_file_with_other_inputs_is_refused(exported):
-    proto = onnx.load(exported / "model.onnx")
-    for node in proto.graph.node:
-        node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
-    proto.graph.input[0].name = "ids"
-    onnx.save(proto, exported / "model.onnx")
-    with pytest.raises(UserError, match="expected input_ids, token_type_ids, attention_mask"):
-        load_classifier(exported)
-
-
-def test_a_folder_without_a_model_or_for_another_task_is_refused(exported):
+def test_an_onnx_model_with_other_inputs_for_another_task_or_longer_rows_is_refused(exported):
     with pytest.raises(UserError, match="has 2 labels; expected 3"):
         load_classifier(exported, 3)
     with pytest.raises(UserError, match="129; the model has 128 positions"):
         load_classifier(exported)(torch.ones(1, 129, dtype=torch.long))
+    proto = onnx.load(exported / "model.onnx")
+    proto.graph.node.add(op_type="Identity", input=["ids"], output=["unused"])
+    proto.graph.input.add(name="ids").type.CopyFrom(proto.graph.input[0].type)
+    onnx.save(proto, exported / "model.onnx")
+    with pytest.raises(UserError, match="expected input_ids, token_type_ids, attention_mask"):
+        load_classifier(exported)
     (exported / "model.onnx").unlink()
     with pytest.raises(UserError, match="no weights; expected"):
         load_classifier(exported)
