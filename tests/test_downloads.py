@@ -398,7 +398,6 @@ def test_a_training_run_uploads_each_checkpoint_and_its_log_while_it_goes_on(
     server, account, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
-    server.files = {"/bucket": b""}
     config_folder(tmp_path / "config", num_hidden_layers=2, hidden_size=8)
     make_model(tmp_path / "teacher")
     make_pregenerated(tmp_path / "data", rows=40)
