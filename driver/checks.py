@@ -1,0 +1,60 @@
+"""Checks all commands of a plan before the first one runs, by the rules of their own scripts.
+
+Standard input is a JSON list of commands. Each script's parser reads its command; then its
+`check_args(args)`, if there is one, looks at the values.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transformer.file_utils import UserError
+from transformer.runtime import check_numbers
+
+
+@cache
+def load(script: str) -> ModuleType:
+    """Import a script without running it."""
+    name = "checked_" + script.replace("/", "_").removesuffix(".py")  # its own: pickle looks it up
+    spec = importlib.util.spec_from_file_location(name, Path(script).resolve())
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(command: list[str]) -> argparse.Namespace:
+    """Return a command's arguments; a `UserError` says what its script would refuse."""
+    parser = load(command[1]).get_args_parser()
+
+    def refuse(message: str) -> None:  # in place of usage and exit
+        raise UserError(message)
+
+    parser.error = refuse
+    return parser.parse_args(command[2:])
+
+
+def problems(commands: list[list[str]]) -> Iterator[str]:
+    """Yield a line for each command that its script would refuse."""
+    for command in commands:
+        if command[0] != "python" or not command[1].endswith(".py"):
+            continue
+        try:
+            args = parse(command)
+            numbers = {name: value for name, value in vars(args).items() if value is not None}
+            check_numbers(argparse.Namespace(**numbers))
+            getattr(load(command[1]), "check_args", lambda _: None)(args)
+        except UserError as error:
+            yield f"{command[1]}: {error}"
+
+
+if __name__ == "__main__":
+    found = list(dict.fromkeys(problems(json.load(sys.stdin))))
+    if found:
+        sys.exit("\n".join(found))

@@ -1,0 +1,104 @@
+# The words of reproduction.sh, which reads this file: they make the plan that driver/steps.py
+# carries out.
+# shellcheck shell=bash disable=SC2154,SC2086 # settings; flags are lists of words
+
+plan=()
+
+stage() { plan+=(stage "$1" "$2" $'\n'); }
+
+# step NAME [--update] OUTPUT... [--reads PATH...] -- COMMAND: --reads names what the
+# command reads though it does not say so; driver/steps.py explains the rest.
+step() { plan+=(step "$@" $'\n'); }
+
+# options CASE FLAG NAME [FLAG NAME ...]: "FLAG value" for each setting that is not empty.
+options() {
+  local case=$1 value
+  shift
+  while (($#)); do
+    value=$(setting "$2" "$case")
+    [[ -z $value ]] || echo "$1 $value"
+    shift 2
+  done
+}
+
+# per NAME DEFAULT STUDENT...: the setting's value for each student.
+per() {
+  local student value
+  for student in "${@:3}"; do
+    value=$(setting "$1" "$student")
+    echo "${value:-$2}"
+  done
+}
+
+TRAINING=$(options '' --precision PRECISION --seed SEED)
+
+# if_yes NAME CASE WORD: the word where the setting is yes.
+if_yes() { [[ $(setting "$1" "$2") != yes ]] || echo "$3"; }
+
+# general_flags STUDENT: the flags that students on one teacher pass have in common.
+general_flags() {
+  options "$1" --eval_step GENERAL_EVAL_STEP --num_train_epochs GENERAL_EPOCHS \
+    --warmup_proportion GENERAL_WARMUP --weight_decay GENERAL_WEIGHT_DECAY \
+    --max_seq_length GENERAL_MAX_SEQ_LENGTH
+}
+
+# teacher_passes: a line "STUDENT,STUDENT..." for those that general distillation trains together:
+# with the same flags, and batches that are multiples of the first one's.
+teacher_passes() {
+  local waiting=$STUDENTS first student group later sizes
+  while [[ -n $waiting ]]; do
+    first=${waiting%% *} group='' later=''
+    for student in $waiting; do
+      sizes=($(per GENERAL_BATCH_SIZE 32 "$first" "$student"))
+      if [[ $(general_flags "$student") == "$(general_flags "$first")" ]] &&
+        ((sizes[1] % sizes[0] == 0 && (sizes[0] == sizes[1] || sizes[0] % 64 == 0))); then
+        group+=,$student
+      else
+        later+=" $student"
+      fi
+    done
+    echo "${group#,}"
+    waiting=${later# }
+  done
+}
+
+# model_of STUDENT NAME: the folder of a student of this run that was trained on the task NAME.
+model_of() {
+  case $1 in
+    "$DIRECT") echo "$1_$2_tsd" ;;
+    "$SMART_STUDENT") [[ $SMART_GENERAL != yes ]] || echo "$1_$2" ;;
+    *) echo "distilled_$1_$2" ;;
+  esac
+}
+
+# finished_models SETTING NAME: the models of the students that the setting names (all: every one).
+finished_models() {
+  local wanted student
+  wanted=" $(setting "$1" "$2") "
+  for student in $STUDENTS ${SMART_STUDENT:+$DIRECT $SMART_STUDENT}; do
+    [[ $wanted != " all " && $wanted != *" $student "* ]] || model_of "$student" "$2"
+  done
+}
+
+# hub_has MODEL: whether the hub (HF_ENDPOINT) or this machine's cache of it has a model.
+hub_has() {
+  "$PYTHON" -c 'import huggingface_hub, sys
+huggingface_hub.hf_hub_download(sys.argv[1], "config.json")' "$1" &>/dev/null
+}
+
+# carry_out_plan: hands the plan to driver/steps.py, in this shell's place.
+carry_out_plan() {
+  local call='' name
+  for name in "${overrides[@]%%=*}"; do call+="$name=$(printf %q "${!name}") "; done
+  call+="bash reproduction.sh"
+  [[ $profile == full ]] || call+=" --profile $(printf %q "$profile")"
+  [[ $recipe == original ]] || call+=" --recipe $recipe"
+  [[ $mode != run ]] || echo "Profile $profile, recipe $recipe; logs in $RESULTS_DIR/logs"
+  export PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000}
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT-110} # to write a state
+  # Large temporary files, such as an epoch of Wikipedia, go where the models go.
+  export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
+  exec "${PYTHON:-python3}" driver/steps.py --mode "$mode" --only "$only" --from "$from" \
+    --jobs "$JOBS" --gpus "$GPUS" --log_dir "$RESULTS_DIR/logs" --call "$call" \
+    --folders "$WORK_DIR" "$MODELS_DIR" "$RESULTS_DIR" < <(printf '%s\0' "${plan[@]}")
+}

@@ -1,0 +1,252 @@
+# Options and settings of reproduction.sh, which reads this file: profiles, folders, checks and the
+# Python environment. It leaves every setting in a variable, PYTHON and what the options say.
+# shellcheck shell=bash disable=SC2034,SC2086 # reproduction.sh's variables; lists of words
+
+RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub filelock urllib3 nltk tqdm
+requests boto3 scipy sklearn matplotlib wikiextractor onnx onnxruntime"
+TEST_MODULES="transformers pytest xdist hypothesis ruff"
+declare -gA SLUG=([RTE]=rte [SST-2]=sst2 [CoLA]=cola [MRPC]=mrpc [STS-B]=stsb [QQP]=qqp [MNLI]=mnli
+  [QNLI]=qnli [WNLI]=wnli) # the tasks' names in folders and settings
+
+usage() {
+  cat <<'TEXT'
+Usage: bash reproduction.sh [options]
+
+Without options: the full reproduction (BERT-base, Wikipedia, days on a GPU).
+What is finished is skipped, and training goes on inside the step that was
+stopped, so the same call continues after Ctrl-C, kill -9 or a power cut. Only
+one call at a time works on the same folders.
+
+  --demo              same as --profile demo: offline, no GPU, minutes
+  --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
+  --recipe original|paper
+                      hyper-parameters: the original repository's (default) or
+                      the paper's
+  --list              print the stages and what of them is finished
+  --only STAGE        run this stage alone
+  --from STAGE        start at this stage
+  --dry-run           print every command that is not finished, run none
+  --python            set up the environment, print its interpreter
+  -h, --help          this text
+
+A setting of profiles/full.env in the environment wins over profile and recipe:
+  DATA_DIR=/big/disk bash reproduction.sh --only wikipedia
+With GPUS=4 the training scripts run on four GPUs of this machine (torchrun).
+TEXT
+}
+
+complain() {
+  echo "reproduction.sh: error: $*" >&2
+  exit 2
+}
+
+# ---------------------------------------------------------------- options and settings
+
+read_options() {
+  local names stage repository
+  repository=$(dirname "$(realpath "${BASH_SOURCE[0]}")")/..
+  profile=full recipe=original only='' from='' mode=run
+  while (($#)); do
+    case $1 in
+      --demo) profile=demo ;;
+      --profile | --recipe | --only | --from)
+        (($# > 1)) || complain "$1 needs a value"
+        declare -g "${1#--}=$2"
+        shift
+        ;;
+      --list | --dry-run | --python) mode=${1#--} ;;
+      -h | --help) usage && exit ;;
+      *) complain "unknown option $1; see bash reproduction.sh --help" ;;
+    esac
+    shift
+  done
+  if [[ $mode == python ]]; then
+    cd "$repository"
+    find_python $RUNTIME_MODULES $TEST_MODULES
+    echo "$PYTHON" && exit
+  fi
+  [[ $recipe != seed ]] || recipe=original # its former name
+  [[ $recipe == original || $recipe == paper ]] ||
+    complain "--recipe $recipe: expected original or paper"
+  [[ ! -f $profile ]] || profile=$(realpath "$profile")
+  cd "$repository"
+  names=$(sed -n 's/^ *stage \([a-z_]*\) .*/\1/p' reproduction.sh)
+  for stage in $only $from; do
+    [[ " ${names//$'\n'/ } " == *" $stage "* ]] ||
+      complain "no stage $stage; expected one of: ${names//$'\n'/ }"
+  done
+  [[ -f $profile || -f profiles/$profile.env ]] ||
+    complain "no profile $profile; expected a file or one of:" "$(cd profiles && echo *.env)"
+}
+
+# read_settings: the profile over profiles/full.env, the recipe over both, and the caller's
+# environment over all, also for tasks and students that the files do not name.
+read_settings() {
+  local files=(profiles/full.env) file name override
+  if [[ -f $profile ]]; then files+=("$profile"); else files+=("profiles/$profile.env"); fi
+  [[ $recipe == original ]] || files+=(profiles/paper.env)
+  declare -gA values=() # the settings' names
+  while read -r name; do values[$name]=''; done < <(setting_names "${files[@]}")
+  overrides=()
+  for name in $(compgen -e); do
+    [[ -z ${values[${name%%_[a-z]*}]+known} && -z ${values[$name]+known} ]] ||
+      overrides+=("$name=${!name}")
+  done
+  for file in "${files[@]}"; do
+    # shellcheck source=/dev/null
+    source <(tr -d '\r' <"$file")
+  done
+  for override in "${overrides[@]}"; do declare -g "$override"; done
+  check_names
+  derive
+  check_values
+  [[ $mode != run ]] || find_python $RUNTIME_MODULES
+  [[ $mode != run || ! ${only:-${from:-inputs}} =~ ^(environment|inputs)$ ]] || check_inputs
+}
+
+# setting NAME [CASE]: NAME_CASE if there is one, else NAME; CASE is a task's slug or a student.
+setting() {
+  local own=${1}_${2-}
+  echo ${!own-${!1-}} # without stray spaces
+}
+
+setting_names() { sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"; }
+
+derive() {
+  local task known file tasks=() names=()
+  WORK_DIR=${WORK_DIR:-$DATA_DIR}
+  GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
+  BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
+  # What the recipe changes: students and the teachers they learn from, augmented rows, results.
+  STUDENTS_DIR=$MODELS_DIR
+  if [[ $recipe != original ]]; then
+    GLUE_DIR+=_$recipe STUDENTS_DIR+=/$recipe RESULTS_DIR+=/$recipe
+  fi
+  VECTORS=$DATA_DIR/glove.840B.300d.txt
+  case $WORD_VECTORS in
+    glove) ;;
+    composed) [[ -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt ;;
+    *) VECTORS=$DATA_DIR/$WORD_VECTORS ;;
+  esac
+  for task in ${TASKS//,/ }; do # as the folders are called, whatever the case
+    for known in "${!SLUG[@]}"; do
+      [[ ${task,,} != "${known,,}" && ${task,,} != "${SLUG[$known]}" ]] || task=$known
+    done
+    [[ -n ${SLUG[$task]-} ]] || complain "TASKS: $task; expected some of: ${!SLUG[*]}"
+    tasks+=("$task") names+=("${SLUG[$task]}")
+  done
+  TASKS=${tasks[*]} NAMES=${names[*]}
+  [[ " $TASKS " == *" $LATENCY_TASK "* ]] || LATENCY_TASK=${tasks[0]-}
+  CORPUS=$WORK_DIR/wiki_for_bert.txt
+  DIRECT=${SMART_STUDENT}_direct # that student without general distillation
+  DUMP=$DATA_DIR/enwiki-20251101-pages-articles-multistream.xml.bz2 # the original's
+  [[ $WIKI_DUMP == *'*'* ]] || DUMP=$DATA_DIR/$WIKI_DUMP
+  # shellcheck disable=SC2231 # the pattern is to be expanded
+  for file in "$DATA_DIR"/$WIKI_DUMP; do
+    [[ ! -f $file ]] || DUMP=$file
+  done
+}
+
+# ---------------------------------------------------------------- checks
+
+# check_names: a profile sets what profiles/full.env knows, for all or for one task or student.
+check_names() {
+  local name base own known
+  known=" $(setting_names profiles/full.env | tr '\n' ' ')"
+  for name in "${!values[@]}"; do
+    base=${name%%_[a-z]*} own=${name#"${name%%_[a-z]*}"}
+    [[ $known == *" $base "* || $known == *" ${base}_"[a-z]* ]] ||
+      complain "profile $profile: no setting is called $name; profiles/full.env names them all"
+    [[ -z $own || " ${SLUG[*]} $STUDENTS $SMART_STUDENT " == *" ${own#_} "* ||
+      $known == *"$own "* || -n ${values[STUDENT_CONFIG$own]+set} ]] ||
+      complain "profile $profile: $name: ${own#_} is neither a task nor a student of this run"
+  done
+}
+
+check_values() {
+  local name entry config
+  for name in GPUS JOBS DISK_GB ${SMART_STUDENT:+SMART_LAYERS}; do
+    [[ ${!name} =~ ^[0-9]+$ && (${!name} -gt 0 || $name == DISK_GB) ]] ||
+      complain "$name=${!name}: expected a number"
+  done
+  for name in NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
+    "${!PREDICTION_AUGMENTED@}"; do
+    declare -g "$name=${!name,,}"
+    [[ ${!name} == yes || ${!name} == no ]] || complain "$name=${!name}: expected yes or no"
+  done
+  [[ $INPUTS == given || $INPUTS == demo ]] || complain "INPUTS=$INPUTS: expected given or demo"
+  [[ $MODEL_SOURCE =~ ^(hub|demo|minilm)$ ]] ||
+    complain "MODEL_SOURCE=$MODEL_SOURCE: expected hub, demo or minilm"
+  [[ -n $TASKS ]] || complain "TASKS is empty; expected some of: ${!SLUG[*]}"
+  for entry in $STUDENTS $BASELINES; do
+    case $entry in
+      general:* | smart:*)
+        [[ " $STUDENTS $SMART_STUDENT " == *" ${entry#*:} "* ]] ||
+          complain "BASELINES: $entry; this run has no student ${entry#*:}"
+        continue
+        ;;
+      scratch:*) ;;
+      *:*) complain "BASELINES: $entry; expected scratch:, general: or smart: and a student" ;;
+    esac
+    config=$(setting STUDENT_CONFIG "${entry#*:}")
+    [[ -f $config/config.json ]] ||
+      complain "student ${entry#*:}: no ${config:-STUDENT_CONFIG_${entry#*:}=FOLDER}/config.json"
+  done
+}
+
+# check_inputs: the dump is there, whole as far as its name and first bytes tell, with room for what
+# is made of it; and a run that needs a GPU stops here, not after a day on the CPU.
+check_inputs() {
+  local free
+  [[ $INPUTS == given ]] || return 0
+  if [[ ! -f $WORK_DIR/.state/prepare.json ]]; then
+    [[ -f $DUMP ]] || complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. $WIKI_DUMP_HELP"
+    [[ $(head -c 3 "$DUMP") == BZh || $DUMP != *.bz2 ]] ||
+      complain "$DUMP: not a bzip2 file; expected the dump as it was downloaded"
+    [[ ! -e $DUMP.part && ! -e $DUMP.aria2 ]] || complain "$DUMP: its download has not finished"
+    mkdir -p "$WORK_DIR"
+    free=$(($(df -Pk "$WORK_DIR" | awk 'END {print $4}') / 1000000))
+    ((free >= DISK_GB)) || complain "$WORK_DIR: $free GB free; this run needs about $DISK_GB" \
+      "(DISK_GB=0: do not check)"
+  fi
+  [[ $NEEDS_GPU == no ]] ||
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    complain "PyTorch finds no GPU (nvidia-smi tells whether the driver does). On a CPU this" \
+      "takes months; NEEDS_GPU=no starts it all the same"
+}
+
+# ---------------------------------------------------------------- the Python environment
+
+# has_modules PYTHON MODULE...: whether that interpreter can import them all.
+has_modules() {
+  "$1" - "${@:2}" <<'PYTHON' 2>/dev/null
+import sys
+from importlib.util import find_spec
+sys.exit(sys.version_info < (3, 10) or any(find_spec(name) is None for name in sys.argv[1:]))
+PYTHON
+}
+
+# find_python MODULE...: puts an interpreter that has them into PYTHON, making .venv if need be.
+find_python() {
+  local base=${PYTHON:-python3} candidate
+  for candidate in "$base" "$PWD/.venv/bin/python"; do
+    if command -v "$candidate" >/dev/null && has_modules "$candidate" "$@"; then
+      PYTHON=$(command -v "$candidate")
+      return
+    fi
+  done
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    complain "$base: expected Python 3.11 or newer; set PYTHON to one"
+  echo "  making .venv from requirements.txt (some minutes) ..." >&2
+  [[ -x .venv/bin/python ]] || "$base" -m venv .venv || "$base" -m virtualenv .venv ||
+    complain "cannot make a virtual environment; install python3-venv (apt install python3-venv)" \
+      "or use conda: conda env create -f environment.yml"
+  .venv/bin/python -m pip install --requirement requirements.txt &>.venv/install.log || {
+    grep -i error .venv/install.log | tail -n 3 >&2
+    complain "pip could not install requirements.txt into .venv; see .venv/install.log"
+  }
+  PYTHON=$PWD/.venv/bin/python
+}
+
+read_options "$@"
+read_settings
