@@ -376,3 +376,45 @@ def test_the_command_that_continues_repeats_profile_and_settings(folders, tmp_pa
     assert {f"DATA_DIR={tmp_path}/data", "AUGMENTATION_N_sst2=5", "GENERAL_EPOCHS_my_student=2",
             "WIKI_DUMP_HELP=two words"} <= set(words)  # fmt: skip
     assert "DATA_DIRECTION" not in result.stderr
+
+
+SMALL = {
+    "TASKS": "CoLA", "STUDENTS": "tinybert_4l", "BASELINES": "", "MLM_STEPS": "10",
+    "HUB_TEACHER_EPOCHS": "0.1", "TEACHER_EPOCHS": "0.1", "PREGENERATE_EPOCHS": "1",
+    "GENERAL_EPOCHS": "0.02", "GENERAL_EPOCHS_tinybert_6l_smart_init": "0.02",
+    "AUGMENTATION_ROWS": "40", "AUGMENTATION_N": "1", "INTERMEDIATE_EPOCHS": "1",
+    "PREDICTION_EPOCHS": "2", "MLM_SHALLOW_STEPS": "10",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folders, tmp_path):
+    settings = {**SMALL, **folders}
+    assert drive("--demo", "--only", "inputs", **settings).returncode == 0
+    result = drive("--demo", **settings)
+    assert result.returncode == 0, result.stderr
+    assert "1 finished earlier" in result.stdout
+    results = tmp_path / "results"
+    report = json.loads((results / "results.json").read_text())
+    names = {score["name"] for score in report["scores"] if score["task"] == "CoLA"}
+    assert {"teacher", "tinybert_4l", "tinybert_6l_smart_init", "tinybert_4l, int8-dynamic ONNX",
+            "tinybert_4l, K-prune 30 % removed"} <= names  # fmt: skip
+    assert len(report["speeds"]) == 4
+    for picture in ("scores.png", "loss_curves.png", "tradeoff.png"):
+        assert (results / picture).read_bytes().startswith(b"\x89PNG")
+
+    # The second call has nothing to do, with however many threads, and prints the table again.
+    again = drive("--demo", **settings, OMP_NUM_THREADS="2", GOMP_SPINCOUNT="1")
+    assert again.returncode == 0
+    assert not re.search(r"\d:\d\d:\d\d$", again.stdout.partition("Done in")[0], re.M)
+    assert "majority class" in again.stdout
+
+    # Changed settings run again what depends on them, and only that.
+    smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py", "report.py"}
+    for changed, scripts in (
+        ({"PREDICTION_EPOCHS": "1"}, {"task_distill.py", *smaller}),
+        ({"PRUNE_MU": "32"}, {"task_distill.py", *smaller} - {"quantize.py"}),
+        ({"GENERAL_EPOCHS": "0.03"}, {"general_distill.py", "task_distill.py", *smaller}),
+    ):
+        commands = dry_run("--demo", **{**settings, **changed})
+        assert {command[1] for command in commands} == scripts
