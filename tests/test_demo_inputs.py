@@ -245,7 +245,7 @@ def test_masking_hides_only_real_words(inputs):
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--config"),
     (["--config", "{tiny}", "--head_only"], "--bert_model"),
-    (["--config", "{tiny}", "--max_seq_length", "64"], "at most 40"),
+    (["--config", "{tiny}", "--max_seq_length", "64"], "40 positions"),
     (["--config", "{tiny}", "--shallow_layers", "4", "--shallow_steps", "1"], "fewer than"),
     (["--config", "{tiny}", "--shallow_layers", "2"], "belong together"),
 ])  # fmt: skip
