@@ -205,10 +205,9 @@ def task_rows(args: argparse.Namespace, name: str) -> Features | None:
     task = get_task(name)
     folder = args.vocab_dir or next(
         (model.partition("=")[2] for model in args.models if "=" in model), None)
-    if args.glue_dir is None or folder is None:
-        logger.warning("%s is left out: its rows need --glue_dir and --vocab_dir", name)
-        return None
     try:
+        if args.glue_dir is None or folder is None:
+            raise UserError("its rows need --glue_dir and --vocab_dir")
         split_path(task, args.glue_dir / task.folder, "dev")
     except UserError as error:
         logger.warning("%s is left out: %s", name, error)
@@ -238,12 +237,11 @@ def make_settings(args: argparse.Namespace,
     """Return length, rows a batch and batches of each setting; tasks that are missing have none."""
     settings = []
     for length in args.lengths:
-        if length.isdigit():
-            settings += [(length, batch, fixed_batches(int(length), batch, vocab_size))
-                         for batch in args.batches]
-        elif (rows := task_rows(args, length)) is not None:
-            settings += [(length, batch, task_batches(rows, batch, vocab_size))
-                         for batch in args.batches]
+        rows = None if length.isdigit() else task_rows(args, length)
+        if rows is None and not length.isdigit():
+            continue
+        make = partial(task_batches, rows) if rows else partial(fixed_batches, int(length))
+        settings += [(length, batch, make(batch, vocab_size)) for batch in args.batches]
     if not settings:
         raise UserError(f"--lengths {' '.join(args.lengths)}: no rows to measure with; expected"
                         " a number, or a task of --glue_dir")

@@ -43,14 +43,17 @@ class Masked(nn.Module):
         return self.dense(features * self.mask)
 
 
-def projections(model: nn.Module) -> list[Masked]:
-    """Replace all output projections by masked ones; returns them from the bottom."""
-    found = []
-    for layer in model.bert.encoder.layer:
-        for part in (layer.attention.output, layer.output):
-            part.dense = Masked(part.dense)
-            found.append(part.dense)
-    return found
+def sublayers(model: nn.Module) -> list[nn.Module]:
+    """Return the outputs of attention and feed-forward part of each layer, from the bottom."""
+    return [part for layer in model.bert.encoder.layer
+            for part in (layer.attention.output, layer.output)]
+
+
+def mask_inputs(model: nn.Module) -> list[Masked]:
+    """Replace the output projections of all sub-layers by masked ones; returns them."""
+    for sublayer in sublayers(model):
+        sublayer.dense = Masked(sublayer.dense)
+    return [sublayer.dense for sublayer in sublayers(model)]
 
 
 def straightforward_threshold(scores: Tensor, costs: Tensor, budget: float) -> float:
@@ -61,7 +64,7 @@ def straightforward_threshold(scores: Tensor, costs: Tensor, budget: float) -> f
     raise ValueError("no threshold meets the budget")
 
 
-def measure(
+def unit_scores(
     model: nn.Module, original: nn.Module, masked: list[Masked], batches: list[Batch],
     settings: Settings,
 ) -> list[Tensor]:
@@ -76,17 +79,17 @@ def measure(
         logits = model(*model_inputs(batch))[0]
         gradients = torch.autograd.grad(
             divergence(logits, reference, settings["T"], real), [part.mask for part in masked])
-        for sublayer, part in enumerate(masked):
-            predictive[sublayer] += 0.5 * gradients[sublayer].square()
-            representational[sublayer] += part.features.detach()[real].square().sum(dim=0)
+        for index, part in enumerate(masked):
+            predictive[index] += 0.5 * gradients[index].square()
+            representational[index] += part.features.detach()[real].square().sum(dim=0)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     scores = []
-    for sublayer, part in enumerate(masked):
+    for index, part in enumerate(masked):
         weight = part.dense.weight.square().mean(dim=0)
-        importance = (settings["lam_pred"] * predictive[sublayer] / samples
-                 + settings["lam_rep"] * representational[sublayer] * weight / tokens)
-        if sublayer % 2:
+        importance = (settings["lam_pred"] * predictive[index] / samples
+                      + settings["lam_rep"] * representational[index] * weight / tokens)
+        if index % 2:
             scores.append(importance / (neuron_flops(config, settings["seq_len"]) / 1e9))
         else:
             importance = importance.view(config.num_attention_heads, -1).mean(dim=1)
@@ -95,12 +98,11 @@ def measure(
     return scores
 
 
-def inputs_of(model: nn.Module, sublayer: int, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return features and residual of sub-layer `sublayer`, from a full forward pass."""
-    part = model.bert.encoder.layer[sublayer // 2]
-    part = part.output if sublayer % 2 else part.attention.output
+def inputs_of(model: nn.Module, index: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return features and residual of sub-layer `index`, from a full forward pass."""
     given: list[tuple[Tensor, Tensor]] = []
-    hook = part.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
+    hook = sublayers(model)[index].register_forward_pre_hook(
+        lambda module, inputs: given.append(inputs))
     model(*model_inputs(batch))
     hook.remove()
     return given[0]
@@ -108,23 +110,21 @@ def inputs_of(model: nn.Module, sublayer: int, batch: Batch) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def refit(
-    model: nn.Module, original: nn.Module, sublayer: int, masked: list[Masked], batches: list[Batch]
+    model: nn.Module, original: nn.Module, index: int, masked: Masked, batches: list[Batch]
 ) -> None:
-    """Refit the weight of sub-layer `sublayer` by least squares on all tokens at once."""
-    kept = masked[sublayer].mask.bool()
+    """Refit the weight of sub-layer `index` by least squares on all tokens at once."""
+    kept = masked.mask.bool()
     features, targets = [], []
     for batch in batches:
         real = batch["attention_mask"].bool()
-        part = original.bert.encoder.layer[sublayer // 2]
-        part = part.output if sublayer % 2 else part.attention.output
-        x, residual = inputs_of(model, sublayer, batch)
-        their_x, their_residual = inputs_of(original, sublayer, batch)
-        aim = their_residual + part.dense(their_x)
+        x, residual = inputs_of(model, index, batch)
+        their_x, their_residual = inputs_of(original, index, batch)
+        target = their_residual + sublayers(original)[index].dense(their_x)
         features.append(x[real][:, kept])
-        targets.append((aim - residual - masked[sublayer].dense.bias)[real])
+        targets.append((target - residual - masked.dense.bias)[real])
     solution = torch.linalg.lstsq(
         torch.cat(features).double(), torch.cat(targets).double(), driver="gelsd").solution
-    masked[sublayer].dense.weight[:, kept] = solution.T.float()
+    masked.dense.weight[:, kept] = solution.T.float()
 
 
 def straightforward(
@@ -134,24 +134,24 @@ def straightforward(
     config = model.config
     original = copy.deepcopy(model).eval().requires_grad_(False)
     pruned = copy.deepcopy(original)
-    masked = projections(pruned)
+    masked = mask_inputs(pruned)
     costs = [head_flops(config, settings["seq_len"]), neuron_flops(config, settings["seq_len"])]
     total = config.num_hidden_layers * (
         config.num_attention_heads * costs[0] + config.intermediate_size * costs[1])
     budget = (1 - settings["constraint"]) * total
     masks = []
-    for sublayer, part in enumerate(masked):
-        scores = measure(pruned, original, masked, batches, settings)[sublayer:]
+    for index, part in enumerate(masked):
+        scores = unit_scores(pruned, original, masked, batches, settings)[index:]
         unit_costs = torch.cat([
-            torch.full_like(s, costs[(sublayer + offset) % 2], dtype=torch.float64)
+            torch.full_like(s, costs[(index + offset) % 2], dtype=torch.float64)
             for offset, s in enumerate(scores)])
         kept = scores[0] > straightforward_threshold(torch.cat(scores), unit_costs, budget)
-        budget -= int(kept.sum()) * costs[sublayer % 2]
-        width = 1 if sublayer % 2 else config.head_width
+        budget -= int(kept.sum()) * costs[index % 2]
+        width = 1 if index % 2 else config.head_width
         with torch.no_grad():
             part.mask.copy_(kept.repeat_interleave(width))
         if settings["sublayerwise_tuning"] and kept.any():
-            refit(pruned, original, sublayer, masked, batches)
+            refit(pruned, original, index, part, batches)
         masks.append(kept.float())
     return torch.stack(masks[0::2]), torch.stack(masks[1::2])
 
@@ -164,9 +164,8 @@ def random_model(config: BertConfig, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = TinyBertForSequenceClassification(config).eval()
     with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            for dense in (layer.attention.output.dense, layer.output.dense):
-                dense.weight *= torch.rand(dense.in_features).add_(0.2) * 4
+        for sublayer in sublayers(model):
+            sublayer.dense.weight *= torch.rand(sublayer.dense.in_features).add_(0.2) * 4
         model.classifier.weight *= 20
     return model
 

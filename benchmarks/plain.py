@@ -10,9 +10,7 @@ import json
 import math
 import random
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -458,18 +456,13 @@ class PlainInstances:
         max_length: int = MAX_LENGTH, short_probability: float = 0.1,
     ) -> None:
         self.documents, self.pieces = documents, list(pieces)
-        self.ends = list(accumulate(len(document) for document in documents))
         self.max_tokens = max_length - 3
         self.short_probability = short_probability
         self.random = random.Random(seed)
 
     def other_document(self, document: int) -> list[list[str]]:
-        """Draw another document, in proportion to its sentences."""
-        own = len(self.documents[document])
-        sentence = self.random.randrange(self.ends[-1] - own)
-        if sentence >= self.ends[document] - own:
-            sentence += own
-        return self.documents[bisect_right(self.ends, sentence)]
+        index = self.random.randrange(len(self.documents) - 1)
+        return self.documents[index + (index >= document)]
 
     def random_second(self, document: int, length: int) -> list[str]:
         other = self.other_document(document)

@@ -10,8 +10,6 @@ Example (`run.py` makes the folder):
 """
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import random
@@ -352,7 +350,7 @@ def our_training(
     return run
 
 
-def our_task_training(
+def training_job(
     setup: Setup, rows: int, trainers: list[StudentTrainer], teacher: Callable, data: Any
 ) -> Job:
     chosen = spread(data.lengths, rows)
@@ -368,14 +366,14 @@ def our_general(setup: Setup, rows: int, students: int) -> Job:
         trainers.append(make_trainer(setup, student, IntermediateLoss(student)))
     encoder = freeze(BertModel(config, add_pooler=False), dtype, device)
     teacher = IntermediateTeacher(encoder, [c.num_hidden_layers for c in configs])
-    return our_task_training(setup, rows, trainers, teacher, setup.instances())
+    return training_job(setup, rows, trainers, teacher, setup.instances())
 
 
 def our_intermediate(setup: Setup, rows: int, features: Features | None = None) -> Job:
     classifier, student = task_models(setup)
     trainer = make_trainer(setup, student, IntermediateLoss(student, is_student=True))
     teacher = IntermediateTeacher(classifier.bert, [student.config.num_hidden_layers])
-    return our_task_training(
+    return training_job(
         setup, rows, [trainer], teacher, features or setup.features("train"))
 
 
@@ -402,7 +400,7 @@ def our_finetune(setup: Setup, rows: int) -> Job:
 
     model = TinyBertForSequenceClassification(setup.teacher_config())
     trainer = make_trainer(setup, model, LabelLoss(model))
-    return our_task_training(setup, rows, [trainer], no_teacher, setup.features("train"))
+    return training_job(setup, rows, [trainer], no_teacher, setup.features("train"))
 
 
 def our_evaluation(setup: Setup, rows: int) -> Job:
@@ -432,16 +430,14 @@ def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
 def pregenerate(
     folder: Path, corpus: str, output_dir: Path, length: int, epochs: int, workers: int = 1
 ) -> None:
-    """Run pregenerate_training_data.py in this process, silently."""
+    """Run pregenerate_training_data.py in this process."""
     import pregenerate_training_data as script
 
     values = {"train_corpus": folder / corpus, "bert_model": folder / "vocabulary",
               "output_dir": output_dir, "max_seq_len": length, "epochs_to_generate": epochs,
               "num_workers": workers}
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        run_script(script.main, script.get_args_parser(), words)
+    run_script(script.main, script.get_args_parser(), words)
 
 
 def our_memory(setup: Setup, rows: int) -> Job:
