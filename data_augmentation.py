@@ -6,7 +6,7 @@ stays the original. Replacements of words that are one word piece come from BERT
 those of other words are the nearest neighbours among the word vectors.
 
 Finished shards wait in a folder beside the output, .unfinished-train_aug.tsv, until all are there;
---resume goes on with them after a kill. Under torchrun each process varies its share of the rows.
+--resume continues with them after a kill. Under torchrun each process varies its share of the rows.
 
 Example:
     python data_augmentation.py --pretrained_bert_model models/bert-base-uncased \
@@ -163,7 +163,7 @@ def augmented_rows(
 
 
 def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
-    """Where to write."""
+    """Return the file to write; a folder of that name is a `UserError`."""
     path = Path(args.output_file) if args.output_file else data_dir / "train_aug.tsv"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file to write with --output_file")

@@ -1,7 +1,7 @@
 """Turn WikiExtractor's JSON files into the corpus that pregenerate_training_data.py reads.
 
 One sentence a line, a blank line between documents. Finished shards wait in a folder beside the
-output, .unfinished-NAME, until all are there; --resume goes on with them after a kill. Under
+output, .unfinished-NAME, until all are there; --resume continues with them after a kill. Under
 torchrun each process converts its share of the files.
 
 Example:
@@ -227,7 +227,7 @@ def check_size(files: list[Path], folder: Path) -> None:
 def choose_splitter(conversion: Conversion, choice: str) -> None:
     """Keep the sentence model beside the shards, and log which one it is.
 
-    Where a later call goes on, the model is still the same, whatever can be downloaded then.
+    Where a later call continues, the model is still the same, whatever can be downloaded then.
     """
     path = conversion.splitter_path
     if distributed.is_main() and not path.is_file():

@@ -85,7 +85,7 @@ def setups(tmp_path_factory) -> dict[str, Setup]:
         "prepare": Setup(prepare_data, [
             "--input_dir", f"{root}/extracted", "--punkt", "train", "--num_workers", "1",
         ], ("--punkt", "auto"), ("--input_dir", root / "extracted" / "AA" / "wiki_03"),
-            ("needs about", "going on with")),
+            ("needs about", "resuming")),
     }
 
 
@@ -243,11 +243,11 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(setups, expected, tmp_
     process.wait_until(lambda log: len(finished_shards(tmp_path)) >= 1)
     os.kill(children(process.popen.pid)[1], signal.SIGKILL)
     assert process.end() == 0, process.output()
-    assert "going on with" in process.output()
+    assert "resuming" in process.output()
     assert written(tmp_path) == expected["augment"]
 
 
-def test_a_mistake_that_one_process_finds_ends_both(setups, tmp_path):
+def test_a_user_error_in_one_process_ends_both(setups, tmp_path):
     setup = setups["prepare"]
     shutil.copytree(setup.flags[1], tmp_path / "extracted")
     broken = tmp_path / "extracted" / "AA" / "wiki_03"

@@ -51,19 +51,19 @@ BATCH_ROWS = 1024  # one row costs a whole vocabulary of logits
 
 
 def is_plain_word(token: str) -> bool:
-    """Whether Algorithm 1 may vary this basic token: letters a-z only and not a stop word."""
+    """Return whether Algorithm 1 may vary a basic token: letters a-z only and no stop word."""
     return PLAIN_WORD.fullmatch(token) is not None and token not in STOP_WORDS
 
 
 def is_replacement(token: str) -> bool:
-    """Whether a vocabulary entry is a word: no special token, `##` piece or punctuation."""
+    """Return whether a vocabulary entry is a word: no special token, `##` piece or punctuation."""
     return token != "" and all(letter.isalpha() or letter.isdecimal() for letter in token)
 
 
 class GloveIndex:
     """Word vectors of unit length and their nearest neighbours by cosine.
 
-    words: their spellings, the most frequent first
+    words: the most frequent first
     vectors: [words, dim] float32
     """
 
@@ -115,7 +115,7 @@ class GloveIndex:
     def nearest(
         self, words: Iterable[str], k: int, words_only: bool = False
     ) -> list[list[str]]:
-        """The `k` nearest neighbours of each word, the nearest first, the word itself left out.
+        """Return the `k` nearest neighbours of each word, the nearest first, without the word.
 
         A word without a vector has none. `words_only` folds case: a query is found under any
         spelling, and neighbours are words in lower case, each once.
@@ -147,7 +147,7 @@ class GloveIndex:
         return index
 
     def _best(self, scores: np.ndarray, query: int, k: int, words_only: bool) -> list[str]:
-        """The spellings of the `k` highest scores; equal ones in the order of the file."""
+        """Return the words of the `k` highest scores; equal ones in the order of the file."""
         scores[query] = -np.inf
         if words_only:
             scores[self._folded_ids[self.words[query].lower()]] = -np.inf
@@ -179,7 +179,7 @@ def _vector_lines(path: Path, vocab_size: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _vector_width(path: Path | str, lines: Sequence[tuple[int, bytes]]) -> int:
-    """The number of fields after the word, as most lines have it: few words contain spaces."""
+    """Return the fields after the word, as most lines have them: few words contain spaces."""
     counts = Counter(line.count(b" ") for _, line in lines)
     dim = min(counts, key=lambda count: (-counts[count], count))
     if dim < 1:
@@ -217,7 +217,7 @@ def _parse_vectors(
 
 
 def _parse_numbers(text: bytes) -> np.ndarray:
-    """Numbers separated by spaces, as float32; empty if anything else is among them."""
+    """Return numbers separated by spaces as float32; empty if anything else is among them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # how older numpy reports bad text
         try:
@@ -328,19 +328,19 @@ class DataAugmentor:
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self.counts: Counter[str] = Counter()
         self._pieces: dict[str, list[int]] = {}
-        self._spellings = list(tokenizer.vocab)
+        self._words = list(tokenizer.vocab)
         self._forbidden = self._forbidden_entries()
         self.next_sentence = 0
 
     def candidates(self, sentences: Sequence[str]) -> list[dict[int, list[str]]]:
-        """For each sentence, the replacements of each basic token that may be varied, best first.
+        """Return for each sentence the replacements of each token that may be varied, best first.
 
         A word that gets no proposal keeps itself as the only one, as in the original.
         """
         return [candidates for _, candidates in self._analyse(sentences)]
 
     def augment(self, sentences: str | Sequence[str]) -> list[str] | list[list[str]]:
-        """The sentence and up to N different variations of it; a list of them for several.
+        """Return the sentence and up to N different variations of it; for several, a list of each.
 
         Variations are lower-cased basic tokens joined by spaces. N draws are made, and a draw
         that changes nothing or repeats an earlier one adds no sentence.
@@ -378,10 +378,10 @@ class DataAugmentor:
     def _analyse(
         self, sentences: Sequence[str]
     ) -> list[tuple[list[str], dict[int, list[str]]]]:
-        """Basic tokens and candidates of each sentence; a sentence that repeats is done once."""
+        """Return basic tokens and candidates of each sentence; a repeated one is done once."""
         unique = list(dict.fromkeys(sentences))
         tokens = [self.tokenizer.basic_tokenizer.tokenize(sentence) for sentence in unique]
-        self._spell({token for row in tokens for token in row})
+        self._look_up({token for row in tokens for token in row})
         found: list[dict[int, list[str]]] = [{} for _ in unique]
         queries, rare = [], []
         for sentence, row in enumerate(tokens):
@@ -410,13 +410,13 @@ class DataAugmentor:
         results = dict(zip(unique, zip(tokens, found, strict=True), strict=True))
         return [results[sentence] for sentence in sentences]
 
-    def _spell(self, words: Iterable[str]) -> None:
+    def _look_up(self, words: Iterable[str]) -> None:
         """Look up the word pieces of words not met before."""
         new = [word for word in sorted(words) if word not in self._pieces]
         self._pieces.update(zip(new, self.tokenizer.encode_batch(new), strict=True))
 
     def _query(self, sentence: int, token: int, pieces: list[int], start: int) -> Query:
-        """The model's input that masks the piece at `start` and shows the original beside it.
+        """Return the model's input that masks the piece at `start`, with the original beside it.
 
         An input longer than the model's positions is cut at its end; where that would cut off
         [MASK] itself, both copies of the sentence shrink to a window around it.
@@ -447,7 +447,7 @@ class DataAugmentor:
         proposals = [self._propose(batch) for batch in batches]
         for batch, best in zip(batches, proposals, strict=True):
             for query, ids in zip(batch, best.tolist(), strict=True):
-                words = [self._spellings[piece] for piece in ids]
+                words = [self._words[piece] for piece in ids]
                 found[query.sentence][query.token] = [
                     word for word in words if not word.startswith("##")
                 ]
@@ -468,7 +468,7 @@ class DataAugmentor:
 
     @torch.inference_mode()
     def _propose(self, batch: Sequence[Query]) -> torch.Tensor:
-        """The ids of the best entries at each [MASK]: [batch, up to M], the likeliest first."""
+        """Return the ids of the best entries at each [MASK]: [batch, up to M], likeliest first."""
         shape = (len(batch), len(batch[0].ids))
         ids = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
         segments = np.zeros(shape, dtype=np.int64)
@@ -478,7 +478,7 @@ class DataAugmentor:
             ids[row, :length] = query.ids
             segments[row, query.first_length : length] = 1
             attention_mask[row, :length] = 1
-        # Numbers of positions, not a mask, whose count a GPU would have to be waited for.
+        # Indices, not a boolean mask, whose count would synchronise with the GPU.
         rows, positions = np.arange(len(batch)), np.array([query.position for query in batch])
         *inputs, rows, positions = (
             torch.from_numpy(array).to(self.device)
@@ -488,9 +488,9 @@ class DataAugmentor:
         return logits.topk(min(self.M, self._allowed)).indices
 
     def _forbidden_entries(self) -> torch.Tensor:
-        """Which entries are never proposed: bool [the model's vocabulary]."""
+        """Return which entries are never proposed: bool [the model's vocabulary]."""
         forbidden = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
-        for index, spelling in enumerate(self._spellings):
-            forbidden[index] = self.drop_non_words and not is_replacement(spelling)
+        for index, piece in enumerate(self._words):
+            forbidden[index] = self.drop_non_words and not is_replacement(piece)
         self._allowed = len(forbidden) - int(forbidden.sum())
         return forbidden.to(self.device)

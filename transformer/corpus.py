@@ -156,9 +156,9 @@ def write_corpus(folder: Path, blocks: Iterable[TokenizedBlock]) -> int:
 def document_blocks(corpus: Corpus, size: int = SENTENCES_PER_BLOCK) -> list[tuple[int, int]]:
     """Return the sentences [begin, end) of blocks of whole documents, of about `size`."""
     wanted = np.arange(0, corpus.sentences, size)
-    borders = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
-    borders = [*borders[borders < corpus.sentences].tolist(), corpus.sentences]
-    return list(itertools.pairwise(borders))
+    bounds = np.unique(corpus.document_starts[np.searchsorted(corpus.document_starts, wanted)])
+    bounds = [*bounds[bounds < corpus.sentences].tolist(), corpus.sentences]
+    return list(itertools.pairwise(bounds))
 
 
 # ------------------------------------------------------------------ random numbers
@@ -251,7 +251,7 @@ def make_instances(
 ) -> Iterator[Instances]:
     """Yield the instances of the sentences [begin, end) for one epoch, block by block.
 
-    `begin` and `end` are borders of documents, of the whole corpus if not given. Sentences are
+    `begin` and `end` are boundaries of documents, of the whole corpus if not given. Sentences are
     gathered until they hold the target length, split at a random one, and half of the time the
     second part is exchanged for a random span and given back to the document. The target is the
     full length or, with probability `short_seq_prob`, a random shorter one. `one_seq` keeps

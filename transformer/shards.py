@@ -42,7 +42,7 @@ COPIED_BYTES = 1 << 20  # at once
 
 
 class LostWorker(UserError):
-    """A worker process was killed; the finished shards are as good as ever."""
+    """A worker process was killed; the finished shards stay valid."""
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
@@ -73,8 +73,8 @@ def share(tasks: Sequence[Task]) -> Sequence[Task]:
 class ShardedFile:
     """A file that is merged from shards; every process of the run has one, of the same path.
 
-    Use it as a context manager around the work: a user's mistake that shows in it, such as a
-    malformed input, removes what this call has made.
+    Use it as a context manager around the work: a `UserError` in it, such as a malformed input,
+    removes the shards of a new run.
 
     output: the file
     folder: holds the shards, and the manifest: the arguments and inputs they are made with
@@ -93,12 +93,12 @@ class ShardedFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        mistake = isinstance(error, UserError) and not isinstance(error, LostWorker)
-        if mistake and self.state == "new" and distributed.world_size() == 1:
+        useless = isinstance(error, UserError) and not isinstance(error, LostWorker)
+        if useless and self.state == "new" and distributed.world_size() == 1:
             self._remove_folder()
 
     def begin(self, args: argparse.Namespace, inputs: Mapping[str, str]) -> str:
-        """Make the folder or, with --resume, go on with it; return the state.
+        """Make the folder or, with --resume, continue with it; return the state.
 
         Args:
             args: the command line, with `resume` and `overwrite`.
@@ -118,7 +118,7 @@ class ShardedFile:
             _check_same(self.manifest, args, inputs)
             for temporary in self.folder.glob(".*.tmp"):
                 temporary.unlink()
-            logger.info("going on with %s", self.folder)
+            logger.info("resuming %s", self.folder)
             return "resume"
         if args.resume and self._is_merged():
             _check_same(self.metadata, args, inputs)
@@ -128,7 +128,7 @@ class ShardedFile:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
         if self.manifest.is_file():
             logger.warning("%s: the unfinished work of an earlier call is discarded; --resume"
-                           " would have gone on with it", self.folder)
+                           " would have continued it", self.folder)
         self._remove_folder()
         self.folder.mkdir(parents=True)
         write_json(self.manifest, {"arguments": argument_values(args), "inputs": dict(inputs),
