@@ -21,12 +21,12 @@ import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from transformer import distributed
 from transformer.augmentation import (
@@ -43,13 +43,12 @@ from transformer.modeling import BertForMaskedLM, freeze
 from transformer.runtime import (
     add_precision_argument,
     add_resume_argument,
-    check_disk,
     get_device,
     log_start,
     resolve_precision,
     run_script,
 )
-from transformer.shards import ShardedFile, fingerprint, share
+from transformer.shards import Shard, ShardedFile, cut, fingerprint
 from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_path, task_rows, tsv_line
 from transformer.tokenization import BertTokenizer
 
@@ -122,44 +121,42 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: expected 0 (all) or more")
 
 
-class Shard(NamedTuple):
-    """Rows [begin, end) of the table; all of them are varied, or none."""
-
-    begin: int
-    end: int
-    varied: bool
-
-    @property
-    def name(self) -> str:
-        return f"rows_{self.begin}"
-
-
-def cut(rows: int, varied: int) -> list[Shard]:
-    """Cut so many rows into shards; the first `varied` are to be varied."""
-    shards = [Shard(begin, min(begin + SHARD_ROWS, varied), True)
-              for begin in range(0, varied, SHARD_ROWS)]
-    return shards + [Shard(varied, rows, False)] * (varied < rows)
-
-
 def augmented_rows(
-    table: TaskRows, augmentor: DataAugmentor, shard: Shard
+    table: TaskRows, augmentor: DataAugmentor, shard: Shard, varied: int
 ) -> Iterator[list[list[str]]]:
     """Yield for each row of the shard the rows that replace it: itself, then its variations.
 
-    The two sentences of a pair are varied one at a time, each beside the original of the other.
+    Only the first `varied` rows of the table are varied. The two sentences of a pair are varied
+    one at a time, each beside the original of the other.
     """
     columns = [column for column in (table.text_a, table.text_b) if column is not None]
-    rows = table.rows[shard.begin : shard.end]
-    if not shard.varied:
-        columns = []
     augmentor.next_sentence = shard.begin * len(columns)
-    variations = iter(augmentor.augment([row[column] for row in rows for column in columns]))
-    for row in rows:
+    variations = iter(augmentor.augment([
+        row[column] for row in table.rows[shard.begin : min(shard.end, varied)]
+        for column in columns]))
+    for index in range(shard.begin, shard.end):
+        row = table.rows[index]
         new_rows = [row]
-        for column in columns:
+        for column in columns if index < varied else ():
             for sentence in next(variations)[1:]:
                 new_rows.append([*row[:column], sentence, *row[column + 1 :]])
         yield new_rows
+
+
+def write_rows(
+    table: TaskRows, augmentor: DataAugmentor, varied: int, source: Path,
+    shard: Shard, output: BinaryIO, counts: Counter[str],
+) -> None:
+    """Write the rows that replace those of a shard, in the first one after the header."""
+    header = [] if table.header is None else [table.header]
+    augmentor.counts.clear()
+    if shard.begin == 0:
+        output.write("".join(tsv_line(row, source, 1) for row in header).encode())
+    first = shard.begin + len(header) + 1
+    for number, new_rows in enumerate(augmented_rows(table, augmentor, shard, varied), first):
+        output.write("".join(tsv_line(row, source, number) for row in new_rows).encode())
+        counts["written"] += len(new_rows)
+    counts.update(augmentor.counts)
 
 
 def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
@@ -184,56 +181,21 @@ def fingerprints(
     }
 
 
-def check_size(folder: Path, table: TaskRows, varied: int, draws: int) -> None:
-    """Raise a `UserError` if the disk does not hold the rows twice: in shards, and merged."""
+def output_bytes(table: TaskRows, varied: int, draws: int) -> int:
+    """Return how large the augmented rows are at most, roughly."""
     sizes = [len("\t".join(row).encode()) + 1 for row in table.rows]
-    new = draws * (1 if table.text_b is None else 2)  # of each row, at most
-    check_disk("augmentation", folder, 2 * (sum(sizes) + new * sum(sizes[:varied])))
+    new = draws * (1 if table.text_b is None else 2)  # of each row
+    return sum(sizes) + new * sum(sizes[:varied])
 
 
-def write_shard(
-    output: ShardedFile, shard: Shard, table: TaskRows, augmentor: DataAugmentor, source: Path
-) -> None:
-    """Write the rows that replace those of a shard, in the first one after the header."""
-    header = [] if table.header is None else [table.header]
-    augmentor.counts.clear()
-    with output.write_shard(shard.name) as (file, counts):
-        if shard.begin == 0:
-            file.write("".join(tsv_line(row, source, 1) for row in header).encode())
-        first = shard.begin + len(header) + 1
-        for number, new_rows in enumerate(augmented_rows(table, augmentor, shard), first):
-            file.write("".join(tsv_line(row, source, number) for row in new_rows).encode())
-            counts["written"] += len(new_rows)
-        counts.update(augmentor.counts)
-
-
-def write_shards(
-    output: ShardedFile, shards: Sequence[Shard], table: TaskRows, augmentor: DataAugmentor,
-    source: Path,
-) -> int:
-    """Write what is missing of this process's share; return how many rows this call has varied."""
-    made, mine = 0, share(shards)
-    with tqdm(total=sum(shard.end - shard.begin for shard in mine), unit="row", desc="augment",
-              disable=None if distributed.is_main() else True) as progress:
-        for shard in mine:
-            if not output.is_finished(shard.name):
-                write_shard(output, shard, table, augmentor, source)
-                made += shard.end - shard.begin
-            progress.update(shard.end - shard.begin)
-    return sum(distributed.gather(made))
-
-
-def report(counts: Counter[str], rows: int, made: int, seconds: float) -> None:
-    """Print what came out, and warn where the model hardly knows the text.
-
-    `made` rows were varied by this call, in so many seconds.
-    """
+def report(counts: Counter[str], rows: int, seconds: float) -> None:
+    """Log what came out, and warn where the model hardly knows the text."""
     written = counts["written"]
     logger.info(
-        "%d rows in, %d rows out (%.1f for one) in %.1f s, %.1f rows/s; %d words varied, %d of "
-        "them without candidates; %d of %d word pieces are [UNK]",
-        rows, written, written / rows, seconds, made / seconds, counts["words"],
-        counts["no_candidates"], counts["unknown"], counts["pieces"],
+        "%d rows in, %d rows out (%.1f for one) in %.1f s; %d words varied, %d of them without "
+        "candidates; %d of %d word pieces are [UNK]",
+        rows, written, written / rows, seconds, counts["words"], counts["no_candidates"],
+        counts["unknown"], counts["pieces"],
     )
     if counts["unknown"] > UNKNOWN_SHARE_LIMIT * counts["pieces"]:
         logger.warning(
@@ -276,31 +238,24 @@ def main(args: argparse.Namespace) -> None:
 
     # A new start, or where an earlier call was stopped
     output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
-    if output.begin(args, fingerprints(args, source, device, dtype)) == "finished":
-        logger.info("%s: finished already, by an earlier call with these arguments", output_file)
+    size = output_bytes(table, varied, args.N)
+    if not output.begin(args, fingerprints(args, source, device, dtype), size):
         return
 
-    with output:
-        # Model and word vectors
-        if output.state == "new":
-            check_size(output.folder, table, varied, args.N)
-        tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
-        model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
-        glove = GloveIndex.load(args.glove_embs)
-        augmentor = DataAugmentor(
-            model, tokenizer, glove, args.M, args.N, args.p, args.seed,
-            batch_tokens=args.batch_tokens,
-        )
-        log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
+    # Model and word vectors
+    tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
+    model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
+    glove = GloveIndex.load(args.glove_embs)
+    augmentor = DataAugmentor(model, tokenizer, glove, args.M, args.N, args.p, args.seed,
+                              batch_tokens=args.batch_tokens)
+    log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 
-        # Write
-        start, shards = time.perf_counter(), cut(len(table.rows), varied)
-        names = [shard.name for shard in shards]
-        made = write_shards(output, shards, table, augmentor, source)
-        counts = output.total_counts(names)
-        if distributed.is_main():
-            output.merge(names)
-    report(counts, len(table.rows), made, time.perf_counter() - start)
+    # Write
+    start, shards = time.perf_counter(), cut(len(table.rows), SHARD_ROWS)
+    counts = output.make(shards, partial(write_rows, table, augmentor, varied, source), "row")
+    if distributed.is_main():
+        output.merge(shards)
+    report(counts, len(table.rows), time.perf_counter() - start)
     logger.info("wrote %s", output_file)
 
 

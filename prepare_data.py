@@ -22,18 +22,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, BinaryIO
 
 from transformer import distributed
 from transformer.file_utils import UserError, read_json, write_text
-from transformer.runtime import add_resume_argument, check_disk, run_script
-from transformer.shards import ShardedFile, fingerprint, share, worker_pool
+from transformer.runtime import add_resume_argument, run_script
+from transformer.shards import Shard, ShardedFile, cut, fingerprint
 
 if TYPE_CHECKING:  # imported where it is needed, as it takes a second
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
@@ -45,17 +42,6 @@ PUNKT_DOWNLOAD_SECONDS = 30
 PUNKT_SAMPLE_CHARACTERS = 10_000_000
 SHARDS = 1024  # of a large corpus, or up to twice as many; a smaller one has one a file
 COMPRESSION = 4  # how many times smaller a .bz2 of text is
-
-
-class Shard(NamedTuple):
-    """The input files [begin, end)."""
-
-    begin: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"files_{self.begin}"
 
 
 def find_input_files(input_dir: Path) -> list[Path]:
@@ -165,6 +151,7 @@ def write_splitter(path: Path, parameters: PunktParameters, name: str) -> None:
     write_text(path, json.dumps({"name": name, **vars(parameters)}, default=sorted))
 
 
+@cache
 def read_splitter(path: Path) -> PunktSentenceTokenizer:
     """Read what `write_splitter` wrote, as a sentence splitter."""
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
@@ -177,74 +164,31 @@ def read_splitter(path: Path) -> PunktSentenceTokenizer:
     return PunktSentenceTokenizer(parameters)
 
 
-@dataclass
-class Conversion:
-    """The input files and the corpus that becomes of them, as every process knows them."""
-
-    files: list[Path]
-    corpus: ShardedFile
-
-    @property
-    def splitter_path(self) -> Path:
-        return self.corpus.folder / "splitter.json"
-
-    @cached_property
-    def splitter(self) -> PunktSentenceTokenizer:
-        """The sentence splitter: one model for all processes and calls."""
-        return read_splitter(self.splitter_path)
-
-    @cached_property
-    def shards(self) -> list[Shard]:
-        """The files, cut into shards."""
-        size, count = max(1, len(self.files) // SHARDS), len(self.files)
-        return [Shard(begin, min(begin + size, count)) for begin in range(0, count, size)]
-
-    def convert(self, shard: Shard) -> Shard:
-        """Split all articles of the shard's files, unless that is done."""
-        if self.corpus.is_finished(shard.name):
-            return shard
-        with self.corpus.write_shard(shard.name) as (file, counts):
-            paths = self.files[shard.begin : shard.end]
-            for text in chain.from_iterable(map(read_articles, paths)):
-                sentences = split_sentences(text, self.splitter)
-                if sentences:  # redirects have none
-                    separator = "\n" if counts["documents"] else ""
-                    document = separator + "\n".join(sentences) + "\n"
-                    # JSON can spell half a surrogate pair, which UTF-8 can not.
-                    file.write(document.encode("utf-8", errors="replace"))
-                counts["documents" if sentences else "empty"] += 1
-                counts["sentences"] += len(sentences)
-        return shard
-
-
-def check_size(files: list[Path], folder: Path) -> None:
-    """Raise a `UserError` if the disk does not hold the text twice: in shards, and merged."""
-    text_bytes = sum(path.stat().st_size * (COMPRESSION if path.suffix == ".bz2" else 1)
-                     for path in files)
-    check_disk("the corpus", folder, 2 * text_bytes)
-
-
-def choose_splitter(conversion: Conversion, choice: str) -> None:
+def choose_splitter(path: Path, choice: str, files: list[Path]) -> None:
     """Keep the sentence model beside the shards, and log which one it is.
 
     Where a later call continues, the model is still the same, whatever can be downloaded then.
     """
-    path = conversion.splitter_path
     if distributed.is_main() and not path.is_file():
-        write_splitter(path, *get_parameters(choice, conversion.files))
+        write_splitter(path, *get_parameters(choice, files))
     distributed.barrier()
     logger.info("sentence splitter: %s", read_json(path)["name"])
 
 
-def convert_all(conversion: Conversion, workers: int) -> Counter[str]:
-    """Make all shards of the corpus; return their counts."""
-    mine = share(conversion.shards)
-    bar = tqdm(total=sum(shard.end - shard.begin for shard in mine), unit="file",
-               desc="sentences", disable=not distributed.is_main())
-    with worker_pool(conversion.convert, max(1, min(workers, len(mine)))) as run, bar:
-        for shard in run(mine):
-            bar.update(shard.end - shard.begin)
-    return conversion.corpus.total_counts(shard.name for shard in conversion.shards)
+def convert(
+    files: list[Path], splitter_path: Path, shard: Shard, output: BinaryIO, counts: Counter[str]
+) -> None:
+    """Write the sentences of all articles of the shard's files."""
+    splitter = read_splitter(splitter_path)
+    for text in chain.from_iterable(map(read_articles, files[shard.begin : shard.end])):
+        sentences = split_sentences(text, splitter)
+        if sentences:  # redirects have none
+            separator = "\n" if counts["documents"] else ""
+            document = separator + "\n".join(sentences) + "\n"
+            # JSON can spell half a surrogate pair, which UTF-8 can not.
+            output.write(document.encode("utf-8", errors="replace"))
+        counts["documents" if sentences else "empty"] += 1
+        counts["sentences"] += len(sentences)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -288,26 +232,24 @@ def main(args: argparse.Namespace) -> None:
     distributed.connect()
 
     # All work is done in a folder beside the target.
-    corpus = ShardedFile(output)
-    if corpus.begin(args, {"--input_dir": fingerprint(files)}) == "finished":
-        logger.info("%s: finished already, by an earlier call with these arguments", output)
+    corpus, shards = ShardedFile(output), cut(len(files), max(1, len(files) // SHARDS))
+    size = sum(path.stat().st_size * (COMPRESSION if path.suffix == ".bz2" else 1)
+               for path in files)
+    if not corpus.begin(args, {"--input_dir": fingerprint(files)}, size):
         return
-    with corpus:
-        conversion = Conversion(files, corpus)
-        if corpus.state == "new":
-            check_size(files, corpus.folder)
-        choose_splitter(conversion, args.punkt)
-        counts = convert_all(conversion, args.num_workers)
-        if not counts["documents"]:
-            raise UserError(
-                f"--input_dir {args.input_dir}: 0 documents in {len(files)} files "
-                f"({counts['empty']} articles without text); expected articles with text"
-            )
-        if distributed.is_main():
-            corpus.merge([shard.name for shard in conversion.shards], separator=b"\n")
-            logger.info("%s: %d documents, %d sentences, %d bytes; %d articles without text "
-                        "skipped; %.1f s", output, counts["documents"], counts["sentences"],
-                        output.stat().st_size, counts["empty"], time.perf_counter() - start)
+    splitter_path = corpus.folder / "splitter.json"
+    choose_splitter(splitter_path, args.punkt, files)
+    counts = corpus.make(shards, partial(convert, files, splitter_path), "file", args.num_workers)
+    if not counts["documents"]:
+        raise UserError(
+            f"--input_dir {args.input_dir}: 0 documents in {len(files)} files "
+            f"({counts['empty']} articles without text); expected articles with text"
+        )
+    if distributed.is_main():
+        corpus.merge(shards, separator=b"\n")
+        logger.info("%s: %d documents, %d sentences, %d bytes; %d articles without text skipped; "
+                    "%.1f s", output, counts["documents"], counts["sentences"],
+                    output.stat().st_size, counts["empty"], time.perf_counter() - start)
 
 
 if __name__ == "__main__":

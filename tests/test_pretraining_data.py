@@ -33,7 +33,6 @@ from transformer.corpus import (
 )
 from transformer.file_utils import UserError
 from transformer.pretraining_data import (
-    IGNORED_LABEL,
     PregeneratedDataset,
     count_epochs,
     read_metrics,
@@ -463,7 +462,6 @@ def test_both_formats_give_the_same_batches(tmp_path, tokenizer, flags, reduce_m
         for pad_to in (None, 40):
             batch, other = left.collate(rows, pad_to), right.collate(rows, pad_to)
             assert all(values.equal(other[name]) for name, values in batch.items())
-        assert all(left[row][4] == right[row][4] for row in range(len(left)))
 
 
 def test_the_seed_decides_and_epochs_differ(tmp_path):
@@ -575,21 +573,18 @@ def test_the_dataset_gives_back_what_was_written(tmp_path, tokenizer, flags, red
     dataset = PregeneratedDataset(folder, 1, tokenizer, 40, reduce_memory)
     rows = read_rows(folder, 1)
     assert len(dataset) == len(rows) == len(dataset.lengths)
+    batch = dataset.collate(range(len(rows)), pad_to=40)
+    assert all(values.dtype == torch.int64 for values in batch.values())
     for index, row in enumerate(rows):
-        ids, mask, segments, labels, is_next = dataset[index]
+        ids, mask, segments = (
+            batch[name][index].tolist()
+            for name in ("input_ids", "attention_mask", "token_type_ids"))
         length = len(row["tokens"])
-        assert ids.dtype == mask.dtype == segments.dtype == labels.dtype == torch.int64
         assert dataset.lengths[index] == length
-        assert mask.tolist() == [1] * length + [0] * (40 - length)
+        assert mask == [1] * length + [0] * (40 - length)
         assert tokenizer.convert_ids_to_tokens(ids[:length]) == row["tokens"]
-        assert ids[length:].eq(tokenizer.pad_id).all()
-        assert segments.tolist() == row["segment_ids"] + [0] * (40 - length)
-        positions = labels.ne(IGNORED_LABEL).nonzero()[:, 0]
-        assert positions.tolist() == row["masked_lm_positions"]
-        assert tokenizer.convert_ids_to_tokens(labels[positions]) == row["masked_lm_labels"]
-        assert int(is_next) == row["is_random_next"]
-    with pytest.raises(IndexError):
-        dataset[len(rows)]
+        assert ids[length:] == [tokenizer.pad_id] * (40 - length)
+        assert segments == row["segment_ids"] + [0] * (40 - length)
 
 
 @pytest.fixture(scope="module")
@@ -602,15 +597,11 @@ def epochs(tmp_path_factory) -> dict[str, Path]:
 
 def test_collate_trims_to_the_longest_row(epochs, tokenizer):
     dataset = PregeneratedDataset(epochs["binary"], 0, tokenizer, 40)
-    indices = [3, 0, 5]
-    batch = dataset.collate(indices)
-    longest = dataset.lengths[indices].max()
-    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    batch, padded = dataset.collate([3, 0, 5]), dataset.collate([3, 0, 5], pad_to=40)
+    longest = dataset.lengths[[3, 0, 5]].max()
     assert {name: tuple(values.shape) for name, values in batch.items()} == dict.fromkeys(
-        names, (3, longest))
-    for row, index in enumerate(indices):
-        for name, expected in zip(names, dataset[index], strict=False):
-            assert batch[name][row].equal(expected[:longest])
+        ("input_ids", "token_type_ids", "attention_mask"), (3, longest))
+    assert all(values.equal(padded[name][:, :longest]) for name, values in batch.items())
 
 
 def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
@@ -623,7 +614,6 @@ def test_a_vocabulary_of_more_than_16_bits_is_stored_in_32(tmp_path):
         dataset = PregeneratedDataset(folder, 0, tokenizer)
         batch = dataset.collate(range(len(dataset)))
         assert (batch["input_ids"] == len(pieces) - 1).any()
-        assert (batch["labels"] == len(pieces) - 1).any()
 
 
 def test_fewer_epochs_than_asked_for_are_read_in_turn(epochs, tokenizer, caplog):
@@ -631,7 +621,9 @@ def test_fewer_epochs_than_asked_for_are_read_in_turn(epochs, tokenizer, caplog)
     dataset = PregeneratedDataset(epochs["binary"], 3, tokenizer)
     assert dataset.epoch == 1
     assert len(dataset) == read_metrics(epochs["binary"], 1).num_training_examples
-    assert dataset[0][0].equal(PregeneratedDataset(epochs["binary"], 1, tokenizer)[0][0])
+    first, again = (data.collate([0])["input_ids"]
+                    for data in (dataset, PregeneratedDataset(epochs["binary"], 1, tokenizer)))
+    assert first.equal(again)
     assert "2 epochs were generated" in caplog.text
 
 
@@ -701,12 +693,6 @@ def test_folders_without_epochs_another_vocabulary_and_longer_rows_are_refused(
     ({"tokens": None}, "tokens"),
     ({"tokens": ["w1"] * 33, "segment_ids": [0] * 33}, "33 tokens; expected 1 to 32"),
     ({"segment_ids": [0]}, "segment ids"),
-    ({"is_random_next": 1}, "is_random_next"),
-    ({"masked_lm_positions": [], "masked_lm_labels": ["w1"]}, "0 masked positions, but 1 labels"),
-    ({"masked_lm_positions": [40], "masked_lm_labels": ["w1"]}, "masked positions from 0"),
-    ({"masked_lm_positions": [0], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
-    ({"tokens": ["[CLS]", "w1", "[SEP]", "w2", "[SEP]"], "segment_ids": [0, 0, 0, 1, 1],
-      "masked_lm_positions": [2], "masked_lm_labels": ["w1"]}, "none of [CLS] or [SEP]"),
     ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),
     ({"tokens": ["[CLS]", "w1", "[SEP]", "[SEP]"], "segment_ids": [0, 0, 0, 1]}, "of a pair"),
     ({"tokens": [["w1"]], "segment_ids": [0]}, "line 2"),

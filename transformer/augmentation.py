@@ -104,7 +104,9 @@ class GloveIndex:
         blocks: list[np.ndarray] = []
         dim = None
         while block := list(islice(lines, VECTOR_BLOCK)):
-            dim = dim or _vector_width(path, block)
+            if dim is None:  # as most lines have it: few words contain spaces
+                widths = Counter(line.count(b" ") for _, line in block)
+                dim = max(1, widths.most_common(1)[0][0])
             new_words, vectors = _parse_vectors(path, block, dim)
             words.extend(new_words)
             blocks.append(vectors)
@@ -112,9 +114,7 @@ class GloveIndex:
             raise UserError(f"{path}: no word vectors; expected a word and its numbers on a line")
         return cls(words, np.concatenate(blocks))
 
-    def nearest(
-        self, words: Iterable[str], k: int, words_only: bool = False
-    ) -> list[list[str]]:
+    def nearest(self, words: Iterable[str], k: int, words_only: bool = False) -> list[list[str]]:
         """Return the `k` nearest neighbours of each word, the nearest first, without the word.
 
         A word without a vector has none. `words_only` folds case: a query is found under any
@@ -176,19 +176,6 @@ def _vector_lines(path: Path, vocab_size: int) -> Iterator[tuple[int, bytes]]:
             found += 1
             if found == vocab_size:
                 return
-
-
-def _vector_width(path: Path | str, lines: Sequence[tuple[int, bytes]]) -> int:
-    """Return the fields after the word, as most lines have them: few words contain spaces."""
-    counts = Counter(line.count(b" ") for _, line in lines)
-    dim = min(counts, key=lambda count: (-counts[count], count))
-    if dim < 1:
-        number, line = lines[0]
-        text = line[:40].decode("utf-8", "replace")
-        raise UserError(
-            f"{path}, line {number}: {text!r}; expected a word and its numbers, separated by spaces"
-        )
-    return dim
 
 
 def _parse_vectors(
@@ -375,9 +362,7 @@ class DataAugmentor:
                 variations.append(text)
         return variations
 
-    def _analyse(
-        self, sentences: Sequence[str]
-    ) -> list[tuple[list[str], dict[int, list[str]]]]:
+    def _analyse(self, sentences: Sequence[str]) -> list[tuple[list[str], dict[int, list[str]]]]:
         """Return basic tokens and candidates of each sentence; a repeated one is done once."""
         unique = list(dict.fromkeys(sentences))
         tokens = [self.tokenizer.basic_tokenizer.tokenize(sentence) for sentence in unique]
@@ -395,11 +380,12 @@ class DataAugmentor:
                     continue
                 found[sentence][index] = []  # fixes the order in which words draw
                 if len(pieces[index]) == 1:
-                    query = self._query(sentence, index, sentence_ids, int(starts[index]))
-                    queries.append(query)
+                    queries.append(self._query(sentence, index, sentence_ids, int(starts[index])))
                 else:
                     rare.append((sentence, index, token))
-        self._fill_rare(rare, found)
+        near = self.glove.nearest([word for _, _, word in rare], self.M, self.drop_non_words)
+        for (sentence, index, _), words in zip(rare, near, strict=True):
+            found[sentence][index] = words
         self._fill_masked(queries, found)
         for row, candidates in zip(tokens, found, strict=True):
             self.counts["words"] += len(candidates)
@@ -430,15 +416,6 @@ class DataAugmentor:
         ids = [self.tokenizer.cls_id, *pieces, separator, *pieces, separator]
         ids[start + 1] = self.tokenizer.mask_id
         return Query(sentence, token, ids[:limit], len(pieces) + 2, start + 1)
-
-    def _fill_rare(
-        self, rare: Sequence[tuple[int, int, str]], found: list[dict[int, list[str]]]
-    ) -> None:
-        """Fill in the neighbours of the words that are several word pieces."""
-        words = [word for _, _, word in rare]
-        neighbours = self.glove.nearest(words, self.M, words_only=self.drop_non_words)
-        for (sentence, index, _), near in zip(rare, neighbours, strict=True):
-            found[sentence][index] = near
 
     def _fill_masked(self, queries: Sequence[Query], found: list[dict[int, list[str]]]) -> None:
         """Fill in what the model proposes for the words that are one word piece."""

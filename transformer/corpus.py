@@ -7,6 +7,7 @@ two spans of that array, as cutting it to length only trims ends (BERT, arXiv 18
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ CORPUS_IDS_NAME = "corpus.bin"
 SENTENCES_NAME, DOCUMENTS_NAME = "sentences.bin", "documents.bin"
 
 
-def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
-    """Map a file of values into memory, read-only; an empty file is an empty array."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+def load_array(file: BinaryIO, dtype: np.dtype | str, mapped: bool = True) -> np.ndarray:
+    """Read all values of a file, or map them into memory, read-only."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if mapped and size:
+        return np.asarray(np.memmap(file, dtype, mode="r"))
+    return np.fromfile(file, dtype)
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -58,9 +61,13 @@ class Corpus(NamedTuple):
     @classmethod
     def open(cls, folder: Path, vocab_size: int) -> "Corpus":
         """Map the files that `write_corpus` wrote; processes share their memory."""
-        return cls(map_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)),
-                   map_array(folder / SENTENCES_NAME, "<i8"),
-                   map_array(folder / DOCUMENTS_NAME, "<i8"))
+        dtypes = {CORPUS_IDS_NAME: id_dtype(vocab_size), SENTENCES_NAME: "<i8",
+                  DOCUMENTS_NAME: "<i8"}
+        arrays = []
+        for name, dtype in dtypes.items():
+            with (folder / name).open("rb") as file:
+                arrays.append(load_array(file, dtype))
+        return cls(*arrays)
 
 
 class TokenizedBlock(NamedTuple):

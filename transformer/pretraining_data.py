@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from transformer.corpus import (
     CORPUS_IDS_NAME,
@@ -35,8 +34,8 @@ from transformer.corpus import (
     Masking,
     RandomNumbers,
     id_dtype,
+    load_array,
     make_instances,
-    map_array,
     mask_tokens,
 )
 from transformer.file_utils import UserError, read_json, write_json
@@ -51,7 +50,6 @@ GENERATED_FILE = re.compile(
     r"corpus\.(?:bin|json)|epoch_(\d+)(\.bin|_masks\.bin|\.json|_metrics\.json)"
 )
 ROWS_PER_BLOCK = 1 << 12  # read or checked at once
-IGNORED_LABEL = -100
 
 
 # ------------------------------------------------------------------ what a folder holds
@@ -303,14 +301,15 @@ def read_array(
             f"{path}: {path.stat().st_size} bytes; expected {expected}, as {source} says; the "
             "file is incomplete or of another call"
         )
-    return map_array(path, dtype) if mapped else np.fromfile(path, dtype)
+    with path.open("rb") as file:
+        return load_array(file, dtype, mapped)
 
 
 # ------------------------------------------------------------------ reading an epoch
 
 
 class _Epoch(NamedTuple):
-    """What a dataset holds, whatever the files: spans of unmasked text, and what is masked."""
+    """What a dataset holds, whatever the format: spans of text, and what to write over it."""
 
     token_ids: np.ndarray  # [tokens]
     records: np.ndarray  # [rows] of record_dtype
@@ -356,11 +355,9 @@ def check_row(row: Any, max_length: int) -> int:
     """Return how many tokens the first segment has; a malformed row is a `ValueError`."""
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
-    for key in ("tokens", "segment_ids", "masked_lm_positions", "masked_lm_labels"):
+    for key in ("tokens", "segment_ids"):
         if not isinstance(row.get(key), list):
             raise ValueError(f'expected a list "{key}"')
-    if not isinstance(row.get("is_random_next"), bool):
-        raise ValueError('expected true or false as "is_random_next"')
     tokens, segments = row["tokens"], row["segment_ids"]
     length = len(tokens)
     if not 0 < length <= max_length:
@@ -371,28 +368,22 @@ def check_row(row: Any, max_length: int) -> int:
     ends = [tokens[0], tokens[first - 1], tokens[-1]]
     if ends != [CLS, SEP, SEP] or first == length - 1:
         raise ValueError("expected the tokens [CLS], text, [SEP], and of a pair text, [SEP]")
-    positions, labels = row["masked_lm_positions"], row["masked_lm_labels"]
-    if len(positions) != len(labels):
-        raise ValueError(f"{len(positions)} masked positions, but {len(labels)} labels")
-    if not all(
-        type(position) is int and 0 < position < length - 1 and position != first - 1
-        for position in positions
-    ):
-        raise ValueError(
-            f"expected masked positions from 0 to {length - 1}, none of [CLS] or [SEP]"
-        )
     return first
 
 
-def read_json_rows(path: Path, metrics: Metrics, vocab: dict[str, int]) -> Iterator[MaskedRow]:
-    """Yield the rows of `epoch_N.json`; a malformed one is a `UserError` that names its line."""
+def read_json_rows(
+    path: Path, metrics: Metrics, vocab: dict[str, int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the ids of both segments' text of each row of `epoch_N.json`, as they are masked.
+
+    A malformed row is a `UserError` that names its line.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 first = check_row(row, metrics.max_seq_len)
                 ids = [vocab[token] for token in row["tokens"]]
-                labels = [vocab[token] for token in row["masked_lm_labels"]]
             except KeyError as error:
                 raise UserError(
                     f"{path}, line {number}: token {error.args[0]!r} is not in the model's "
@@ -405,78 +396,45 @@ def read_json_rows(path: Path, metrics: Metrics, vocab: dict[str, int]) -> Itera
                     f"{path}, line {number}: {error}; expected the "
                     f"{metrics.num_training_examples} rows that its metrics file counts"
                 ) from None
-            yield MaskedRow(first, row["is_random_next"], ids, row["masked_lm_positions"], labels)
-
-
-class _ArrayFile:
-    """Values of one dtype in a temporary file without a name: a killed process leaves none."""
-
-    def __init__(self, dtype: np.dtype | str) -> None:
-        self.dtype = np.dtype(dtype)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def write(self, values: np.ndarray | Sequence) -> None:
-        """Append values, which must fit the dtype."""
-        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
-
-    def read(self, mapped: bool) -> np.ndarray:
-        """Return all values, or a read-only map of the file."""
-        size = self._file.tell()
-        self._file.seek(0)
-        if mapped and size:
-            return np.asarray(np.memmap(self._file, self.dtype, mode="r"))
-        return np.fromfile(self._file, self.dtype)
+            yield ids[1 : first - 1], ids[first:-1]
 
 
 def _convert_json_epoch(
     path: Path, metrics: Metrics, tokenizer: BertTokenizer, mapped: bool
 ) -> _Epoch:
-    """Convert `epoch_N.json` to the arrays of the binary format, block by block."""
-    token_ids = _ArrayFile(id_dtype(len(tokenizer)))
-    records = _ArrayFile(record_dtype(1 << 32))
-    masks, counts = _ArrayFile(mask_dtype(len(tokenizer))), _ArrayFile("<u2")
+    """Convert `epoch_N.json` to arrays as those of the binary format, block by block.
+
+    They pass through temporary files without names, which not even a killed process leaves
+    behind; TMPDIR chooses the place.
+    """
+    ids_dtype, spans_dtype = np.dtype(id_dtype(len(tokenizer))), record_dtype(1 << 32)
     rows = read_json_rows(path, metrics, tokenizer.vocab)
-    start = 0
-    while block := list(islice(rows, ROWS_PER_BLOCK)):
-        text, spans, masked = [], [], []
-        for row in block:
-            for position, label in zip(row.positions, row.labels, strict=True):
-                masked.append((position, row.ids[position]))
-                row.ids[position] = label
-            first, second = row.ids[1 : row.first_length - 1], row.ids[row.first_length : -1]
-            middle = start + len(first)
-            spans.append((start, len(first), middle, len(second), row.is_random_next))
-            start = middle + len(second)
-            text += first + second
-        token_ids.write(text)
-        records.write(spans)
-        masks.write(masked)
-        counts.write([len(row.positions) for row in block])
-    slots = _mask_slots(masks.read(True), counts.read(True), mapped)
-    if len(slots) != metrics.num_training_examples:
-        raise UserError(
-            f"{path}: {len(slots)} rows; expected {metrics.num_training_examples}, as "
-            f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another call"
-        )
-    return _Epoch(token_ids.read(mapped), records.read(mapped), slots)
-
-
-def _mask_slots(masks: np.ndarray, counts: np.ndarray, mapped: bool) -> np.ndarray:
-    """Give each row as many places for masks as the longest needs: [masks] to [rows, places]."""
-    width = int(counts.max(initial=0))
-    file = _ArrayFile(masks.dtype)
-    for begin in range(0, len(counts), ROWS_PER_BLOCK):
-        is_mask = np.arange(width) < counts[begin : begin + ROWS_PER_BLOCK, None]
-        slots = np.zeros(is_mask.shape, masks.dtype)
-        slots[is_mask], masks = np.split(masks, [np.count_nonzero(is_mask)])
-        file.write(slots)
-    return file.read(mapped).reshape(len(counts), width)
+    start = count = 0
+    with tempfile.TemporaryFile() as ids_file, tempfile.TemporaryFile() as spans_file:
+        while block := list(islice(rows, ROWS_PER_BLOCK)):
+            text, spans = [], []
+            for first, second in block:
+                middle = start + len(first)
+                spans.append((start, len(first), middle, len(second), False))
+                start = middle + len(second)
+                text += first + second
+            ids_file.write(np.array(text, ids_dtype).data)
+            spans_file.write(np.array(spans, spans_dtype).data)
+            count += len(block)
+        if count != metrics.num_training_examples:
+            raise UserError(
+                f"{path}: {count} rows; expected {metrics.num_training_examples}, as "
+                f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another call"
+            )
+        return _Epoch(load_array(ids_file, ids_dtype, mapped),
+                      load_array(spans_file, spans_dtype, mapped),
+                      np.empty((count, 0), mask_dtype(len(tokenizer))))
 
 
 # ------------------------------------------------------------------ the dataset
 
 
-class PregeneratedDataset(Dataset):
+class PregeneratedDataset:
     """One epoch of instances as flat integer arrays, in memory or mapped.
 
     It takes 2 bytes a token and 13 an instance, `lengths` 4 more once it is read; a JSON epoch
@@ -503,7 +461,6 @@ class PregeneratedDataset(Dataset):
                 f"{metrics.max_seq_len} tokens; expected at most the --max_seq_length of "
                 f"{max_seq_length}"
             )
-        self.max_seq_length = max_seq_length
         self.cls_id, self.sep_id, self.pad_id = (
             tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
         read = _read_binary_epoch if suffix == BINARY_SUFFIX else _convert_json_epoch
@@ -517,19 +474,10 @@ class PregeneratedDataset(Dataset):
         """Tokens of each row with the special ones, int32 [rows]."""
         return _lengths(self._data.records)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        """Return ids, attention mask, segments, labels, each [max_seq_length], and is_next []."""
-        batch = self.collate([index], pad_to=self.max_seq_length)
-        keys = ("input_ids", "attention_mask", "token_type_ids", "labels")
-        # Kept from the original: 1 where the second segment is random, BERT's label of that class.
-        is_next = torch.tensor(int(self._data.records["is_random_next"][index]))
-        return (*(batch[key][0] for key in keys), is_next)
-
     def collate(self, indices: Sequence[int], pad_to: int | None = None) -> dict[str, torch.Tensor]:
         """Return int64 tensors [rows, length], padded to the longest row or to `pad_to`.
 
-        `input_ids`, `token_type_ids`, `attention_mask` (1 at real tokens), and `labels` with the
-        original ids at masked positions and -100 elsewhere.
+        `input_ids`, `token_type_ids` and `attention_mask` (1 at real tokens).
         """
         indices = np.asarray(indices, dtype=np.int64)
         records = self._data.records[indices]
@@ -550,15 +498,11 @@ class PregeneratedDataset(Dataset):
         input_ids[:, 0] = self.cls_id
         for separators in (middles, ends):
             np.put_along_axis(input_ids, separators, self.sep_id, axis=1)
-        labels = np.full(input_ids.shape, IGNORED_LABEL, dtype=np.int64)
         masks = self._data.masks[indices]  # [rows, predictions]
         rows, slots = np.nonzero(masks["position"])
-        masked = rows, masks["position"][rows, slots]
-        labels[masked] = input_ids[masked]
-        input_ids[masked] = masks["id"][rows, slots]
+        input_ids[rows, masks["position"][rows, slots]] = masks["id"][rows, slots]
         return {
             "input_ids": torch.from_numpy(input_ids),
             "token_type_ids": torch.from_numpy(is_second & attention_mask).long(),
             "attention_mask": torch.from_numpy(attention_mask).long(),
-            "labels": torch.from_numpy(labels),
         }

@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
 
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, file_sha256, read_json, write_json
@@ -31,29 +34,16 @@ from transformer.run_folder import (
     check_same_arguments,
     should_resume,
 )
-from transformer.runtime import argument_values
+from transformer.runtime import argument_values, check_disk
 
 logger = logging.getLogger(__name__)
-
-Task = TypeVar("Task")
 
 HASHED_BYTES = 1 << 28  # of inputs, which takes a second or less
 COPIED_BYTES = 1 << 20  # at once
 
 
-class LostWorker(UserError):
-    """A worker process was killed; the finished shards stay valid."""
-
-
 def fingerprint(paths: Sequence[Path]) -> str:
-    """Return a digest of files, which changes when one of them does.
-
-    It is one of their contents or, where they are large, of their lengths and times. A file that
-    is missing is a `UserError`.
-    """
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+    """Return a digest of files: of their contents or, where they are large, lengths and times."""
     small = sum(path.stat().st_size for path in paths) <= HASHED_BYTES
     digest = hashlib.sha256()
     for path in paths:
@@ -62,24 +52,27 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def share(tasks: Sequence[Task]) -> Sequence[Task]:
-    """Return the tasks of this process of the run: every n-th, so that shares are alike."""
-    return tasks[distributed.rank() :: distributed.world_size()]
-
-
 # ------------------------------------------------------------------ the file and its shards
+
+
+class Shard(NamedTuple):
+    """What becomes of the inputs [begin, end), such as rows or files."""
+
+    begin: int
+    end: int
+
+
+def cut(count: int, size: int) -> list[Shard]:
+    """Cut `count` inputs into shards of `size`."""
+    return [Shard(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
 class ShardedFile:
     """A file that is merged from shards; every process of the run has one, of the same path.
 
-    Use it as a context manager around the work: a `UserError` in it, such as a malformed input,
-    removes the shards of a new run.
-
     output: the file
     folder: holds the shards, and the manifest: the arguments and inputs they are made with
     metadata: beside the finished output, what it was made with
-    state: "new", "resume" or "finished", from `begin` on
     """
 
     def __init__(self, output: Path) -> None:
@@ -87,45 +80,38 @@ class ShardedFile:
         self.folder = output.with_name(f"{UNFINISHED}-{output.name}")
         self.manifest = self.folder / ARGUMENTS_NAME
         self.metadata = output.with_name(f"{output.name}.{ARGUMENTS_NAME}")
-        self.state = "new"
 
-    def __enter__(self) -> "ShardedFile":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        useless = isinstance(error, UserError) and not isinstance(error, LostWorker)
-        if useless and self.state == "new" and distributed.world_size() == 1:
-            self._remove_folder()
-
-    def begin(self, args: argparse.Namespace, inputs: Mapping[str, str]) -> str:
-        """Make the folder or, with --resume, continue with it; return the state.
+    def begin(self, args: argparse.Namespace, inputs: Mapping[str, str], size: int) -> bool:
+        """Make the folder or, with --resume, keep its shards; False if the output is finished.
 
         Args:
             args: the command line, with `resume` and `overwrite`.
             inputs: for each flag that names files, their fingerprint.
+            size: bytes of the output, about.
 
         Raises:
-            UserError: an output that exists without --overwrite, or --resume with other arguments
-                or inputs.
+            UserError: an output that exists without --overwrite, --resume with other arguments or
+                inputs, or a disk that does not hold the output twice: in shards, and merged.
         """
         args.resume = should_resume(args, self.manifest, self.metadata)
-        state = self._begin(args, inputs) if distributed.is_main() else None
-        self.state = distributed.from_main(state)
-        return self.state
+        finished = distributed.is_main() and self._begin(args, inputs, size)
+        return not distributed.from_main(finished)
 
-    def _begin(self, args: argparse.Namespace, inputs: Mapping[str, str]) -> str:
+    def _begin(self, args: argparse.Namespace, inputs: Mapping[str, str], size: int) -> bool:
         if args.resume and self.manifest.is_file():
             _check_same(self.manifest, args, inputs)
-            for temporary in self.folder.glob(".*.tmp"):
-                temporary.unlink()
             logger.info("resuming %s", self.folder)
-            return "resume"
-        if args.resume and self._is_merged():
+            return False
+        if args.resume and self.output.is_file() and self.metadata.is_file() \
+                and self.output.stat().st_size == read_json(self.metadata).get("bytes"):
             _check_same(self.metadata, args, inputs)
+            logger.info("%s: finished already, by an earlier call with these arguments",
+                        self.output)
             self._remove_folder()  # what a kill has left of it
-            return "finished"
+            return True
         if self.output.exists() and not args.overwrite:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
+        check_disk(str(self.output), self.folder, 2 * size)
         if self.manifest.is_file():
             logger.warning("%s: the unfinished work of an earlier call is discarded; --resume"
                            " would have continued it", self.folder)
@@ -133,12 +119,7 @@ class ShardedFile:
         self.folder.mkdir(parents=True)
         write_json(self.manifest, {"arguments": argument_values(args), "inputs": dict(inputs),
                                    "launch": distributed.launch()})
-        return "new"
-
-    def _is_merged(self) -> bool:
-        if not (self.output.is_file() and self.metadata.is_file()):
-            return False
-        return self.output.stat().st_size == read_json(self.metadata).get("bytes")
+        return False
 
     def _remove_folder(self) -> None:
         """Remove the folder; what is left of it when that is cut short counts for nothing."""
@@ -146,44 +127,52 @@ class ShardedFile:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def shard(self, name: str) -> Path:
-        """Return the file of a shard."""
-        return self.folder / f"{name}.shard"
+    def _paths(self, shard: Shard) -> tuple[Path, Path]:
+        """Return the files of a shard and of its counts, which is written first."""
+        return self.folder / f"{shard.begin}.shard", self.folder / f"{shard.begin}.json"
 
-    def is_finished(self, name: str) -> bool:
-        """Say whether a shard is there."""
-        return self.shard(name).is_file()
+    def make(
+        self, shards: Sequence[Shard], write: Callable[[Shard, BinaryIO, Counter[str]], None],
+        unit: str, workers: int = 1,
+    ) -> Counter[str]:
+        """Make the missing shards, each process of the run its share; return the counts of all.
 
-    @contextmanager
-    def write_shard(self, name: str) -> Iterator[tuple[BinaryIO, Counter[str]]]:
-        """Yield a shard's file and its counts, to fill; it is there when the block has ended."""
-        counts: Counter[str] = Counter()
-        with atomic_path(self.shard(name)) as temporary:
-            with temporary.open("wb") as file:
-                yield file, counts
-            write_json(self._counts(name), counts)
-
-    def _counts(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def total_counts(self, names: Iterable[str]) -> Counter[str]:
-        """Return the counts of finished shards together; the processes of the run ask together."""
+        Args:
+            write: writes a shard to a file, and what to count of it; a picklable function.
+            unit: what the inputs of a shard are.
+            workers: processes to call it in.
+        """
+        mine = shards[distributed.rank() :: distributed.world_size()]
+        with worker_pool(partial(self._write, write), min(workers, len(mine)) or 1) as run, \
+                tqdm(total=sum(shard.end - shard.begin for shard in mine), unit=unit,
+                     desc=self.output.name, disable=not distributed.is_main()) as bar:
+            for shard in run(mine):
+                bar.update(shard.end - shard.begin)
         distributed.barrier()
-        total: Counter[str] = Counter()
-        if distributed.is_main():
-            for name in names:
-                total.update(read_json(self._counts(name)))
-        return distributed.from_main(total)
+        counts: Counter[str] = Counter()
+        for shard in shards if distributed.is_main() else ():
+            counts.update(read_json(self._paths(shard)[1]))
+        return distributed.from_main(counts)
 
-    def merge(self, names: Iterable[str], separator: bytes = b"") -> None:
+    def _write(self, write: Callable, shard: Shard) -> Shard:
+        path, counts_path = self._paths(shard)
+        if not path.is_file():
+            counts: Counter[str] = Counter()
+            with atomic_path(path) as temporary:
+                with temporary.open("wb") as file:
+                    write(shard, file, counts)
+                write_json(counts_path, counts)
+        return shard
+
+    def merge(self, shards: Iterable[Shard], separator: bytes = b"") -> None:
         """Make the output of finished shards, in this order, and remove the folder.
 
         The `separator` stands between shards that are not empty. Only the first process may call
         it. A call with --resume merges again what a kill has cut short.
         """
         with atomic_path(self.output) as temporary, temporary.open("wb") as merged:
-            for name in names:
-                with self.shard(name).open("rb") as file:
+            for shard in shards:
+                with self._paths(shard)[0].open("rb") as file:
                     if merged.tell() and os.fstat(file.fileno()).st_size:
                         merged.write(separator)
                     shutil.copyfileobj(file, merged, COPIED_BYTES)
@@ -239,7 +228,7 @@ def worker_pool(
     ends the processes at once.
 
     Raises:
-        LostWorker: a process was killed from outside.
+        UserError: a process was killed from outside.
     """
     if count == 1:
         yield lambda tasks: map(function, tasks)
@@ -262,8 +251,8 @@ def worker_pool(
         for process in multiprocessing.active_children():
             process.kill()
         if isinstance(error, BrokenProcessPool):
-            raise LostWorker(f"one of the {count} processes of --num_workers was killed, perhaps"
-                             " for want of memory; fewer need less") from error
+            raise UserError(f"one of the {count} processes of --num_workers was killed, perhaps"
+                            " for want of memory; fewer need less") from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
