@@ -12,7 +12,10 @@ Example:
 """
 
 import argparse
+import json
 import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,34 +23,30 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from transformer.evaluation import majority_baseline
-from transformer.file_utils import UserError, atomic_path, write_json, write_text
-from transformer.results import (
-    SMALLER,
-    Model,
-    Score,
-    folders_below,
-    read_evaluations,
-    read_if_there,
-    read_log,
-    read_models,
-    read_scores,
-    student_name,
-    task_of,
-)
+from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
+from transformer.run_folder import ARGUMENTS_NAME, RESULTS_NAME
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
-from transformer.tasks import GLUE_TASKS, GlueTask, load_examples
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task, load_examples
 
 logger = logging.getLogger(__name__)
+
+SUFFIX = {
+    "untrained": ", no task distillation",
+    "baseline_scratch": ", labels only, random start",
+    "baseline_general": ", labels only, after general d.",
+    "baseline_smart": ", labels only, copied layers",
+}
+# How a smaller student was made: the file that says it, and its key for the model before.
+SMALLER = {"pruned": ("kprune.json", "model"), "quantized": ("quantization.json", "source")}
+ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
 
 # The metric of each task's column, as in the paper's tables; accuracy elsewhere.
 SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
@@ -58,28 +57,24 @@ CURVES = (
     [("intermediate", ["att_loss", "rep_loss"], "attention + hidden states"),
      ("student", ["cls_loss"], "logits")],
 )
-# Where the numbers of a point may stand, in typographic points from it: the nearest place first.
-PLACES = [(x * far, y * far) for far in (1, 1.4, 1.8) for x, y in (
-    (38, 0), (-38, 0), (0, 11), (0, -11), (32, 9), (32, -9), (-32, 9), (-32, -9))]
 
 # Numbers as published, in percent: model, source, split, scores. MRPC and QQP are F1.
 PUBLISHED_COLUMNS = "MNLI MNLI-mm QQP QNLI SST-2 CoLA STS-B MRPC RTE".split()
-PAPER, ORIGINAL = "paper", "original"
 PUBLISHED = [
-    ("BERT-base", PAPER, "test", "83.9 83.4 71.1 90.9 93.4 52.8 85.2 87.5 67.0"),
-    ("TinyBERT4", PAPER, "test", "82.5 81.8 71.3 87.7 92.6 44.1 80.4 86.4 66.6"),
-    ("TinyBERT6", PAPER, "test", "84.6 83.2 71.6 90.4 93.1 51.1 83.7 87.3 70.0"),
-    ("TinyBERT4", PAPER, "dev", "82.8 82.9 - - - 50.8 - 85.8 -"),
-    ("TinyBERT4, no general d.", PAPER, "dev", "82.5 82.6 - - - 40.8 - 84.1 -"),
-    ("TinyBERT4, no task d.", PAPER, "dev", "80.6 81.2 - - - 28.5 - 83.8 -"),
-    ("TinyBERT4, no augmentation", PAPER, "dev", "80.5 81.0 - - - 29.8 - 82.4 -"),
-    ("TinyBERT6", PAPER, "dev", "84.5 84.5 88.0 91.1 93.0 54.0 89.6 90.6 73.4"),
-    ("TinyBERT4, lr 5e-5", ORIGINAL, "dev", "- - - - 92.3 31.7 - 82.1 53.06"),
-    ("TinyBERT4, lr 1.25e-5", ORIGINAL, "dev", "- - - - 91.8 37.2 - 85.7 58.6"),
-    ("TinyBERT6", ORIGINAL, "dev", "- - - - 92.3 54.3 - 88.8 69.0"),
-    ("TinyBERT6 smart direct, no task d.", ORIGINAL, "dev", "- - - - 83.1 28.2 - 17.7 47.3"),
-    ("TinyBERT6 smart direct", ORIGINAL, "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
-    ("TinyBERT6 smart", ORIGINAL, "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
+    ("BERT-base", "paper", "test", "83.9 83.4 71.1 90.9 93.4 52.8 85.2 87.5 67.0"),
+    ("TinyBERT4", "paper", "test", "82.5 81.8 71.3 87.7 92.6 44.1 80.4 86.4 66.6"),
+    ("TinyBERT6", "paper", "test", "84.6 83.2 71.6 90.4 93.1 51.1 83.7 87.3 70.0"),
+    ("TinyBERT4", "paper", "dev", "82.8 82.9 - - - 50.8 - 85.8 -"),
+    ("TinyBERT4, no general d.", "paper", "dev", "82.5 82.6 - - - 40.8 - 84.1 -"),
+    ("TinyBERT4, no task d.", "paper", "dev", "80.6 81.2 - - - 28.5 - 83.8 -"),
+    ("TinyBERT4, no augmentation", "paper", "dev", "80.5 81.0 - - - 29.8 - 82.4 -"),
+    ("TinyBERT6", "paper", "dev", "84.5 84.5 88.0 91.1 93.0 54.0 89.6 90.6 73.4"),
+    ("TinyBERT4, lr 5e-5", "original", "dev", "- - - - 92.3 31.7 - 82.1 53.06"),
+    ("TinyBERT4, lr 1.25e-5", "original", "dev", "- - - - 91.8 37.2 - 85.7 58.6"),
+    ("TinyBERT6", "original", "dev", "- - - - 92.3 54.3 - 88.8 69.0"),
+    ("TinyBERT6 smart direct, no task d.", "original", "dev", "- - - - 83.1 28.2 - 17.7 47.3"),
+    ("TinyBERT6 smart direct", "original", "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
+    ("TinyBERT6 smart", "original", "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
 ]
 NOT_COMPARABLE = (
     "Published numbers are for BERT-base and its students: not comparable with\n"
@@ -103,6 +98,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass
+class Model:
+    """A model of the run: how it was made (`record`), its scores as fractions of 1 (`results`)."""
+
+    folder: Path
+    kind: str
+    source: str  # the name of the folder that it was made from
+    record: dict[str, Any]
+    results: dict[str, Any]
+    name: str = ""  # of its row: the student, then what was done to it
+
+    @property
+    def student(self) -> str:
+        """The student that it is or was made from."""
+        return self.name.partition(", ")[0]
+
+    @property
+    def task(self) -> GlueTask | None:
+        """Its task; None for general distillation."""
+        name = self.results.get("task") or self.record.get("task")
+        return get_task(name) if name else None
+
+
 class Column(NamedTuple):
     """One column of the table: a task's dev set and the metric shown."""
 
@@ -112,9 +130,102 @@ class Column(NamedTuple):
     metric: str
 
 
-def make_columns(scores: list[Score]) -> list[Column]:
+# ------------------------------------------------------------------ finding the models
+
+
+def folders_below(path: Path) -> list[Path]:
+    """Return the folders directly below `path`, save those that the driver has moved away."""
+    return [folder for folder in sorted(path.glob("*"))
+            if folder.is_dir() and folder.suffix not in (".old", ".gone")]
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """Read a JSON file; an empty result where there is none."""
+    return read_json(path) if path.is_file() else {}
+
+
+def kind_of_run(arguments: dict[str, Any]) -> str | None:
+    """Tell from its arguments which script trained a model, and how; None for other scripts."""
+    if arguments.get("do_eval"):
+        return None
+    if "pregenerated_data" in arguments:
+        return "general"
+    if "pred_distill" in arguments:
+        return "student" if arguments["pred_distill"] else "intermediate"
+    if "from_scratch" in arguments:
+        return "baseline_scratch" if arguments["from_scratch"] else "teacher"
+    return None
+
+
+def read_model(folder: Path) -> Model | None:
+    """Read how the model in a folder was made; None where no script has finished one."""
+    results = read_if_there(folder / RESULTS_NAME)
+    for kind, (name, source) in SMALLER.items():
+        if record := read_if_there(folder / name):
+            return Model(folder, kind, Path(record[source]).name, record, results)
+    record = read_if_there(folder / ARGUMENTS_NAME)
+    kind = kind_of_run(record.get("arguments", {}))
+    if kind and results:
+        return Model(folder, kind, Path(record["student"]).name, record, results)
+    if kind:
+        logger.warning("%s: not finished, left out", folder)
+    return None
+
+
+def layers(folder: Path) -> int:
+    """Return the number of layers of the model in a folder, 0 where there is none."""
+    return read_if_there(folder / "config.json").get("num_hidden_layers", 0)
+
+
+def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:
+    """Return the finished models by the names of their folders.
+
+    Paths are compared by their last part alone: a run may have been moved since.
+    """
+    models = {folder.name: model for folder in folders_below(models_dir)
+              if (model := read_model(folder))}
+    depth = max((layers(models_dir / Path(model.record["arguments"]["teacher_model"]).name)
+                 for model in models.values() if model.kind in ("intermediate", "student")),
+                default=0)
+    for model in models.values():
+        if model.kind == "teacher" and layers(model.folder) < depth:
+            general = model.source in models and models[model.source].kind == "general"
+            model.kind = "baseline_general" if general else "baseline_smart"
+    for folder in folders_below(evaluation_dir):
+        result = read_if_there(folder / RESULTS_NAME)
+        path = models_dir / Path(result.get("model", ".")).name
+        if path.name in models:
+            own = models[path.name].results
+            models[path.name].results = {**own, **result, "selection": own.get(
+                "selection", result["selection"])}
+        elif result and path.is_dir() and not (path / ARGUMENTS_NAME).is_file():
+            models[path.name] = Model(path, "untrained", "", {}, result)
+    seen = []
+    for model in models.values():
+        model.name = row_name(model, models)
+        if (model.name, model.kind, model.task) in seen:
+            model.name += f", {model.folder.name}"
+        seen.append((model.name, model.kind, model.task))
+    return models
+
+
+def row_name(model: Model, models: dict[str, Model]) -> str:
+    """Return the name of a model's row, which begins with that of the model before."""
+    if model.kind in SMALLER:
+        before = models.get(model.source)
+        made = (f"K-prune {100 * model.record['constraint']:g} % removed" if model.kind == "pruned"
+                else f"{model.record['method']} {ENGINE_NAME[model.record['format']]}")
+        return f"{row_name(before, models) if before else model.source}, {made}"
+    if model.kind == "teacher":
+        return "teacher"
+    name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
+    task = model.task.name.replace("-", "") if model.task else ""
+    return name.removesuffix("_tsd").removesuffix(f"_{task}") + SUFFIX.get(model.kind, "")
+
+
+def make_columns(models: list[Model]) -> list[Column]:
     """Return a column for each dev set of the tasks that were scored."""
-    scored = {score.task for score in scores}
+    scored = {model.task.folder for model in models}
     return [Column(task, split, task.folder if split == "dev" else f"{task.folder}-mm",
                    SHOWN_METRIC.get(task.name, "acc"))
             for task in GLUE_TASKS.values() if task.folder in scored for split in task.dev_files]
@@ -124,56 +235,58 @@ def majority_scores(columns: list[Column], glue_dir: Path | None) -> dict[str, d
     """Score the most common class of each dev set: {task: {split: metrics}}."""
     best: dict[str, dict[str, dict]] = {}
     for task, split, *_ in columns if glue_dir else []:
-        try:
-            labels = [row.label for row in load_examples(task, glue_dir / task.folder, split)]
-        except UserError as error:
-            logger.warning("no majority class: %s", error)
-            continue
+        labels = [row.label for row in load_examples(task, glue_dir / task.folder, split)]
         best.setdefault(task.folder, {})[split] = majority_baseline(task, labels)
     return best
 
 
-def read_speeds(results_dir: Path, scores: list[Score], column: Column) -> list[dict[str, Any]]:
+def read_speeds(results_dir: Path, models: list[Model], column: Column) -> list[dict[str, Any]]:
     """Join the latencies of single rows of a task, on one thread, with the models' scores."""
-    rows = {}
-    for folder in folders_below(results_dir):
-        for row in read_if_there(folder / "inference.json").get("rows", []):
-            if row["threads"] == row["batch"] == 1 and not row["length"].isdigit():
-                rows[row["model"]] = row
-    return [{**rows[Path(score.folder).name], "name": score.name, "model": score.model,
-             "accuracy": score.best[column.split][column.metric]}
-            for score in scores
-            if score.task == column.task.folder and Path(score.folder).name in rows]
+    rows = {row["model"]: row for folder in folders_below(results_dir)
+            for row in read_if_there(folder / "inference.json").get("rows", [])
+            if row["threads"] == row["batch"] == 1 and not row["length"].isdigit()}
+    return [{**rows[model.folder.name], "name": model.name, "model": model.student,
+             "accuracy": model.results["all_metrics"][column.split][column.metric]}
+            for model in models if model.task == column.task and model.folder.name in rows]
 
 
 # ------------------------------------------------------------------ the table
 
 
-def percent(metrics: dict[str, dict[str, float]] | None, column: Column) -> str:
+def percent(metrics: dict[str, dict[str, float]], column: Column) -> str:
     """Format a score in percent; empty where there is none."""
-    value = ((metrics or {}).get(column.split) or {}).get(column.metric)
+    value = metrics.get(column.split, {}).get(column.metric)
     return "" if value is None else f"{100 * value:.1f}"
 
 
 def table_rows(
-    scores: list[Score], columns: list[Column], majority: dict[str, Any]
+    models: list[Model], columns: list[Column], majority: dict[str, Any]
 ) -> list[list[str]]:
     """Return the table's body: a row a model, `best / last` in each cell."""
-    cells = [percent(majority.get(column.task.folder), column) for column in columns]
-    rows = [["majority class", *cells]] if majority else []
-    by_name = {(score.name, score.task): score for score in scores}
-    for name in dict.fromkeys(score.name for score in scores):
-        cells = []
-        for column in columns:
-            score = by_name.get((name, column.task.folder))
-            best = percent(score.best, column) if score else ""
-            last = percent(score.last, column) if score else ""
-            cells.append(f"{best} / {last}" if last else best)
-        rows.append([name, *cells])
-    return rows
+    rows: dict[str, list[str]] = {}
+    if majority:
+        rows["majority class"] = [percent(majority[c.task.folder], c) for c in columns]
+    for model in models:
+        cells = rows.setdefault(model.name, [""] * len(columns))
+        for place, column in enumerate(columns):
+            if column.task == model.task:
+                last = percent({"dev": model.results.get("last", {})}, column)
+                best = percent(model.results["all_metrics"], column)
+                cells[place] = f"{best} / {last}" if last else best
+    return [[name, *cells] for name, cells in rows.items()]
+
+
+def in_80_columns(rows: list[list[str]]) -> list[list[str]]:
+    """Return the table's rows for a terminal: what was made from a student indented below it."""
+    names = [row[0] for row in rows]
+    short = {name: "  " + name.removeprefix(f"{student}, ") for name in names
+             if (student := name.partition(", ")[0]) in names and student != name}
+    return [[short.get(name, name), *(cell.replace(" / ", "/") for cell in cells)]
+            for name, *cells in rows]
 
 
 def published_scores(scores: str) -> dict[str, float]:
+    """Return a line's scores by column, without those that were not published."""
     pairs = zip(PUBLISHED_COLUMNS, scores.split(), strict=True)
     return {column: float(score) for column, score in pairs if score != "-"}
 
@@ -204,26 +317,30 @@ def speed_section(speeds: list[dict[str, Any]], column: Column) -> str:
             + markdown_table(header, rows) + "\n![Accuracy against latency](tradeoff.png)\n\n")
 
 
-def detail_rows(score: Score) -> list[list[str]]:
-    """Return the rows of one model in the table of every score, a sweep's settings below it."""
+def selection(model: Model) -> str:
+    """Say how the checkpoint was selected; after a sweep, among which settings."""
+    rule, metric = model.results["selection"], model.task.metrics[0]
+    tried = ", ".join(f"{setting['folder']} {metric} {100 * setting['metrics'][metric]:.1f}"
+                      for setting in model.results.get("sweep", []))
+    return f"{model.results['chosen']}, the best on dev of {tried}; {rule}" if tried else rule
+
+
+def results_page(
+    header: list[str], rows: list[list[str]], models: list[Model], published: list[list[str]],
+    speeds: str,
+) -> str:
+    """Return results.md: the table, published numbers, `speeds`, and every score in full."""
 
     def in_percent(metrics: dict[str, float]) -> str:
         return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
 
-    rows = [[score.name, score.task, split, str(score.rows or "") if split == "dev" else "",
-             in_percent(metrics), in_percent((score.last or {}).get(split, {})), score.selection]
-            for split, metrics in score.best.items()]
-    return rows + [[f"{score.name}, {tried['folder']}", score.task, "dev", "",
-                    in_percent(tried["metrics"]), in_percent(tried["last"]), "setting tried"]
-                   for tried in score.sweep]
-
-
-def results_page(
-    header: list[str], rows: list[list[str]], scores: list[Score], published: list[list[str]],
-    speeds: str,
-) -> str:
-    """Return results.md: the table, published numbers, `speeds`, and every score in full."""
-    page = [
+    details = [
+        [model.name, model.task.folder, split, str(model.results["rows"] if split == "dev" else ""),
+         in_percent(metrics), in_percent(model.results.get("last", {}) if split == "dev" else {}),
+         selection(model)]
+        for model in models for split, metrics in model.results["all_metrics"].items()]
+    names = ["model", "task", "split", "rows", "best", "last", "selection"]
+    return "\n".join([
         "# Results", "",
         "Scores on the GLUE **dev** sets in percent, `best / last`: the checkpoint that was best "
         "on dev, and the last one. The best of many dev evaluations flatters a model, the more so "
@@ -232,14 +349,17 @@ def results_page(
         "## Published numbers", "",
         markdown_table(header, published) if published else NOT_COMPARABLE + "\n",
         "![Scores](scores.png)", "", "![Loss curves](loss_curves.png)", "",
-        speeds + "## Every score", "", "",
-    ]  # fmt: skip
-    names = ["model", "task", "split", "rows", "best", "last", "selection"]
-    details = [row for score in scores for row in detail_rows(score)]
-    return "\n".join(page) + markdown_table(names, details, "---")
+        speeds + "## Every score", "", markdown_table(names, details, "---")])
 
 
 # ------------------------------------------------------------------ pictures
+
+
+def read_log(model: Model) -> list[dict[str, Any]]:
+    """Read a run's log.jsonl, of a sweep that of the setting chosen."""
+    path = model.folder / model.results.get("chosen", "") / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def loss_curve(
@@ -264,41 +384,38 @@ def loss_curve(
 
 
 def draw_losses(runs: list[tuple[Model, list[dict[str, Any]]]], path: Path) -> None:
-    """Draw a row of panels for each task, a curve a student, from models and their logs."""
-    found = [task_of(model.record) for model, _ in runs]
+    """Draw a row of panels for each task, a curve a student, from models and their logs.
+
+    Curves that span a decade or more have a logarithmic axis.
+    """
+    found = [model.task for model, _ in runs]
     tasks = [task for task in (None, *GLUE_TASKS.values()) if task in found] or [None]
-    colours = colours_of([student_name(model, task_of(model.record)) for model, _ in runs])
+    colours = colours_of([model for model, _ in runs])
     figure, panels = plt.subplots(
         len(tasks), 2, figsize=(11, 3.1 * len(tasks)), squeeze=False, layout="constrained")
     for task, row in zip(tasks, panels, strict=True):
         for axes, (kind, losses, name) in zip(row, CURVES[task is not None], strict=True):
-            lines = {student_name(model, task): loss_curve(log, losses) for model, log in runs
-                     if model.kind == kind and task_of(model.record) == task}
-            draw_curves(axes, lines, colours)
-            axes.set(title=f"{task.folder if task else 'General'}, {name}")
+            lines = [(model.student, *loss_curve(log, losses)) for model, log in runs
+                     if model.kind == kind and model.task == task]
+            for student, epochs, values in lines:
+                axes.plot(epochs, values, marker="." if len(epochs) < 20 else "", label=student,
+                          color=colours[student])
+            axes.set(title=f"{task.folder if task else 'General'}, {name}", xlabel="epoch",
+                     ylabel="loss")
+            axes.grid(alpha=0.3, which="both")
             axes.set_visible(bool(lines))
+            seen = [value for *_, values in lines for value in values]
+            if seen and max(seen) >= 10 * min(seen) > 0:
+                axes.set_yscale("log")
+                number_decades(axes.yaxis)
     figure.legend(handles=colour_keys(colours), loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
 
 
-def draw_curves(
-    axes: Axes, lines: dict[str, tuple[list[float], list[float]]], colours: dict[str, str]
-) -> None:
-    """Draw loss curves, on a logarithmic axis where they span a decade or more."""
-    for student, (epochs, losses) in lines.items():
-        axes.plot(epochs, losses, marker="." if len(epochs) < 20 else "", label=student,
-                  color=colours[student])
-    axes.set(xlabel="epoch", ylabel="loss")
-    axes.grid(alpha=0.3, which="both")
-    seen = [loss for _, losses in lines.values() for loss in losses]
-    if seen and max(seen) >= 10 * min(seen) > 0:
-        axes.set_yscale("log")
-        number_decades(axes.yaxis)
-
-
-def colours_of(names: list[str]) -> dict[str, str]:
-    """Return a colour for each name, in the order in which they come first."""
-    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(names))}
+def colours_of(models: list[Model]) -> dict[str, str]:
+    """Return a colour for each student, in the order in which they come first."""
+    students = dict.fromkeys(model.student for model in models)
+    return {student: f"C{i % 10}" for i, student in enumerate(students)}
 
 
 def number_decades(axis: Axis) -> None:
@@ -315,29 +432,29 @@ def colour_keys(colours: dict[str, str]) -> list[Line2D]:
 
 
 def draw_scores(
-    scores: list[Score], columns: list[Column], majority: dict[str, Any], path: Path
+    models: list[Model], columns: list[Column], majority: dict[str, Any], path: Path
 ) -> None:
     """Draw a panel for each column, a bar a model, a dashed line at the majority class.
 
     What was made from a student has its colour, paler.
     """
-    names = list(dict.fromkeys(score.name for score in scores))
-    colours = colours_of([score.model for score in scores])
+    names = list(dict.fromkeys(model.name for model in models))
+    colours = colours_of(models)
     figure, [panels] = plt.subplots(
         1, len(columns), sharey=True, squeeze=False, layout="constrained",
         figsize=(4 + 2 * len(columns), 1.3 + 0.2 * len(names)))
     for axes, column in zip(panels, columns, strict=True):
-        shown = [score for score in scores if score.task == column.task.folder]
+        shown = [model for model in models if model.task == column.task]
         bars = axes.barh(
-            [names.index(score.name) for score in shown],
-            [float(percent(score.best, column) or "nan") for score in shown],
-            color=[to_rgba(colours[score.model], 0.5 if score.kind in SMALLER else 1)
-                   for score in shown])
+            [names.index(model.name) for model in shown],
+            [float(percent(model.results["all_metrics"], column) or "nan") for model in shown],
+            color=[to_rgba(colours[model.student], 0.5 if model.kind in SMALLER else 1)
+                   for model in shown])
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7,
-                        bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
-        level = percent(majority.get(column.task.folder), column)
-        if level:
-            axes.axvline(float(level), color="black", linestyle="dashed", linewidth=1)
+                       bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
+        if majority:
+            level = float(percent(majority[column.task.folder], column))
+            axes.axvline(level, color="black", linestyle="dashed", linewidth=1)
         axes.set(title=f"{column.title} {column.metric}", xlabel="dev, %")
         axes.margins(x=0.2, y=0.01)
         axes.grid(axis="x", alpha=0.3)
@@ -347,12 +464,13 @@ def draw_scores(
     save_figure(figure, path)
 
 
-def draw_tradeoff(speeds: list[dict[str, Any]], column: Column, path: Path) -> None:
+def draw_tradeoff(
+    speeds: list[dict[str, Any]], colours: dict[str, str], column: Column, path: Path
+) -> None:
     """Draw accuracy against latency: a colour for each student, a shape for each way to run it."""
     ways = [speed["name"].removeprefix(speed["model"]).strip(", ") or speed["engine"]
             for speed in speeds]
     shapes = {way: "osD^vP*X<>hp"[i % 12] for i, way in enumerate(dict.fromkeys(ways))}
-    colours = colours_of([speed["model"] for speed in speeds])
     points = [(speed["median"], 100 * speed["accuracy"]) for speed in speeds]
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     for point, speed, way in zip(points, speeds, ways, strict=True):
@@ -366,21 +484,24 @@ def draw_tradeoff(speeds: list[dict[str, Any]], column: Column, path: Path) -> N
     axes.grid(alpha=0.3)
     keys = [Line2D([], [], linestyle="", marker=shape, markersize=8, color="black",
                    fillstyle="none", label=way) for way, shape in shapes.items()]
-    figure.legend(handles=colour_keys(colours) + keys, loc="outside right upper", fontsize=8)
+    shown = {speed["model"]: colours[speed["model"]] for speed in speeds}
+    figure.legend(handles=colour_keys(shown) + keys, loc="outside right upper", fontsize=8)
     number_points(axes, points)
     save_figure(figure, path)
 
 
-def number_points(axes: Axes, points: list[tuple[float, float]]) -> None:
+def number_points(axes: plt.Axes, points: list[tuple[float, float]]) -> None:
     """Write both numbers of each point beside it, where nothing else stands."""
     axes.figure.draw_without_rendering()  # settles where on the picture the points are
     taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7)
              for x, y in axes.transData.transform(points)]
+    places = [(x * far, y * far) for far in (1, 1.4, 1.8) for x, y in (
+        (38, 0), (-38, 0), (0, 11), (0, -11), (32, 9), (32, -9), (-32, 9), (-32, -9))]
     for x, y in points:
         label = axes.annotate(
-            f"{y:.1f}, {x:.3g} ms", (x, y), xytext=PLACES[0], textcoords="offset points",
+            f"{y:.1f}, {x:.3g} ms", (x, y), xytext=places[0], textcoords="offset points",
             fontsize=7, ha="center", va="center")
-        for place in PLACES:
+        for place in places:
             label.set_position(place)
             box = label.get_window_extent()
             if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
@@ -388,7 +509,8 @@ def number_points(axes: Axes, points: list[tuple[float, float]]) -> None:
         taken.append(box)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
@@ -399,47 +521,49 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     # What the run left behind
-    evaluations = read_evaluations(args.results_dir / "eval")
-    models = read_models(args.models_dir, evaluations)
-    scores = read_scores(models, evaluations)
-    if not scores:
+    found = read_models(args.models_dir, args.results_dir / "eval").values()
+    models = sorted((model for model in found if "all_metrics" in model.results),
+                    key=lambda model: (model.student != "teacher", model.name))
+    if not models:
         raise UserError(f"{args.models_dir}: no finished model with a score; expected those of a"
                         f" run, or evaluations of them in {args.results_dir / 'eval'}")
-    columns = make_columns(scores)
+    columns = make_columns(models)
     majority = majority_scores(columns, args.glue_dir)
     speeds, column = next(
         ((speeds, column) for column in columns
-         if (speeds := read_speeds(args.results_dir, scores, column))), ([], columns[0]))
-    runs = [(model, log) for model in models.values()
+         if (speeds := read_speeds(args.results_dir, models, column))), ([], columns[0]))
+    runs = [(model, log) for model in found
             if model.kind in ("general", "intermediate", "student") and (log := read_log(model))]
 
     # Table
     header = ["dev, best / last", *(f"{c.title} {c.metric}" for c in columns)]
-    rows = table_rows(scores, columns, majority)
+    rows = table_rows(models, columns, majority)
     published = published_rows(columns) if args.published_numbers else []
     write_text(args.results_dir / "results.md", results_page(
-        header, rows, scores, published, speed_section(speeds, column) if speeds else ""))
+        header, rows, models, published, speed_section(speeds, column) if speeds else ""))
 
     # Pictures
     draw_losses(runs, args.results_dir / "loss_curves.png")
-    draw_scores(scores, columns, majority, args.results_dir / "scores.png")
+    draw_scores(models, columns, majority, args.results_dir / "scores.png")
     if speeds:
-        draw_tradeoff(speeds, column, args.results_dir / "tradeoff.png")
+        draw_tradeoff(speeds, colours_of(models), column, args.results_dir / "tradeoff.png")
 
     # Last, because the driver takes this file for the sign that the report is finished
     write_json(args.results_dir / "results.json", {
-        "commit": commit_id(), "split": "dev", "scores": [score._asdict() for score in scores],
+        "commit": commit_id(), "split": "dev",
+        "scores": [{"name": model.name, "model": model.student, "kind": model.kind,
+                    "task": model.task.folder, "best": model.results["all_metrics"],
+                    "last": model.results.get("last"), "selection": selection(model),
+                    "rows": model.results["rows"], "folder": str(model.folder)}
+                   for model in models],
         "majority_class": majority,
         "losses": {str(model.folder): {"first": log[0], "last": log[-1]} for model, log in runs},
         "speeds": speeds,
         "published": [
             {"model": model, "source": source, "split": split, "percent": published_scores(numbers)}
             for model, source, split, numbers in PUBLISHED] if args.published_numbers else None,
-    })  # fmt: skip
-    smaller = {score.name for score in scores if score.kind in SMALLER}
-    print(text_table(header, [
-        ["  " + name.rpartition(", ")[2] if name in smaller else name,
-         *(cell.replace(" / ", "/") for cell in cells)] for name, *cells in rows + published]))
+    })
+    print(text_table(header, in_80_columns(rows) + published))
     if not published:
         print(NOT_COMPARABLE)
 
