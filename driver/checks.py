@@ -31,30 +31,25 @@ def load(script: str) -> ModuleType:
 
 def parse(command: list[str]) -> argparse.Namespace:
     """Return a command's arguments; a `UserError` says what its script would refuse."""
-    parser = load(command[1]).get_args_parser()
-
     def refuse(message: str) -> None:  # in place of usage and exit
         raise UserError(message)
 
+    parser = load(command[1]).get_args_parser()
     parser.error = refuse
     return parser.parse_args(command[2:])
 
 
 def problems(commands: list[list[str]]) -> Iterator[str]:
     """Yield a line for each command that its script would refuse."""
-    for command in commands:
-        if command[0] != "python" or not command[1].endswith(".py"):
-            continue
+    for command in (c for c in commands if c[0] == "python" and c[1].endswith(".py")):
         try:
             args = parse(command)
-            numbers = {name: value for name, value in vars(args).items() if value is not None}
-            check_numbers(argparse.Namespace(**numbers))
+            given = {name: value for name, value in vars(args).items() if value is not None}
+            check_numbers(argparse.Namespace(**given))
             getattr(load(command[1]), "check_args", lambda _: None)(args)
         except UserError as error:
             yield f"{command[1]}: {error}"
 
 
 if __name__ == "__main__":
-    found = list(dict.fromkeys(problems(json.load(sys.stdin))))
-    if found:
-        sys.exit("\n".join(found))
+    sys.exit("\n".join(dict.fromkeys(problems(json.load(sys.stdin)))) or 0)

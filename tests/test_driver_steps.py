@@ -356,6 +356,8 @@ def test_steps_that_do_not_need_each_other_run_side_by_side_and_share_the_cores(
     plan.step("one", "m/a", flags="--steps 2")
     plan.step("two", "m/b", flags="--steps 2")
     plan.step("three", "m/c", flags="--input m/a --steps 2")
+    plan.stage("second")
+    plan.step("alone", "m/d")
     driver = plan.start("--jobs", 2, "--cores", 6)
     wait_until(lambda: "begun" in plan.log("one") and "begun" in plan.log("two"))
     assert plan.log("three") == ""
@@ -364,8 +366,8 @@ def test_steps_that_do_not_need_each_other_run_side_by_side_and_share_the_cores(
     plan.go("m/b", "m/c")
     driver.communicate(timeout=60)
     assert driver.returncode == 0
-    threads = [(plan.folder / "m" / name / "threads").read_text() for name in "abc"]
-    assert threads == ["3", "3", ""]
+    threads = [(plan.folder / "m" / name / "threads").read_text() for name in "abcd"]
+    assert threads == ["3", "3", "3", ""]
 
 
 def test_steps_side_by_side_are_all_told_to_end(plan):
