@@ -1,5 +1,5 @@
-# Options and settings of reproduction.sh, which reads this file: profiles, folders, checks and the
-# Python environment. It leaves every setting in a variable, PYTHON and what the options say.
+# Options, profiles, checks and the Python environment of reproduction.sh, which reads this file.
+# Every setting ends in a variable of its name.
 # shellcheck shell=bash disable=SC2034,SC2086 # reproduction.sh's variables; lists of words
 
 RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub filelock urllib3 nltk tqdm
@@ -19,9 +19,7 @@ one call at a time works on the same folders.
 
   --demo              same as --profile demo: offline, no GPU, minutes
   --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
-  --recipe original|paper
-                      hyper-parameters: the original repository's (default) or
-                      the paper's
+  --recipe NAME       hyper-parameters: original (default) or paper
   --list              print the stages and what of them is finished
   --only STAGE        run this stage alone
   --from STAGE        start at this stage
@@ -43,8 +41,7 @@ complain() {
 # ---------------------------------------------------------------- options and settings
 
 read_options() {
-  local names stage repository
-  repository=$(dirname "$(realpath "${BASH_SOURCE[0]}")")/..
+  local names stage
   profile=full recipe=original only='' from='' mode=run
   while (($#)); do
     case $1 in
@@ -60,20 +57,14 @@ read_options() {
     esac
     shift
   done
-  if [[ $mode == python ]]; then
-    cd "$repository"
-    find_python $RUNTIME_MODULES $TEST_MODULES
-    echo "$PYTHON" && exit
-  fi
   [[ $recipe != seed ]] || recipe=original # its former name
   [[ $recipe == original || $recipe == paper ]] ||
     complain "--recipe $recipe: expected original or paper"
   [[ ! -f $profile ]] || profile=$(realpath "$profile")
-  cd "$repository"
-  names=$(sed -n 's/^ *stage \([a-z_]*\) .*/\1/p' reproduction.sh)
+  cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+  names=$(echo $(sed -n 's/^ *stage \([a-z_]*\) .*/\1/p' reproduction.sh))
   for stage in $only $from; do
-    [[ " ${names//$'\n'/ } " == *" $stage "* ]] ||
-      complain "no stage $stage; expected one of: ${names//$'\n'/ }"
+    [[ " $names " == *" $stage "* ]] || complain "no stage $stage; expected one of: $names"
   done
   [[ -f $profile || -f profiles/$profile.env ]] ||
     complain "no profile $profile; expected a file or one of:" "$(cd profiles && echo *.env)"
@@ -82,22 +73,19 @@ read_options() {
 # read_settings: the profile over profiles/full.env, the recipe over both, and the caller's
 # environment over all, also for tasks and students that the files do not name.
 read_settings() {
-  local files=(profiles/full.env) file name override
+  local files=(profiles/full.env) file name override names
   if [[ -f $profile ]]; then files+=("$profile"); else files+=("profiles/$profile.env"); fi
   [[ $recipe == original ]] || files+=(profiles/paper.env)
-  declare -gA values=() # the settings' names
-  while read -r name; do values[$name]=''; done < <(setting_names "${files[@]}")
-  overrides=()
+  names=" $(setting_names "${files[@]}") " overrides=()
   for name in $(compgen -e); do
-    [[ -z ${values[${name%%_[a-z]*}]+known} && -z ${values[$name]+known} ]] ||
-      overrides+=("$name=${!name}")
+    [[ $names != *" ${name%%_[a-z]*}"[\ _]* ]] || overrides+=("$name=${!name}")
   done
   for file in "${files[@]}"; do
     # shellcheck source=/dev/null
     source <(tr -d '\r' <"$file")
   done
   for override in "${overrides[@]}"; do declare -g "$override"; done
-  check_names
+  check_names $names
   derive
   check_values
   [[ $mode != run ]] || find_python $RUNTIME_MODULES
@@ -110,7 +98,7 @@ setting() {
   echo ${!own-${!1-}} # without stray spaces
 }
 
-setting_names() { sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"; }
+setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"); }
 
 derive() {
   local task known file tasks=() names=()
@@ -149,48 +137,48 @@ derive() {
 
 # ---------------------------------------------------------------- checks
 
-# check_names: a profile sets what profiles/full.env knows, for all or for one task or student.
+# check_names NAME...: a profile sets what profiles/full.env knows, for all or one task or student.
 check_names() {
   local name base own known
-  known=" $(setting_names profiles/full.env | tr '\n' ' ')"
-  for name in "${!values[@]}"; do
-    base=${name%%_[a-z]*} own=${name#"${name%%_[a-z]*}"}
+  known=" $(setting_names profiles/full.env) "
+  for name; do
+    base=${name%%_[a-z]*}
     [[ $known == *" $base "* || $known == *" ${base}_"[a-z]* ]] ||
       complain "profile $profile: no setting is called $name; profiles/full.env names them all"
-    [[ -z $own || " ${SLUG[*]} $STUDENTS $SMART_STUDENT " == *" ${own#_} "* ||
-      $known == *"$own "* || -n ${values[STUDENT_CONFIG$own]+set} ]] ||
-      complain "profile $profile: $name: ${own#_} is neither a task nor a student of this run"
+    own=${name#"$base"}
+    [[ -z $own || $known == *"$own "* || " $* " == *" STUDENT_CONFIG$own "* ||
+      " ${SLUG[*]} $STUDENTS $SMART_STUDENT " == *" ${own#_} "* ]] ||
+      complain "profile $profile: $name: ${own#_} is neither a task nor a student"
+  done
+}
+
+# expect TEXT PATTERN NAME...
+expect() {
+  local name
+  for name in "${@:3}"; do
+    declare -g "$name=${!name,,}"
+    [[ ${!name} =~ ^($2)$ ]] || complain "$name=${!name}: expected $1"
   done
 }
 
 check_values() {
-  local name entry config
-  for name in GPUS JOBS DISK_GB ${SMART_STUDENT:+SMART_LAYERS}; do
-    [[ ${!name} =~ ^[0-9]+$ && (${!name} -gt 0 || $name == DISK_GB) ]] ||
-      complain "$name=${!name}: expected a number"
-  done
-  for name in NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
-    "${!PREDICTION_AUGMENTED@}"; do
-    declare -g "$name=${!name,,}"
-    [[ ${!name} == yes || ${!name} == no ]] || complain "$name=${!name}: expected yes or no"
-  done
-  [[ $INPUTS == given || $INPUTS == demo ]] || complain "INPUTS=$INPUTS: expected given or demo"
-  [[ $MODEL_SOURCE =~ ^(hub|demo|minilm)$ ]] ||
-    complain "MODEL_SOURCE=$MODEL_SOURCE: expected hub, demo or minilm"
-  [[ -n $TASKS ]] || complain "TASKS is empty; expected some of: ${!SLUG[*]}"
+  local entry student config
+  expect "a number" '[1-9][0-9]*' GPUS JOBS ${SMART_STUDENT:+SMART_LAYERS}
+  expect "a number" '[0-9]+' DISK_GB
+  expect "yes or no" 'yes|no' NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
+    "${!PREDICTION_AUGMENTED@}"
+  expect "given or demo" 'given|demo' INPUTS
+  expect "hub, demo or minilm" 'hub|demo|minilm' MODEL_SOURCE
   for entry in $STUDENTS $BASELINES; do
-    case $entry in
-      general:* | smart:*)
-        [[ " $STUDENTS $SMART_STUDENT " == *" ${entry#*:} "* ]] ||
-          complain "BASELINES: $entry; this run has no student ${entry#*:}"
-        continue
-        ;;
-      scratch:*) ;;
-      *:*) complain "BASELINES: $entry; expected scratch:, general: or smart: and a student" ;;
-    esac
-    config=$(setting STUDENT_CONFIG "${entry#*:}")
-    [[ -f $config/config.json ]] ||
-      complain "student ${entry#*:}: no ${config:-STUDENT_CONFIG_${entry#*:}=FOLDER}/config.json"
+    student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
+    if [[ $entry =~ ^(general|smart): ]]; then
+      [[ " $STUDENTS $SMART_STUDENT " == *" $student "* ]] ||
+        complain "BASELINES: $entry; this run has no student $student"
+    elif [[ $entry == *:* && $entry != scratch:* ]]; then
+      complain "BASELINES: $entry; expected scratch:, general: or smart: and a student"
+    elif [[ ! -f $config/config.json ]]; then
+      complain "student $student: no ${config:-STUDENT_CONFIG_$student=FOLDER}/config.json"
+    fi
   done
 }
 
@@ -219,21 +207,17 @@ check_inputs() {
 
 # has_modules PYTHON MODULE...: whether that interpreter can import them all.
 has_modules() {
-  "$1" - "${@:2}" <<'PYTHON' 2>/dev/null
-import sys
+  "$1" -c 'import sys
 from importlib.util import find_spec
-sys.exit(sys.version_info < (3, 10) or any(find_spec(name) is None for name in sys.argv[1:]))
-PYTHON
+sys.exit(sys.version_info < (3, 10) or any(find_spec(name) is None for name in sys.argv[1:]))' \
+    "${@:2}" &>/dev/null
 }
 
 # find_python MODULE...: puts an interpreter that has them into PYTHON, making .venv if need be.
 find_python() {
   local base=${PYTHON:-python3} candidate
   for candidate in "$base" "$PWD/.venv/bin/python"; do
-    if command -v "$candidate" >/dev/null && has_modules "$candidate" "$@"; then
-      PYTHON=$(command -v "$candidate")
-      return
-    fi
+    has_modules "$candidate" "$@" && PYTHON=$(command -v "$candidate") && return
   done
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     complain "$base: expected Python 3.11 or newer; set PYTHON to one"
@@ -241,12 +225,16 @@ find_python() {
   [[ -x .venv/bin/python ]] || "$base" -m venv .venv || "$base" -m virtualenv .venv ||
     complain "cannot make a virtual environment; install python3-venv (apt install python3-venv)" \
       "or use conda: conda env create -f environment.yml"
-  .venv/bin/python -m pip install --requirement requirements.txt &>.venv/install.log || {
-    grep -i error .venv/install.log | tail -n 3 >&2
-    complain "pip could not install requirements.txt into .venv; see .venv/install.log"
-  }
+  .venv/bin/python -m pip install --requirement requirements.txt &>.venv/install.log ||
+    complain "pip could not install requirements.txt into .venv; see .venv/install.log:" \
+      "$(grep -i error .venv/install.log | tail -n 3)"
   PYTHON=$PWD/.venv/bin/python
 }
 
 read_options "$@"
+if [[ $mode == python ]]; then
+  find_python $RUNTIME_MODULES $TEST_MODULES
+  echo "$PYTHON"
+  exit
+fi
 read_settings
