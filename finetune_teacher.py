@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformer.batching import Batch, padded_collate, padding_multiple, shuffled_passes
 from transformer.distillation import no_teacher
 from transformer.evaluation import Selection, evaluate_splits
-from transformer.features import cached_features
+from transformer.features import load_features
 from transformer.file_utils import UserError
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
@@ -140,9 +140,10 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     labels = label_order(task, model.config.id2label)
     data = (tokenizer, args.max_seq_length, labels)
-    train_rows = cached_features(task, args.data_dir, "aug" if args.aug_train else "train", *data,
-                                 args.max_train_rows)
-    dev = {split: cached_features(task, args.data_dir, split, *data) for split in task.dev_files}
+    train_rows = load_features(task, args.data_dir, "aug" if args.aug_train else "train", *data,
+                               args.max_train_rows, cache=True)
+    dev = {split: load_features(task, args.data_dir, split, *data, cache=True)
+           for split in task.dev_files}
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)
     loss = LabelLoss(model)

@@ -56,7 +56,7 @@ from transformer.evaluation import (
     predict_logits,
     write_results,
 )
-from transformer.features import Features, cached_features
+from transformer.features import Features, load_features
 from transformer.file_utils import UserError, atomic_path, read_json
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze
@@ -175,8 +175,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
               labels: tuple[str, ...], max_rows: int = 0) -> Features:
-    return cached_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
-                           max_rows)
+    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                         max_rows, cache=True)
 
 
 def check_fit(args: argparse.Namespace, model: nn.Module, tokenizer: BertTokenizer,

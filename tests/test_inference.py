@@ -9,7 +9,6 @@ from torch import nn
 
 from transformer import modeling
 from transformer.modeling import (
-    BertForQuestionAnswering,
     BertModel,
     PackedLinear,
     TinyBertForSequenceClassification,
@@ -79,17 +78,6 @@ def test_a_model_in_training_is_copied_and_a_frozen_one_is_not():
     assert inference_copy(frozen, torch.bfloat16, CPU) is frozen
 
 
-@packs
-def test_a_packed_model_refuses_to_be_saved_or_moved(tmp_path):
-    model = freeze(BertModel(tiny_config()), torch.bfloat16, CPU)
-    with pytest.raises(RuntimeError, match="cannot be saved"):
-        model.state_dict()
-    with pytest.raises(RuntimeError, match="cannot be moved"):
-        model.float()
-
-
-@pytest.mark.parametrize("model_class", [TinyBertForSequenceClassification,
-                                         BertForQuestionAnswering])
 @pytest.mark.parametrize("device", [None, CPU])
 def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(model_class, device):
     torch.manual_seed(0)

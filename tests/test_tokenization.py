@@ -157,7 +157,7 @@ def test_a_vocabulary_with_windows_line_ends_reads_the_same(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     ("[PAD] [UNK] [CLS] [SEP] [MASK] a  b", "line 7 is blank"),
-    ("[PAD] [UNK] [CLS] [SEP] [MASK] a b a", "line 8 repeats 'a' of line 6"),
+    ("[PAD] [UNK] [CLS] [SEP] [MASK] a b a", "lines 6 and 8 are both 'a'"),
     ("[PAD] [UNK] [CLS] [SEP] a", r"lacks \[MASK\]"), ("", "lacks"), ("\udcff", "not UTF-8"),
     (None, r"vocab\.txt: no such file"),
 ])

@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import re
+import shutil
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -54,17 +55,11 @@ def canonical_key(key: str) -> str:
     A `module.` prefix (DataParallel) goes, TensorFlow's `gamma`/`beta` become `weight`/`bias`,
     and the encoder's parameters get the `bert.` prefix.
     """
-    key = key.removeprefix("module.")
-    key = re.sub(r"\.gamma$", ".weight", key)
-    key = re.sub(r"\.beta$", ".bias", key)
-    if key.split(".")[0] in ("embeddings", "encoder", "pooler"):
-        key = f"bert.{key}"
-    return key
+    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("module.")))
+    return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
 
-def fetch_model(
-    model: Path | str, cache_dir: Path | str | None = None, **settings: Any
-) -> Path:
+def fetch_model(model: Path | str, cache_dir: Path | str | None = None, **settings: Any) -> Path:
     """Return the local folder of a model given as a folder or as the URL of one.
 
     The files below an http(s):// or s3:// URL are downloaded once, into a folder of `cache_dir`
@@ -144,11 +139,8 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     if any(key.endswith(".weight_scale") for key in state):
         raise UserError(f"{path}: int8 weights of an older quantize.py; expected the model that"
                         " they were made from (quantize.py --format onnx makes int8 models)")
-    named = {}
-    for key, tensor in state.items():
-        key = canonical_key(key)
-        if not key.endswith(BUFFERS):
-            named[key] = tensor
+    named = {canonical_key(key): tensor for key, tensor in state.items()
+             if not key.endswith(BUFFERS)}
     # Newer Hugging Face models store the bias of the MLM decoder twice.
     if "cls.predictions.bias" in named:
         named.pop("cls.predictions.decoder.bias", None)
@@ -163,9 +155,7 @@ def _key_list(keys: Iterable[str]) -> str:
 
 
 def load_weights(
-    model: nn.Module,
-    state: dict[str, torch.Tensor],
-    source: Path | str,
+    model: nn.Module, state: dict[str, torch.Tensor], source: Path | str,
     allow_missing: tuple[str, ...] = (),
 ) -> list[str]:
     """Fill every parameter of `model` from `state`, or raise.
@@ -191,10 +181,8 @@ def load_weights(
         embeddings = state.get("bert.embeddings.word_embeddings.weight", torch.empty(0))
         decoder = state.setdefault("cls.predictions.decoder.weight", embeddings)
         if not torch.equal(decoder, embeddings):
-            raise UserError(
-                f"{source}: cls.predictions.decoder.weight differs from the word embeddings;"
-                " expected the same tensor"
-            )
+            raise UserError(f"{source}: cls.predictions.decoder.weight differs from the word"
+                            " embeddings; expected the same tensor")
     missing = [key for key in own if key not in state]
     # A part may be missing as a whole only: half a classifier is a damaged one.
     excused = tuple(part for part in allow_missing if not any(k.startswith(part) for k in state))
@@ -202,17 +190,13 @@ def load_weights(
     unread = [key for key in state if key not in own]
     strange = [key for key in unread if not key.startswith((*HEADS, "bert.pooler."))]
     if fatal or strange:
-        raise UserError(
-            f"{source}: the checkpoint does not fit {type(model).__name__}."
-            f" Missing from it: [{_key_list(fatal)}]."
-            f" In it but not in the model: [{_key_list(strange or unread)}]."
-        )
+        raise UserError(f"{source}: the checkpoint does not fit {type(model).__name__}."
+                        f" Missing from it: [{_key_list(fatal)}]."
+                        f" In it but not in the model: [{_key_list(strange or unread)}].")
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:
-            raise UserError(
-                f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"
-                f" {list(tensor.shape)} in the model that config.json describes"
-            )
+            raise UserError(f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"
+                            f" {list(tensor.shape)} in the model that config.json describes")
     with torch.no_grad():
         for key, tensor in own.items():
             if key in state:
@@ -267,7 +251,6 @@ def clear_model(folder: Path | str) -> None:
 
 STATE_FOLDER = "training_state"
 KEPT_STATES = 2
-DAMAGED_SUFFIX = ".damaged"
 
 
 def _states(output_dir: Path | str) -> list[Path]:
@@ -310,7 +293,7 @@ def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
         except Exception as error:  # a damaged file raises almost anything
             logger.warning("%s: damaged (%s); taking the one before it", path,
                            str(error).strip().split("\n")[0][:120])
-            path.replace(path.with_suffix(DAMAGED_SUFFIX))  # so that it does not count as newest
+            path.unlink()  # so that it does not count as newest
             continue
         logger.info("going on from %s", path)
         return state
@@ -319,8 +302,4 @@ def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
 
 def remove_training_states(output_dir: Path | str) -> None:
     """Delete the states of a run that has ended."""
-    folder = Path(output_dir, STATE_FOLDER)
-    for path in [*_states(output_dir), *folder.glob(f"*{DAMAGED_SUFFIX}")]:
-        path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    shutil.rmtree(Path(output_dir, STATE_FOLDER), ignore_errors=True)

@@ -71,25 +71,21 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden_size {self.hidden_size} is not a multiple of"
                             f" num_attention_heads {self.num_attention_heads}")
-        for name in ("hidden_act", "pooler_act"):
-            if getattr(self, name) not in ACTIVATIONS:
-                raise UserError(
-                    f"{name} {getattr(self, name)!r}; expected one of {sorted(ACTIVATIONS)}")
-        self._check_counts("heads_per_layer", self.num_attention_heads)
-        self._check_counts("neurons_per_layer", self.intermediate_size)
-        if self.id2label is None:
-            self.id2label = {
-                i: f"LABEL_{i}" for i in range(2 if self.num_labels is None else self.num_labels)}
-        self.id2label = {int(i): name for i, name in self.id2label.items()}
+        for activation in (self.hidden_act, self.pooler_act):
+            if activation not in ACTIVATIONS:
+                raise UserError(f"activation {activation!r}; expected one of {sorted(ACTIVATIONS)}")
+        for name, most in (("heads_per_layer", self.num_attention_heads),
+                           ("neurons_per_layer", self.intermediate_size)):
+            counts = getattr(self, name)
+            if counts is not None and not (
+                    isinstance(counts, list) and len(counts) == self.num_hidden_layers
+                    and all(type(count) is int and 0 <= count <= most for count in counts)):
+                raise UserError(f"{name} is {counts!r}; expected {self.num_hidden_layers} whole"
+                                f" numbers from 0 to {most}")
+        labels = 2 if self.num_labels is None else self.num_labels
+        names = self.id2label or {i: f"LABEL_{i}" for i in range(labels)}
+        self.id2label = {int(i): name for i, name in names.items()}
         self.num_labels = len(self.id2label)
-
-    def _check_counts(self, name: str, most: int) -> None:
-        counts, layers = getattr(self, name), self.num_hidden_layers
-        fits = counts is None or (isinstance(counts, list) and len(counts) == layers and all(
-            type(count) is int and 0 <= count <= most for count in counts))
-        if not fits:
-            raise UserError(
-                f"{name} is {counts!r}; expected {layers} whole numbers from 0 to {most}")
 
     @property
     def head_width(self) -> int:
@@ -147,9 +143,8 @@ class BertConfig:
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
         """Build a config from the fields of a `config.json`."""
         names = {item.name for item in fields(cls)} - {"other"}
-        known = {name: value for name, value in values.items() if name in names}
         other = {name: value for name, value in values.items() if name not in {*names, *DERIVED}}
-        return cls(**known, other=other)
+        return cls(**{name: values[name] for name in names & values.keys()}, other=other)
 
     @classmethod
     def from_json_file(cls, path: Path | str) -> "BertConfig":
@@ -168,14 +163,9 @@ class BertConfig:
         """Return the fields of `config.json`; an ordinary BERT's are those of Hugging Face."""
         values = {name: value for name, value in vars(self).items()
                   if name not in CONVERTED and (name not in ORDINARY or value != ORDINARY[name])}
-        return {
-            "model_type": self.model_type,
-            **self.other,
-            **values,
-            "num_labels": self.num_labels,
-            "id2label": {str(i): name for i, name in self.id2label.items()},
-            "label2id": self.label2id,
-        }
+        labels = {str(i): name for i, name in self.id2label.items()}
+        return {"model_type": self.model_type, **self.other, **values,
+                "num_labels": self.num_labels, "id2label": labels, "label2id": self.label2id}
 
 
 def find_config(directory: Path | str) -> Path:

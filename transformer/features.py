@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -170,74 +170,58 @@ def warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None
                        100 * share, tokenizer.do_lower_case)
 
 
-# ------------------------------------------------------------------ features on disk
+# ------------------------------------------------------------------ features of a split
 
 
 def load_features(
     task: str | GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
-    max_seq_length: int, labels: Sequence[str], max_rows: int | None = None,
-    cache_dir: Path | str | None = None,
+    max_seq_length: int, labels: Sequence[str], max_rows: int = 0, cache: bool = False,
 ) -> Features:
-    """Read and encode one split, or read what was encoded before from `cache_dir`.
+    """Read and encode one split, its first `max_rows` rows (0: all).
 
-    The arguments are those of `load_examples` and `encode_examples`, and so are the errors. A
-    cached file is named by a hash of all that it depends on, the rows' bytes and the vocabulary
-    included; one that is damaged, or cannot be written, is a warning.
+    The arguments are those of `load_examples` and `encode_examples`, and so are the errors. With
+    `cache` the features are read from the user's cache where they were encoded before; under
+    torchrun one process of each machine encodes, and the others find what it stored.
     """
-    began = time.monotonic()
     task = get_task(task)
     path = split_path(task, data_dir, split)
-    features = cache_file = None
-    if cache_dir is not None:
-        content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.do_lower_case,
-                   max_seq_length, list(labels), max_rows)
-        key = hashlib.sha256(repr(content).encode()).hexdigest()
-        cache_file = Path(cache_dir) / f"{task.name}-{split}-{key}.npz"
-        features = _read_cache(cache_file)
-    from_cache = features is not None
-    if from_cache:
-        warn_of_unknown_pieces(features, tokenizer)
-    else:
-        examples = iterate_examples(task, data_dir, split, max_rows)
-        features = encode_examples(
-            examples, tokenizer, max_seq_length, labels, task.is_regression)
-        if cache_file is not None:
-            _write_cache(cache_file, features)
-    logger.info("%s: %d rows in %.1f s%s", path, len(features), time.monotonic() - began,
-                ", from cache" if from_cache else "")
-    return features
 
+    def encode() -> Features:
+        examples = iterate_examples(task, data_dir, split, max_rows or None)
+        return encode_examples(examples, tokenizer, max_seq_length, labels, task.is_regression)
 
-def cached_features(
-    task: GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
-    max_seq_length: int, labels: Sequence[str], max_rows: int = 0,
-) -> Features:
-    """Return what `load_features` does, by the user's cache; `max_rows` 0 means all.
-
-    Under torchrun one process of each machine encodes, and the others find what it stored.
-    """
+    if not cache:
+        return encode()
+    # The name tells all that the features depend on, the rows' bytes and the vocabulary included.
+    content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.do_lower_case,
+               max_seq_length, list(labels), max_rows)
+    key = hashlib.sha256(repr(content).encode()).hexdigest()
+    file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
     with distributed.main_first():
-        return load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
-                             max_rows or None, cache_root() / "features")
+        return cached(file, encode, tokenizer)
 
 
-def _read_cache(path: Path) -> Features | None:
-    """Read what `_write_cache` wrote; None without a file and, warned of, for a damaged one."""
+def cached(path: Path, encode: Callable[[], Features], tokenizer: BertTokenizer) -> Features:
+    """Read features from a file, or encode them and write it; what fails with it is a warning."""
+    began = time.monotonic()
     try:
         with np.load(path, allow_pickle=False) as stored:  # the zip's check sums find damage
-            labels = torch.from_numpy(stored["labels"])
-            return Features(stored["ids"], stored["offsets"], stored["first_lengths"], labels,
-                            tuple(stored["label_names"].tolist()), int(stored["pad_id"]))
+            features = Features(
+                stored["ids"], stored["offsets"], stored["first_lengths"],
+                torch.from_numpy(stored["labels"]), tuple(stored["label_names"].tolist()),
+                int(stored["pad_id"]))
+        warn_of_unknown_pieces(features, tokenizer)
+        logger.info("%d rows from cache in %.1f s", len(features), time.monotonic() - began)
+        return features
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        pass
     except Exception as error:  # whatever is wrong with it, it can be made again
         logger.warning("%s: damaged (%s); the rows are encoded again", path, error)
-        return None
-
-
-def _write_cache(path: Path, features: Features) -> None:
+    features = encode()
+    logger.info("%d rows encoded in %.1f s", len(features), time.monotonic() - began)
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **{item.name: getattr(features, item.name) for item in fields(features)})
     except OSError as error:
         logger.warning("%s: the features are not cached (%s)", path, error)
+    return features

@@ -6,6 +6,7 @@ Every model returns what distillation needs: raw attention scores and all hidden
 
 import copy
 import math
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from transformer.file_utils import UserError
 LOGIT_LAYERS = ("classifier", "qa_outputs")
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
 FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
+
+# Of layers whose heads or neurons were all pruned; PyTorch computes them as any other.
+warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
 
 
 # ------------------------------------------------------------------ layers
@@ -91,26 +95,6 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-class EmptyLinear(nn.Linear):
-    """A linear layer without inputs or without outputs, as pruning may leave it."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)  # there is no weight to draw
-
-
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """Return a linear layer, of which pruning may have left no inputs or no outputs."""
-    return nn.Linear(inputs, outputs) if inputs and outputs else EmptyLinear(inputs, outputs)
-
-
-def project(dense: nn.Linear, units: Tensor, residual: Tensor) -> Tensor:
-    """Return the output projection of a sub-layer's units; where it has none, the bias is left.
-
-    Shapes: `units` [batch, length, units], `residual` and the result [batch, length, hidden].
-    """
-    return dense(units) if units.shape[-1] else dense.bias.expand_as(residual)
-
-
 def softmax(scores: Tensor) -> Tensor:
     """Return the attention probabilities of scores; the last dimension is that of the keys.
 
@@ -130,9 +114,9 @@ class BertSelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_width = config.head_width
-        self.query = linear(config.hidden_size, heads * self.head_width)
-        self.key = linear(config.hidden_size, heads * self.head_width)
-        self.value = linear(config.hidden_size, heads * self.head_width)
+        self.query = nn.Linear(config.hidden_size, heads * self.head_width)
+        self.key = nn.Linear(config.hidden_size, heads * self.head_width)
+        self.value = nn.Linear(config.hidden_size, heads * self.head_width)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -142,14 +126,10 @@ class BertSelfAttention(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, need_scores: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.heads:  # all were pruned
-            batch, length, _ = hidden.shape
-            no_scores = hidden.new_zeros(batch, 0, length, length)
-            return hidden[..., :0], no_scores if need_scores else None
         query = self.split_heads(self.query(hidden))  # [batch, heads, length, head width]
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
-        if not need_scores and hidden.device.type == "cuda":
+        if not need_scores and self.heads and hidden.device.type == "cuda":
             dropout = self.dropout.probability if self.training else 0.0
             context = fused_attention(query, key, value, mask, dropout)
             return context.transpose(1, 2).flatten(start_dim=2), None
@@ -175,12 +155,12 @@ class BertOutput(nn.Module):
 
     def __init__(self, config: BertConfig, inputs: int) -> None:
         super().__init__()
-        self.dense = linear(inputs, config.hidden_size)
+        self.dense = nn.Linear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, units: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(project(self.dense, units, residual)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(units)) + residual)
 
 
 class BertAttention(nn.Module):
@@ -200,12 +180,10 @@ class BertIntermediate(nn.Module):
     def __init__(self, config: BertConfig, neurons: int) -> None:
         super().__init__()
         self.neurons = neurons
-        self.dense = linear(config.hidden_size, neurons)
+        self.dense = nn.Linear(config.hidden_size, neurons)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if not self.neurons:  # all were pruned
-            return hidden[..., :0]
         return self.activation(self.dense(hidden))  # [batch, length, neurons]
 
 
@@ -435,14 +413,6 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(all_hidden, all_scores, pooled)
 
 
-class BertOnlyMLMHead(nn.Module):
-    """Holds the masked-LM head under the name that checkpoints give it."""
-
-    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.predictions = BertLMPredictionHead(config, word_embeddings)
-
-
 class BertForMaskedLM(BertPreTrainedModel):
     """BERT with its masked-LM head (data augmentation, masked-LM training)."""
 
@@ -452,8 +422,9 @@ class BertForMaskedLM(BertPreTrainedModel):
     def __init__(self, config: BertConfig, add_pooler: bool = True) -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooler)
-        self.cls = BertOnlyMLMHead(config, self.bert.embeddings.word_embeddings)
-        self.init_weights(self.cls.predictions.transform)
+        self.cls = nn.ModuleDict({
+            "predictions": BertLMPredictionHead(config, self.bert.embeddings.word_embeddings)})
+        self.init_weights(self.cls["predictions"].transform)
 
     @classmethod
     def constructor_arguments(cls, config, state, source, kwargs):
@@ -475,7 +446,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             masked_positions = labels != -100
         if masked_positions is not None:
             hidden = hidden[masked_positions]  # [count, hidden]
-        logits = self.cls.predictions(hidden).float()
+        logits = self.cls["predictions"](hidden).float()
         loss = None if labels is None else F.cross_entropy(logits, labels[masked_positions])
         return MaskedLMOutput(logits, loss)
 
@@ -621,9 +592,9 @@ class BertForQuestionAnswering(BertPreTrainedModel):
     head = ("qa_outputs.",)
     only_cls_reaches_head = False
 
-    def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooler)
+        self.bert = BertModel(config, add_pooler=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.init_weights(self.qa_outputs)
 
@@ -650,19 +621,13 @@ class PackedLinear(nn.Module):
     """A frozen bfloat16 linear layer whose weight lies as oneDNN's kernels read it.
 
     `nn.Linear` brings its weight into that order at every call, which costs a tenth of BERT-base's
-    forward pass on a CPU.
+    forward pass on a CPU. A model of such layers can be neither saved nor moved.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        raise RuntimeError("a packed model cannot be saved; save it before freeze packs it")
-
-    def _apply(self, *arguments: Any) -> None:
-        raise RuntimeError("a packed model cannot be moved or cast; do it before freeze packs it")
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

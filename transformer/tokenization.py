@@ -60,40 +60,27 @@ def load_vocab(vocab_file: Path | str) -> dict[str, int]:
         lines.pop()
     pieces = [line.rstrip("\r") for line in lines]
     vocab = dict(zip(pieces, range(len(pieces)), strict=True))
-    if len(vocab) < len(pieces) or not all(map(str.strip, pieces)):
-        _name_wrong_line(vocab_file, pieces)
+    for line, piece in enumerate(pieces, start=1):
+        if not piece.strip():
+            raise UserError(f"{vocab_file}: line {line} is blank; expected one word piece a line")
+        if vocab[piece] != line - 1:
+            raise UserError(f"{vocab_file}: lines {line} and {vocab[piece] + 1} are both {piece!r};"
+                            " expected each word piece once")
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{vocab_file}: lacks {', '.join(missing)}; expected a BERT vocabulary")
     return vocab
 
 
-def _name_wrong_line(vocab_file: Path, pieces: Sequence[str]) -> None:
-    first_line: dict[str, int] = {}
-    for number, piece in enumerate(pieces, start=1):
-        if not piece.strip():
-            raise UserError(f"{vocab_file}: line {number} is blank; expected one word piece a line")
-        if piece in first_line:
-            raise UserError(
-                f"{vocab_file}: line {number} repeats {piece!r} of line {first_line[piece]}; "
-                "expected each word piece once"
-            )
-        first_line[piece] = number
-
-
 def saved_lower_case(model_dir: Path) -> bool | None:
     """Whether the files beside `vocab.txt` say that text is lower-cased; None if none says so."""
-    config_file = model_dir / TOKENIZER_CONFIG_NAME
-    if config_file.is_file():
-        setting = read_json(config_file).get("do_lower_case")
-        if isinstance(setting, bool):
-            return setting
-    fast_file = model_dir / FAST_TOKENIZER_NAME
-    if fast_file.is_file():
-        setting = (read_json(fast_file).get("normalizer") or {}).get("lowercase")
-        if isinstance(setting, bool):
-            return setting
-    return None
+    settings = []
+    if (model_dir / TOKENIZER_CONFIG_NAME).is_file():
+        settings.append(read_json(model_dir / TOKENIZER_CONFIG_NAME).get("do_lower_case"))
+    if (model_dir / FAST_TOKENIZER_NAME).is_file():
+        normalizer = read_json(model_dir / FAST_TOKENIZER_NAME).get("normalizer") or {}
+        settings.append(normalizer.get("lowercase"))
+    return next((setting for setting in settings if isinstance(setting, bool)), None)
 
 
 def has_capitals(vocab: Iterable[str]) -> bool:
@@ -350,10 +337,8 @@ class BertTokenizer:
         try:
             return [self.vocab[token] for token in tokens]
         except KeyError as error:
-            raise UserError(
-                f"{error.args[0]!r}: not in the vocabulary of {len(self)} word pieces; expected "
-                "text that was tokenized with this vocabulary"
-            ) from None
+            raise UserError(f"{error.args[0]!r}: not in the vocabulary of {len(self)} word pieces"
+                            ) from None
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
         """Look ids up; one outside the vocabulary is a `UserError` that names it."""
@@ -369,15 +354,9 @@ class BertTokenizer:
         write_text(directory / VOCAB_NAME, "".join(f"{piece}\n" for piece in self.vocab))
         write_json(
             directory / TOKENIZER_CONFIG_NAME,
-            {
-                "tokenizer_class": "BertTokenizer",
-                "do_lower_case": self.do_lower_case,
-                "unk_token": UNK,
-                "sep_token": SEP,
-                "pad_token": PAD,
-                "cls_token": CLS,
-                "mask_token": MASK,
-            },
+            {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case,
+             "unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS,
+             "mask_token": MASK},
         )
 
 

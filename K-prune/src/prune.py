@@ -28,9 +28,7 @@ from transformer.modeling import (
     BertForQuestionAnswering,
     BertLayer,
     TinyBertForSequenceClassification,
-    linear,
     model_inputs,
-    project,
 )
 
 logger = logging.getLogger(__name__)
@@ -118,7 +116,7 @@ class SubLayer:
 
 def _smaller(weight: Tensor, bias: Tensor) -> nn.Linear:
     outputs, inputs = weight.shape
-    layer = linear(inputs, outputs).requires_grad_(False).to(weight)
+    layer = nn.Linear(inputs, outputs).requires_grad_(False).to(weight)
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
     return layer
@@ -390,8 +388,8 @@ def tune_and_advance(sublayer: SubLayer, reference: SubLayer, sample: list[Sampl
     for batch in sample:
         features.append(sublayer.features(batch.hidden, batch.added_mask))
         theirs = reference.features(batch.reference, batch.added_mask)
-        aim = batch.reference + project(reference.output.dense, theirs, batch.reference)
-        missing = aim - batch.hidden - project(dense, features[-1], batch.hidden)
+        aim = batch.reference + reference.output.dense(theirs)
+        missing = aim - batch.hidden - dense(features[-1])
         if sublayer.units:
             problem.add(features[-1][batch.real], missing[batch.real])
         batch.reference = reference.output.LayerNorm(aim)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dataset.squad import SQUAD_FILES, make_windows, read_squad, squad_path
 from transformer.evaluation import evaluate_splits
-from transformer.features import Features, cached_features
+from transformer.features import Features, load_features
 from transformer.modeling import BertForQuestionAnswering, TinyBertForSequenceClassification
 from transformer.tasks import GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
@@ -71,7 +71,8 @@ def _glue_data(
     id2label: dict[int, str], device: torch.device,
 ) -> TaskData:
     labels = label_order(task, id2label)
-    rows = {split: cached_features(task, data_dir, split, tokenizer, max_seq_length, labels)
+    rows = {split: load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
+                                 cache=True)
             for split in ("train", *task.dev_files)}
     train = rows.pop("train")
     return TaskData(train, lambda model: evaluate_splits(model, rows, task, device, EVAL_BATCH))
