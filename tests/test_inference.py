@@ -9,6 +9,7 @@ from torch import nn
 
 from transformer import modeling
 from transformer.modeling import (
+    BertForQuestionAnswering,
     BertModel,
     PackedLinear,
     TinyBertForSequenceClassification,
@@ -79,6 +80,8 @@ def test_a_model_in_training_is_copied_and_a_frozen_one_is_not():
 
 
 @pytest.mark.parametrize("device", [None, CPU])
+@pytest.mark.parametrize("model_class", [TinyBertForSequenceClassification,
+                                         BertForQuestionAnswering])
 def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(model_class, device):
     torch.manual_seed(0)
     logits = freeze(model_class(tiny_config()), torch.bfloat16, device)(*random_batch(8)).logits
