@@ -58,24 +58,28 @@ CURVES = (
      ("student", ["cls_loss"], "logits")],
 )
 
-# Numbers as published, in percent: model, source, split, scores. MRPC and QQP are F1.
+# Numbers as published, in percent: model, source and split, scores. MRPC and QQP are F1.
 PUBLISHED_COLUMNS = "MNLI MNLI-mm QQP QNLI SST-2 CoLA STS-B MRPC RTE".split()
 PUBLISHED = [
-    ("BERT-base", "paper", "test", "83.9 83.4 71.1 90.9 93.4 52.8 85.2 87.5 67.0"),
-    ("TinyBERT4", "paper", "test", "82.5 81.8 71.3 87.7 92.6 44.1 80.4 86.4 66.6"),
-    ("TinyBERT6", "paper", "test", "84.6 83.2 71.6 90.4 93.1 51.1 83.7 87.3 70.0"),
-    ("TinyBERT4", "paper", "dev", "82.8 82.9 - - - 50.8 - 85.8 -"),
-    ("TinyBERT4, no general d.", "paper", "dev", "82.5 82.6 - - - 40.8 - 84.1 -"),
-    ("TinyBERT4, no task d.", "paper", "dev", "80.6 81.2 - - - 28.5 - 83.8 -"),
-    ("TinyBERT4, no augmentation", "paper", "dev", "80.5 81.0 - - - 29.8 - 82.4 -"),
-    ("TinyBERT6", "paper", "dev", "84.5 84.5 88.0 91.1 93.0 54.0 89.6 90.6 73.4"),
-    ("TinyBERT4, lr 5e-5", "original", "dev", "- - - - 92.3 31.7 - 82.1 53.06"),
-    ("TinyBERT4, lr 1.25e-5", "original", "dev", "- - - - 91.8 37.2 - 85.7 58.6"),
-    ("TinyBERT6", "original", "dev", "- - - - 92.3 54.3 - 88.8 69.0"),
-    ("TinyBERT6 smart direct, no task d.", "original", "dev", "- - - - 83.1 28.2 - 17.7 47.3"),
-    ("TinyBERT6 smart direct", "original", "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
-    ("TinyBERT6 smart", "original", "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
-]
+    {"model": model, "source": source, "split": split,
+     "percent": {column: float(score) for column, score in zip(
+         PUBLISHED_COLUMNS, scores.split(), strict=True) if score != "-"}}
+    for model, source, split, scores in (
+        ("BERT-base", "paper", "test", "83.9 83.4 71.1 90.9 93.4 52.8 85.2 87.5 67.0"),
+        ("TinyBERT4", "paper", "test", "82.5 81.8 71.3 87.7 92.6 44.1 80.4 86.4 66.6"),
+        ("TinyBERT6", "paper", "test", "84.6 83.2 71.6 90.4 93.1 51.1 83.7 87.3 70.0"),
+        ("TinyBERT4", "paper", "dev", "82.8 82.9 - - - 50.8 - 85.8 -"),
+        ("TinyBERT4, no general d.", "paper", "dev", "82.5 82.6 - - - 40.8 - 84.1 -"),
+        ("TinyBERT4, no task d.", "paper", "dev", "80.6 81.2 - - - 28.5 - 83.8 -"),
+        ("TinyBERT4, no augmentation", "paper", "dev", "80.5 81.0 - - - 29.8 - 82.4 -"),
+        ("TinyBERT6", "paper", "dev", "84.5 84.5 88.0 91.1 93.0 54.0 89.6 90.6 73.4"),
+        ("TinyBERT4, lr 5e-5", "original", "dev", "- - - - 92.3 31.7 - 82.1 53.06"),
+        ("TinyBERT4, lr 1.25e-5", "original", "dev", "- - - - 91.8 37.2 - 85.7 58.6"),
+        ("TinyBERT6", "original", "dev", "- - - - 92.3 54.3 - 88.8 69.0"),
+        ("TinyBERT6 smart direct, no task d.", "original", "dev", "- - - - 83.1 28.2 - 17.7 47.3"),
+        ("TinyBERT6 smart direct", "original", "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
+        ("TinyBERT6 smart", "original", "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
+    )]
 NOT_COMPARABLE = (
     "Published numbers are for BERT-base and its students: not comparable with\n"
     "the small models of this profile."
@@ -285,20 +289,13 @@ def in_80_columns(rows: list[list[str]]) -> list[list[str]]:
             for name, *cells in rows]
 
 
-def published_scores(scores: str) -> dict[str, float]:
-    """Return a line's scores by column, without those that were not published."""
-    pairs = zip(PUBLISHED_COLUMNS, scores.split(), strict=True)
-    return {column: float(score) for column, score in pairs if score != "-"}
-
-
 def published_rows(columns: list[Column]) -> list[list[str]]:
     """Return the published numbers of these columns, source and split named."""
     rows = []
-    for model, source, split, scores in PUBLISHED:
-        known = published_scores(scores)
-        cells = [f"{known[c.title]:.1f}" if c.title in known else "" for c in columns]
+    for line in PUBLISHED:
+        cells = [line["percent"].get(column.title, "") for column in columns]
         if any(cells):
-            rows.append([f"{model} ({source}, {split})", *cells])
+            rows.append(["{model} ({source}, {split})".format(**line), *map(str, cells)])
     return rows
 
 
@@ -362,25 +359,16 @@ def read_log(model: Model) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def loss_curve(
-    log: list[dict[str, Any]], losses: list[str]
-) -> tuple[list[float], list[float]]:
-    """Return the epochs of a log and the sums of the mean losses of the intervals that end there.
+def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float], list[float]]:
+    """Return the epochs of a log and the sums of the mean losses since the record before.
 
-    A last interval that is shorter than the others is joined with the one before it: the mean of a
-    few batches would look like a jump.
+    A last interval that is shorter is left out: the mean of a few batches would look like a jump.
     """
-    epochs, values, steps, done = [], [], [], 0
-    for record in log:
-        if all(loss in record for loss in losses):
-            epochs.append(record["epoch"])
-            values.append(sum(record[loss] for loss in losses))
-            steps.append(record.get("steps", record["step"] - done))
-            done = record["step"]
-    if len(steps) > 1 and steps[-1] < steps[0]:
-        mean = (values[-2] * steps[-2] + values[-1] * steps[-1]) / (steps[-2] + steps[-1])
-        epochs[-2:], values[-2:] = epochs[-1:], [mean]
-    return epochs, values
+    steps = [record.get("steps", record["step"] - before["step"])
+             for before, record in zip([{"step": 0}, *log[:-1]], log, strict=True)]
+    whole = log[:-1] if len(log) > 1 and steps[-1] < steps[0] else log
+    return ([record["epoch"] for record in whole],
+            [sum(record[loss] for loss in losses) for record in whole])
 
 
 def draw_losses(runs: list[tuple[Model, list[dict[str, Any]]]], path: Path) -> None:
@@ -559,9 +547,7 @@ def main(args: argparse.Namespace) -> None:
         "majority_class": majority,
         "losses": {str(model.folder): {"first": log[0], "last": log[-1]} for model, log in runs},
         "speeds": speeds,
-        "published": [
-            {"model": model, "source": source, "split": split, "percent": published_scores(numbers)}
-            for model, source, split, numbers in PUBLISHED] if args.published_numbers else None,
+        "published": PUBLISHED if args.published_numbers else None,
     })
     print(text_table(header, in_80_columns(rows) + published))
     if not published:

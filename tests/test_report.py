@@ -240,14 +240,13 @@ def test_a_run_without_any_result_is_an_error_and_writes_nothing(tmp_path, capsy
 # ------------------------------------------------------------------ pictures and the terminal
 
 
-def test_a_short_last_interval_is_weighted_by_its_steps():
+def test_a_short_last_interval_is_left_out_of_the_curve():
     log = [{"step": step, "epoch": step / 10, "loss": loss}
            for step, loss in ((4, 3.0), (8, 2.0), (9, 7.0))]
-    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.9], [3.0, 3.0])
-    assert report.loss_curve(log[:2], ["loss"]) == ([0.4, 0.8], [3.0, 2.0])
-    for record, steps in zip(log, (8, 8, 2), strict=True):  # says itself
+    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.8], [3.0, 2.0])
+    for record, steps in zip(log, (2, 2, 2), strict=True):  # as the log itself has it
         record["steps"] = steps
-    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.9], [3.0, 3.0])
+    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.8, 0.9], [3.0, 2.0, 7.0])
 
 
 def test_loss_curves_are_logarithmic_from_a_decade_on_and_have_the_legend_outside(run, figures):
