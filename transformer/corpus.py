@@ -7,9 +7,8 @@ two spans of that array, as cutting it to length only trims ends (BERT, arXiv 18
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,13 @@ CORPUS_IDS_NAME = "corpus.bin"
 SENTENCES_NAME, DOCUMENTS_NAME = "sentences.bin", "documents.bin"
 
 
-def load_array(file: BinaryIO, dtype: np.dtype | str, mapped: bool = True) -> np.ndarray:
+def load_array(
+    file: Path | BinaryIO, dtype: np.dtype | str, mapped: bool = True
+) -> np.ndarray:
     """Read all values of a file, or map them into memory, read-only."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if mapped and size:
-        return np.asarray(np.memmap(file, dtype, mode="r"))
+    if mapped:
+        with suppress(ValueError):  # an empty file can not be mapped
+            return np.asarray(np.memmap(file, dtype, mode="r"))
     return np.fromfile(file, dtype)
 
 
@@ -61,13 +61,9 @@ class Corpus(NamedTuple):
     @classmethod
     def open(cls, folder: Path, vocab_size: int) -> "Corpus":
         """Map the files that `write_corpus` wrote; processes share their memory."""
-        dtypes = {CORPUS_IDS_NAME: id_dtype(vocab_size), SENTENCES_NAME: "<i8",
-                  DOCUMENTS_NAME: "<i8"}
-        arrays = []
-        for name, dtype in dtypes.items():
-            with (folder / name).open("rb") as file:
-                arrays.append(load_array(file, dtype))
-        return cls(*arrays)
+        return cls(load_array(folder / CORPUS_IDS_NAME, id_dtype(vocab_size)),
+                   load_array(folder / SENTENCES_NAME, "<i8"),
+                   load_array(folder / DOCUMENTS_NAME, "<i8"))
 
 
 class TokenizedBlock(NamedTuple):

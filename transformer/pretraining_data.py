@@ -301,8 +301,7 @@ def read_array(
             f"{path}: {path.stat().st_size} bytes; expected {expected}, as {source} says; the "
             "file is incomplete or of another call"
         )
-    with path.open("rb") as file:
-        return load_array(file, dtype, mapped)
+    return load_array(path, dtype, mapped)
 
 
 # ------------------------------------------------------------------ reading an epoch
@@ -426,6 +425,8 @@ def _convert_json_epoch(
                 f"{path}: {count} rows; expected {metrics.num_training_examples}, as "
                 f"{path.stem}{METRICS_SUFFIX} says; the file is incomplete or of another call"
             )
+        ids_file.seek(0)
+        spans_file.seek(0)
         return _Epoch(load_array(ids_file, ids_dtype, mapped),
                       load_array(spans_file, spans_dtype, mapped),
                       np.empty((count, 0), mask_dtype(len(tokenizer))))
