@@ -151,17 +151,15 @@ def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple
 def write_onnx(model: nn.Module, method: str, folder: Path,
                calibration: Iterator[tuple[Tensor, ...]] | None,
                reduce_range: bool | None) -> dict[str, Any]:
-    """Write a model.onnx; returns its opset, its fused nodes and the versions that made it."""
+    """Write a model.onnx; returns its opset and the versions that made it."""
     import onnx  # here, as onnx_model: a second to load
     import onnxruntime
 
-    from transformer.onnx_model import OPSET, build, cpu_has_vnni, fuse, fused_nodes, quantize
+    from transformer.onnx_model import OPSET, build, cpu_has_vnni, fuse, quantize
 
     int8 = method.startswith("int8")
     fused = fuse(build(model, scale_rows=int8), attention=not int8)
-    record = {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
-              "fused_nodes": fused_nodes(fused.model)}
-    logger.info("fused nodes: %s", record["fused_nodes"])
+    record = {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     with atomic_path(folder / ONNX_NAME) as temporary:
         if int8:
             reduce_range = not cpu_has_vnni() if reduce_range is None else reduce_range

@@ -1,6 +1,8 @@
 """quantize.py, int8 and ONNX models: what they compute, what they weigh, what they refuse."""
 
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from transformer.features import load_features
 from transformer.file_utils import UserError
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForPreTraining, freeze
-from transformer.onnx_model import OnnxClassifier, build, fuse, fused_nodes
+from transformer.onnx_model import OnnxClassifier, build, fuse
 from transformer.tasks import get_task, label_order
 from transformer.tokenization import BertTokenizer
 
@@ -69,12 +71,13 @@ def test_the_onnx_graph_computes_every_activation(tmp_path, activation):
 
 
 def test_onnx_runtime_fuses_every_layer(tmp_path):
-    model = make_model(tmp_path / "model")
-    counts = fused_nodes(fuse(build(model)).model)
-    assert counts == {"Attention": 4, "BiasGelu": 4, "SkipLayerNormalization": 9}
-    pruned = make_model(tmp_path / "pruned", **PRUNED)
-    assert fused_nodes(fuse(build(pruned)).model)["Attention"] == 2
-    assert read_json(make(tmp_path, "fp32", "onnx") / "quantization.json")["fused_nodes"] == counts
+    def fused_kinds(**shape):
+        model = make_model(tmp_path / "model", **shape)
+        return Counter(node.op_type for node in fuse(build(model)).model.graph.node)
+
+    found = fused_kinds()
+    assert (found["Attention"], found["BiasGelu"], found["SkipLayerNormalization"]) == (4, 4, 9)
+    assert fused_kinds(**PRUNED)["Attention"] == 2
 
 
 @pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])

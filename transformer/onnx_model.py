@@ -41,8 +41,6 @@ OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # what came with it
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 OUTPUT = "logits"
-FUSED = ("Attention", "BiasGelu", "Gelu", "FastGelu", "SkipLayerNormalization",
-         "LayerNormalization")
 WORDS = "words"
 INNER = "layer_"  # what the names of the Transformer layers' nodes begin with
 SMALLEST = 1e-9  # added to a row's largest magnitude, for rows of zeros
@@ -284,12 +282,6 @@ def fuse(proto: onnx.ModelProto, attention: bool = True) -> Any:
     fused.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     fused.topological_sort()
     return fused
-
-
-def fused_nodes(proto: onnx.ModelProto) -> dict[str, int]:
-    """Count the nodes that `fuse` makes, by kind."""
-    kinds = [node.op_type for node in proto.graph.node]
-    return {kind: kinds.count(kind) for kind in FUSED if kind in kinds}
 
 
 class _Calibration:
