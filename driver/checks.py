@@ -5,13 +5,13 @@ Standard input is a JSON list of commands. Each script's parser reads its comman
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,13 +20,9 @@ from transformer.runtime import check_numbers
 
 
 @cache
-def load(script: str) -> ModuleType:
-    """Import a script without running it."""
-    name = "checked_" + script.replace("/", "_").removesuffix(".py")  # its own: pickle looks it up
-    spec = importlib.util.spec_from_file_location(name, Path(script).resolve())
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(script: str) -> dict[str, Any]:
+    """Return what a script defines."""
+    return runpy.run_path(script, run_name="checked")
 
 
 def parse(command: list[str]) -> argparse.Namespace:
@@ -34,7 +30,7 @@ def parse(command: list[str]) -> argparse.Namespace:
     def refuse(message: str) -> None:  # in place of usage and exit
         raise UserError(message)
 
-    parser = load(command[1]).get_args_parser()
+    parser = load(command[1])["get_args_parser"]()
     parser.error = refuse
     return parser.parse_args(command[2:])
 
@@ -46,7 +42,7 @@ def problems(commands: list[list[str]]) -> Iterator[str]:
             args = parse(command)
             given = {name: value for name, value in vars(args).items() if value is not None}
             check_numbers(argparse.Namespace(**given))
-            getattr(load(command[1]), "check_args", lambda _: None)(args)
+            load(command[1]).get("check_args", lambda _: None)(args)
         except UserError as error:
             yield f"{command[1]}: {error}"
 
