@@ -102,10 +102,10 @@ class Setup:
     memory_rows: int
 
     def teacher_config(self) -> BertConfig:
-        return BertConfig(**self.teacher)
+        return BertConfig.from_dict(self.teacher)
 
     def student_configs(self, count: int = 1) -> list[BertConfig]:
-        return [BertConfig(**student) for student in self.students[:count]]
+        return [BertConfig.from_dict(student) for student in self.students[:count]]
 
     def tokenizer(self) -> BertTokenizer:
         return BertTokenizer.from_pretrained(self.folder / "vocabulary")

@@ -266,6 +266,15 @@ def setup(inputs, tmp_path_factory) -> Setup:
     return Setup(folder, **read_json(folder / "setup.json"))
 
 
+def test_without_quick_the_models_are_bert_base_and_its_students():
+    args = benchmark.get_args_parser().parse_args([])
+    benchmark.check_arguments(args)
+    setup = Setup(ROOT, **benchmark.make_setup(args))
+    configs = [setup.teacher_config(), *setup.student_configs(2)]
+    assert [(c.num_hidden_layers, c.hidden_size) for c in configs] == [
+        (12, 768), (4, 312), (6, 768)]
+
+
 @pytest.mark.parametrize("side", ["plain", "ours"])
 @pytest.mark.parametrize("name", STAGES)
 def test_each_side_of_each_stage_runs(setup, name, side):
