@@ -208,10 +208,9 @@ def warnings_of(caplog):
 def test_the_second_time_the_same_arrays_come_from_the_cache(cached, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     first = cached.load()
-    assert "24 rows encoded in " in caplog.text and "from cache" not in caplog.text
     monkeypatch.setattr(features, "encode_examples", None)
     second = cached.load()
-    assert "24 rows from cache in " in caplog.messages[-1]
+    assert caplog.text.count("train.tsv: 24 rows in ") == 2
     assert_same(first, second)
     assert len(cached.files()) == 1 and not warnings_of(caplog)
 
@@ -289,9 +288,8 @@ def test_a_damaged_cache_is_one_warning_and_made_again(cached, caplog, damage):
     (warning,) = warnings_of(caplog)
     assert str(path) in warning and "damaged" in warning and "\n" not in warning
     assert cached.files() == [path]
-    caplog.set_level(logging.INFO)
     assert_same(cached.load(), expected)
-    assert "from cache" in caplog.messages[-1] and len(warnings_of(caplog)) == 1
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line_and_not_the_run(cached, caplog):

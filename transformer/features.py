@@ -183,6 +183,7 @@ def load_features(
     `cache` the features are read from the user's cache where they were encoded before; under
     torchrun one process of each machine encodes, and the others find what it stored.
     """
+    began = time.monotonic()
     task = get_task(task)
     path = split_path(task, data_dir, split)
 
@@ -198,12 +199,13 @@ def load_features(
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
     with distributed.main_first():
-        return cached(file, encode, tokenizer)
+        features = cached(file, encode, tokenizer)
+    logger.info("%s: %d rows in %.1f s", path, len(features), time.monotonic() - began)
+    return features
 
 
 def cached(path: Path, encode: Callable[[], Features], tokenizer: BertTokenizer) -> Features:
     """Read features from a file, or encode them and write it; what fails with it is a warning."""
-    began = time.monotonic()
     try:
         with np.load(path, allow_pickle=False) as stored:  # the zip's check sums find damage
             features = Features(
@@ -211,14 +213,12 @@ def cached(path: Path, encode: Callable[[], Features], tokenizer: BertTokenizer)
                 torch.from_numpy(stored["labels"]), tuple(stored["label_names"].tolist()),
                 int(stored["pad_id"]))
         warn_of_unknown_pieces(features, tokenizer)
-        logger.info("%d rows from cache in %.1f s", len(features), time.monotonic() - began)
         return features
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # whatever is wrong with it, it can be made again
         logger.warning("%s: damaged (%s); the rows are encoded again", path, error)
     features = encode()
-    logger.info("%d rows encoded in %.1f s", len(features), time.monotonic() - began)
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **{item.name: getattr(features, item.name) for item in fields(features)})
