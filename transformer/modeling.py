@@ -559,8 +559,7 @@ class TinyBertForSequenceClassification(_FittedModel):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        is_student: bool = False,
+        attention_mask: Tensor | None = None, is_student: bool = False,
         score_layers: Collection[int] | None = None,
     ) -> TaskOutput:
         """Classify rows; with `is_student` the hidden states are at the teacher's width.
@@ -600,8 +599,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        score_layers: Collection[int] | None = None,
+        attention_mask: Tensor | None = None, score_layers: Collection[int] | None = None,
     ) -> TaskOutput:
         """Compute the logits of an answer's start and end at every position."""
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
@@ -642,7 +640,7 @@ def can_pack() -> bool:
 def pack_linears(module: nn.Module) -> None:
     """Replace every bfloat16 linear layer below `module` by a packed one."""
     for name, child in module.named_children():
-        # A layer all of whose units were pruned has nothing to pack; it is not computed either.
+        # A layer all of whose units were pruned has nothing to pack.
         if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16 \
                 and child.weight.numel():
             setattr(module, name, PackedLinear(child))
