@@ -220,7 +220,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Find the input, get a splitter, write the corpus, print the counts."""
+    """Find the input, choose a splitter, write the corpus, log the counts."""
     start = time.perf_counter()
 
     # Check what was asked for before anything slow happens.

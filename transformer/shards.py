@@ -112,7 +112,7 @@ class ShardedFile:
         if self.output.exists() and not args.overwrite:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
         check_disk(str(self.output), self.folder, 2 * size)
-        if self.manifest.is_file():
+        if any(self.folder.glob("*.shard")):
             logger.warning("%s: the unfinished work of an earlier call is discarded; --resume"
                            " would have continued it", self.folder)
         self._remove_folder()
