@@ -80,6 +80,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags out of range."""
+    check_numbers(args)
+    if args.task_name is not None:
+        get_task(args.task_name)
+
+
 def find_task(task_name: str | None, data_dir: str) -> GlueTask:
     """Return the task by its name, or else by the name of its folder, which must be a task's."""
     if task_name is not None:
@@ -122,7 +129,7 @@ class LabelLoss(nn.Module):
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_numbers(args)
+    check_args(args)
     task = find_task(args.task_name, args.data_dir)
     device = get_device(args.no_cuda)
     folder = RunFolder.open(args, [args.bert_model])

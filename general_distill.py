@@ -188,9 +188,18 @@ def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> n
     return student
 
 
-def check_batch_sizes(sizes: list[int]) -> None:
-    """Raise a `UserError` unless larger batches are made of whole smaller ones."""
-    smallest = min(sizes)
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags out of range, or that do not fit together.
+
+    Batch sizes and rates become lists of one a student.
+    """
+    check_numbers(args, "num_train_epochs")
+    if args.do_eval and args.resume:
+        raise UserError("--resume is for training; leave it out with --do_eval")
+    students = len(args.student_model)
+    args.learning_rate = per_student("learning_rate", args.learning_rate, students)
+    sizes = per_student("train_batch_size", args.train_batch_size, students)
+    args.train_batch_size, smallest = sizes, min(sizes)
     if any(size % smallest for size in sizes) or (len(set(sizes)) > 1 and smallest % BATCH_UNIT):
         raise UserError(
             f"--train_batch_size {' '.join(map(str, sizes))}: expected one size for all students,"
@@ -268,13 +277,7 @@ def evaluate_only(args: argparse.Namespace, trainers: list[StudentTrainer],
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_numbers(args, "num_train_epochs")
-    if args.do_eval and args.resume:
-        raise UserError("--resume is for training; leave it out with --do_eval")
-    students = len(args.student_model)
-    args.learning_rate = per_student("learning_rate", args.learning_rate, students)
-    args.train_batch_size = per_student("train_batch_size", args.train_batch_size, students)
-    check_batch_sizes(args.train_batch_size)
+    check_args(args)
     batch_size = min(args.train_batch_size)
     device = get_device(args.no_cuda, args.local_rank)
     dtype = resolve_precision(args.precision, device, args.fp16)
@@ -291,7 +294,7 @@ def main(args: argparse.Namespace) -> None:
     reader.load(0)  # before anything is written: it may be damaged
     total_steps = reader.steps(args.num_train_epochs, batch_size)
     trainers = [make_trainer(args, number, encoder, reader, device, dtype)
-                for number in range(students)]
+                for number in range(len(args.student_model))]
     teacher = IntermediateTeacher(
         encoder, [trainer.student.config.num_hidden_layers for trainer in trainers])
     compiled = compile_models(args.compile, device, teacher, *(x.loss for x in trainers))

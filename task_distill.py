@@ -65,6 +65,7 @@ from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RESULTS_NAME, RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
     add_training_arguments,
+    as_list,
     check_numbers,
     compile_models,
     format_values,
@@ -83,7 +84,8 @@ from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
 
-MODEL_RUN_FILES = ("args.json", "log.jsonl", "eval_results.json", "eval_results.txt")
+# What a setting's folder holds beside its model.
+RECORDS = ("args.json", "log.jsonl", "eval_results.json", "eval_results.txt")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -153,24 +155,25 @@ def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
         args.num_train_epochs = float(task.intermediate_epochs)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for flags that do not fit together; replace lists of one by the value."""
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags out of range, or that do not fit together.
+
+    Rates become a list of one a student, a batch size the number itself.
+    """
+    check_numbers(args, "num_train_epochs")
+    get_task(args.task_name)
     for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
+    args.learning_rate, sizes = as_list(args.learning_rate), as_list(args.train_batch_size)
     if args.sweep and not args.pred_distill:
         raise UserError("--sweep chooses by dev scores; expected --pred_distill, too")
-    if args.sweep:
-        for flag in ("learning_rate", "train_batch_size"):
-            values = getattr(args, flag)
-            setattr(args, flag, values if isinstance(values, list) else [values])
-        return
-    args.learning_rate = per_student("learning_rate", args.learning_rate, len(args.student_model))
-    sizes = args.train_batch_size if isinstance(args.train_batch_size, list) else [
-        args.train_batch_size]
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not args.sweep:
         raise UserError(f"--train_batch_size {' '.join(map(str, sizes))}: several need --sweep")
-    args.train_batch_size = sizes[0]
+    args.train_batch_size = sizes if args.sweep else sizes[0]
+    if not args.sweep:
+        args.learning_rate = per_student(
+            "learning_rate", args.learning_rate, len(args.student_model))
 
 
 def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
@@ -372,27 +375,24 @@ def sweep(args: argparse.Namespace, shared: Shared, folder: RunFolder) -> None:
             distil(setting, shared, subfolder, folder.upload)
     if distributed.is_main():
         for path in folder.paths:
-            keep_best(path, shared.task, args.learning_rate, args.train_batch_size)
+            keep_best(path, shared.task.metrics[0], args.learning_rate, args.train_batch_size)
 
 
-def keep_best(path: Path, task: GlueTask, rates: list[float], batch_sizes: list[int]) -> None:
+def keep_best(path: Path, metric: str, rates: list[float], batch_sizes: list[int]) -> None:
     """Copy the model of the best setting below `path` into it, and list all in its results."""
     settings = []
     for batch_size in batch_sizes:
         for rate in rates:
-            result = read_json(path / setting_name(rate, batch_size) / RESULTS_NAME)
+            name = setting_name(rate, batch_size)
+            result = read_json(path / name / RESULTS_NAME)
             settings.append({
-                "folder": setting_name(rate, batch_size), "learning_rate": rate,
-                "train_batch_size": batch_size, "metrics": result["best"],
-                "last": result["last"]})
-
-    def score(setting: dict) -> float:
-        value = setting["metrics"][task.metrics[0]]
-        return -math.inf if value is None else value
-
-    chosen = max(settings, key=score)["folder"]
+                "folder": name, "learning_rate": rate, "train_batch_size": batch_size,
+                "metrics": result["best"], "last": result["last"]})
+    scores = [setting["metrics"][metric] for setting in settings]
+    scores = [-math.inf if score is None else score for score in scores]  # null: not a number
+    chosen = settings[scores.index(max(scores))]["folder"]
     for file in sorted((path / chosen).iterdir()):
-        if file.is_file() and file.name not in MODEL_RUN_FILES:
+        if file.is_file() and file.name not in RECORDS:
             with atomic_path(path / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     write_results(path, {**read_json(path / chosen / RESULTS_NAME), "chosen": chosen,
@@ -425,10 +425,9 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_numbers(args, "num_train_epochs")
+    check_args(args)
     task = get_task(args.task_name)
     apply_task_defaults(args, task)
-    check_flags(args)
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     folder = RunFolder.open(args, args.student_model)

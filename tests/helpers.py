@@ -15,9 +15,14 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
+import finetune_teacher  # noqa: E402
+import general_distill  # noqa: E402
+import task_distill  # noqa: E402
 from transformer.checkpoint import save_pretrained  # noqa: E402
 from transformer.modeling import (  # noqa: E402
     BertConfig,
+    BertForMaskedLM,
+    TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
 from transformer.runtime import run_script  # noqa: E402
@@ -202,10 +207,14 @@ def error_line(capsys, module, *arguments) -> str:
 
 
 class ScriptSetup:
-    """What a script reads, in the folder `root`; `arguments(output, *more)` is its command line."""
+    """What a script reads, in the folder `root`; `arguments(output, *more)` is its command line.
+
+    trained: the model that training starts from.
+    """
 
     script: ModuleType
     root: Path
+    trained: Path
 
     def run(self, output: str, *more) -> Path:
         """Run the script; returns the folder it wrote."""
@@ -218,6 +227,63 @@ class ScriptSetup:
         for text in contains:
             assert text in message
         assert not (self.root / "out").exists()
+
+
+class TaskSetup(ScriptSetup):
+    """A GLUE folder, a teacher of four layers and a general student of two, narrower."""
+
+    script = task_distill
+
+    def __init__(self, root, name="SST-2", **glue):
+        self.root, self.task = root, get_task(name)
+        self.data = make_glue(root / "data", name, **glue)
+        self.teacher = root / "teacher"
+        self.student = self.trained = root / "student"
+        make_model(self.teacher, labels=self.task.labels or ("LABEL_0",))
+        make_model(self.student, TinyBertForPreTraining, seed=1, num_hidden_layers=2,
+                   hidden_size=12, model_arguments={"fit_size": 16})
+
+    def arguments(self, output, *more):
+        return ["--teacher_model", self.teacher, "--student_model", self.student,
+                "--data_dir", self.data, "--task_name", self.task.name,
+                "--output_dir", self.root / output, "--train_batch_size", 8,
+                "--precision", "fp32", "--no_cuda", *more]
+
+
+class GeneralSetup(ScriptSetup):
+    """A pregenerated corpus, a teacher of four layers and the config of a narrower student."""
+
+    script = general_distill
+
+    def __init__(self, root, **corpus):
+        self.root = root
+        self.corpus = make_pregenerated(root / "corpus", **corpus)
+        self.teacher, self.student = root / "teacher", root / "student"
+        make_model(self.teacher, BertForMaskedLM)
+        self.trained = self.student
+        config_folder(self.student, num_hidden_layers=2, hidden_size=12)
+
+    def arguments(self, output, *more):
+        return ["--pregenerated_data", self.corpus, "--teacher_model", self.teacher,
+                "--student_model", self.student, "--output_dir", self.root / output,
+                "--train_batch_size", 4, "--precision", "fp32", "--no_cuda", *more]
+
+
+class FinetuneSetup(ScriptSetup):
+    """A GLUE folder and a classifier with random weights."""
+
+    script = finetune_teacher
+
+    def __init__(self, root, name="SST-2", **glue):
+        self.root, self.task = root, get_task(name)
+        self.data = make_glue(root / self.task.folder, name, **glue)
+        self.model = self.trained = root / "model"
+        make_model(self.model, labels=self.task.labels or ("LABEL_0",), num_hidden_layers=2)
+
+    def arguments(self, output, *more):
+        return ["--task_name", self.task.name, "--data_dir", self.data, "--bert_model",
+                self.model, "--output_dir", self.root / output, "--train_batch_size", 8,
+                "--precision", "fp32", "--no_cuda", *more]
 
 
 def read_json(path: Path):

@@ -1,13 +1,9 @@
 """What the processes of one run share out, and how a single one goes without."""
 
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPO
 
 from transformer import distributed
 from transformer.batching import pass_generator
@@ -64,68 +60,3 @@ def test_a_pass_is_shuffled_by_its_number_and_the_seed_alone():
 
     assert order(1, 5) == order(1, 5)
     assert len({tuple(order(seed, number)) for seed in (0, 1, -1) for number in (0, 1, 2)}) == 9
-
-
-COUNT_REDUCTIONS = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-sys.path[:0] = {paths!r}
-from helpers import tiny_config
-from transformer import distributed
-from transformer.batching import micro_batches
-from transformer.distillation import PredictionLoss, no_teacher
-from transformer.modeling import TinyBertForSequenceClassification
-from transformer.optimization import BertAdam
-from transformer.training import StudentTrainer, train
-
-distributed.connect()
-torch.manual_seed(0)
-student = TinyBertForSequenceClassification(tiny_config(num_labels=2))
-trainer = StudentTrainer(student, PredictionLoss(student), BertAdam(student.parameters(), lr=1e-3),
-                  torch.device("cpu"))
-reductions = []
-
-
-def count(state, bucket):
-    reductions.append(1)
-    gradient = bucket.buffer().div_(distributed.world_size())
-    return dist.all_reduce(gradient, async_op=True).get_future().then(lambda sent: sent.value()[0])
-
-
-trainer.parallel_loss.register_comm_hook(None, count)
-
-
-def collate(rows):
-    ids = torch.tensor([[5, 6, 7]] * len(rows))
-    return {{"input_ids": ids, "token_type_ids": 0 * ids, "attention_mask": 0 * ids + 1,
-            "teacher_logits": torch.ones(len(rows), 2)}}
-
-
-accumulation = int(sys.argv[1])
-parts = micro_batches(list(range(8)), 8 // accumulation)
-steps = list(train([trainer], no_teacher, [(collate, [parts] * 3)], 3, torch.device("cpu")))
-everyone = distributed.gather(next(student.parameters()).detach())
-assert torch.equal(*everyone), "the processes' students differ"
-if distributed.is_main():
-    print("reductions", len(reductions), flush=True)
-distributed.barrier()
-os._exit(0)  # as run_script does
-"""
-
-
-def test_accumulation_adds_up_gradients_once_a_step_however_many_micro_batches(tmp_path):
-    script = tmp_path / "count.py"
-    script.write_text(COUNT_REDUCTIONS.format(paths=[str(REPO), str(REPO / "tests")]))
-
-    def reductions(accumulation: int) -> str:
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-             "2", str(script), str(accumulation)],
-            capture_output=True, text=True, timeout=300, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr[-2000:]
-        return result.stdout.strip()
-
-    assert reductions(1) == reductions(4) != "reductions 0"

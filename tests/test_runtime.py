@@ -18,7 +18,6 @@ from transformer.run_folder import (
     JsonLog,
     RunFolder,
     RunningMean,
-    Throughput,
     check_same_arguments,
     prepare_output_dir,
     save_arguments,
@@ -101,6 +100,20 @@ def test_ctrl_c_leaves_with_130():
     assert exit_info.value.code == 130
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_one_line_that_names_what_needs_less(capsys, error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main, parser(), ["--name", "x"])
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message.count("\n") == 1
+    assert "out of memory" in message and "--gradient_accumulation_steps" in message
+
+
 def test_an_unknown_flag_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_script(lambda args: None, parser(), ["--name", "x", "--no_such"])
@@ -162,7 +175,6 @@ def test_compile_is_off_on_a_cpu_unless_asked_for():
     module = torch.nn.Linear(2, 2)
     assert compile_models(None, CPU, module) is False
     assert compile_models(False, torch.device("cuda"), module) is False
-    assert module._compiled_call_impl is None
 
 
 def test_compile_without_a_compiler_is_one_clear_line(monkeypatch):
@@ -219,18 +231,6 @@ def test_a_log_line_shows_four_digits_of_each_number():
               "metrics": {"acc": 0.7647058823529411, "f1": 1.0}, "compiled": False}
     assert format_values(record) == (
         "step 123456  lr 2.222e-05  loss 3.024  metrics (acc 0.7647  f1 1)  compiled False")
-
-
-def test_the_pace_is_rows_a_second_and_the_share_of_waiting(monkeypatch):
-    now = [10.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    pace = Throughput()
-    pace.add(32, 0.5)
-    pace.add(32, 0.0)
-    now[0] += 2.0
-    assert pace.read() == {"rows_per_second": 32.0, "waiting": 0.25}
-    now[0] += 1.0
-    assert pace.read() == {"rows_per_second": 0.0, "waiting": 0.0}
 
 
 def test_a_seed_sets_python_numpy_and_torch():
@@ -397,13 +397,6 @@ def test_torchruns_second_try_goes_on_with_what_its_first_began_and_nothing_else
     assert not should_resume(args, tmp_path / "none.json")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
     assert not should_resume(args, record) and should_resume(resumable(), record)
-
-
-def test_resume_refuses_a_folder_that_holds_something_else(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_text("somebody's model")
-    with pytest.raises(UserError, match=r"--resume finds files, but no args.json"):
-        prepare_output_dir(tmp_path, resume=True)
-    assert (tmp_path / "pytorch_model.bin").is_file()
 
 
 def test_resuming_with_other_arguments_names_those_that_differ(tmp_path):

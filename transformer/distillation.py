@@ -149,8 +149,8 @@ def check_shapes(student_scores: Sequence[Tensor], student_hidden: Sequence[Tens
 
     `teacher_scores` are those of the layers that the student's learn from.
     """
-    for ours, theirs in zip(student_scores, teacher_scores, strict=True):
-        check_heads(theirs.shape[1], ours.shape[1])
+    for student_layer, teacher_layer in zip(student_scores, teacher_scores, strict=True):
+        check_heads(teacher_layer.shape[1], student_layer.shape[1])
     student_width, teacher_width = student_hidden[0].shape[-1], teacher_hidden[0].shape[-1]
     if student_width != teacher_width:
         raise UserError(
@@ -183,12 +183,12 @@ def intermediate_losses(
     teacher_scores = [teacher_scores[layer] for layer in attention_map]
     check_shapes(student_scores, student_hidden, teacher_scores, teacher_hidden)
     att_loss = sum(
-        attention_loss(ours, theirs, attention_mask, match_original)
-        for ours, theirs in zip(student_scores, teacher_scores, strict=True)
+        attention_loss(student_layer, teacher_layer, attention_mask, match_original)
+        for student_layer, teacher_layer in zip(student_scores, teacher_scores, strict=True)
     )
     rep_loss = sum(
-        hidden_loss(ours, teacher_hidden[layer], attention_mask, match_original)
-        for ours, layer in zip(student_hidden, hidden_map, strict=True)
+        hidden_loss(student_layer, teacher_hidden[layer], attention_mask, match_original)
+        for student_layer, layer in zip(student_hidden, hidden_map, strict=True)
     )
     return {"att_loss": att_loss, "rep_loss": rep_loss}
 

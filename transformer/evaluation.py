@@ -26,13 +26,13 @@ POSITIVE = "1"  # the class whose F1 is reported: a paraphrase, a duplicate
 
 
 def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> bool:
-    """Say loudly that a model answers the same for every row; returns whether it does."""
+    """Warn where a model predicts the same for every row; returns whether it does."""
     constant = bool(np.all(predicted == predicted[0]))
     if constant and np.any(gold != gold[0]):
         logger.warning(
             "!!! The model predicts %s for all %d rows: it has learned nothing, or its weights "
-            "were not loaded. Its score is that of a constant answer. !!!", what, len(predicted),
-        )  # fmt: skip
+            "were not loaded. Its score is that of a constant prediction. !!!",
+            what, len(predicted))
     return constant
 
 
@@ -74,7 +74,7 @@ def compute_metrics(
     """Compute a task's metrics, as fractions of 1, from logits [rows, labels] and gold labels.
 
     `labels_order` names the columns of `logits` and the class numbers in `labels`; without it
-    they stand in the task's own order. A model that gives every row the same answer is warned
+    they stand in the task's own order. A model that predicts the same for every row is warned
     about, and its correlations are 0 and not undefined.
     """
     task = get_task(task)

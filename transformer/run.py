@@ -30,7 +30,7 @@ from transformer.checkpoint import (
 )
 from transformer.evaluation import Selection, write_results
 from transformer.file_utils import UserError
-from transformer.run_folder import JsonLog, RunningMean, Throughput
+from transformer.run_folder import JsonLog, RunningMean
 from transformer.runtime import Stopped, check_disk, format_values
 from transformer.tokenization import BertTokenizer
 from transformer.training import Step, StudentTrainer, train
@@ -158,7 +158,7 @@ class TrainingRun:
         self.save_steps, self.save_minutes = save_steps, save_minutes
         self.device = outputs[0].trainer.device
         self.step = 0
-        self.throughput = Throughput()
+        self.rows, self.waited, self.report_began = 0, 0.0, time.perf_counter()
         self.signal: int | None = None
         # The first step whose loss was not finite, of each student; 0 while all are.
         self.first_bad = [torch.zeros((), device=self.device) for _ in outputs]
@@ -196,10 +196,15 @@ class TrainingRun:
         self, evaluate: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None
     ) -> None:
         """Log every student's losses and, with `evaluate`, its dev metrics by split."""
-        progress = {"step": self.step, "epoch": self.epoch(), **self.throughput.read()}
+        seconds = max(time.perf_counter() - self.report_began, 1e-9)
+        progress = {"step": self.step, "epoch": self.epoch(),
+                    "rows_per_second": round(self.rows / seconds, 1),
+                    "waiting": round(self.waited / seconds, 4)}
         for output in self.outputs:
             metrics = evaluate and evaluate(output.trainer.student)
             output.report(progress, metrics, self.eta())
+        # From here on, as the time that the report took does not count.
+        self.rows, self.waited, self.report_began = 0, 0.0, time.perf_counter()
 
     def steps(self, teacher: Callable[[Batch], Any], description: str) -> Iterator[Step]:
         """Take the steps that are left; yields after each, with `step` counted.
@@ -218,15 +223,13 @@ class TrainingRun:
         saved_at = time.monotonic()
         progress = tqdm(steps, desc=description, initial=self.step, total=self.total_steps,
                         unit="step", disable=None if distributed.is_main() else True)
-        self.throughput.restart()
+        self.report_began = time.perf_counter()
         with self._signals_noted():
             for step in progress:
                 self._count(step)
                 if self.reports() or step.epoch_ends:
                     self.check_finite()  # before anything is written
                 yield step
-                if self.reports():
-                    self.throughput.restart()  # without the time that the report took
                 if None in step.losses:
                     continue  # a student is still accumulating: a state holds no gradients
                 request = distributed.largest(self._request(saved_at))
@@ -239,7 +242,7 @@ class TrainingRun:
 
     def _count(self, step: Step) -> None:
         self.step += 1
-        self.throughput.add(step.rows, step.waited)
+        self.rows, self.waited = self.rows + step.rows, self.waited + step.waited
         for number, (output, losses) in enumerate(zip(self.outputs, step.losses, strict=True)):
             if losses is None:
                 continue

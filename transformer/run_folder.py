@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from transformer.file_utils import (
     upload_folder,
     write_json,
 )
-from transformer.runtime import argument_values
+from transformer.runtime import argument_values, as_list
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +58,7 @@ def check_output_dir(path: Path | str, overwrite: bool = False, resume: bool = F
         raise UserError(f"{path}: is a file; expected a folder")
     if not path.is_dir() or overwrite:
         return
-    if resume and ((path / ARGUMENTS_NAME).is_file() or (path / UNFINISHED).exists()):
+    if resume and (path / ARGUMENTS_NAME).is_file():
         return
     files = [file for file in path.iterdir() if not (resume and file.name.endswith(".tmp"))]
     if files and resume:
@@ -197,8 +196,7 @@ class RunFolder:
             UserError: not one folder a student; a folder that another run writes to, or that
                 holds other files; with --resume, other arguments than the earlier call's.
         """
-        folders = args.output_dir if isinstance(args.output_dir, list) else [args.output_dir]
-        paths = [Path(folder) for folder in folders]
+        paths = [Path(folder) for folder in as_list(args.output_dir)]
         if len(paths) != len(sources):
             raise UserError(
                 f"--output_dir: {len(paths)} folders for {len(sources)} students of"
@@ -349,27 +347,3 @@ class RunningMean:
         self.totals = {name: torch.tensor(total * share, dtype=torch.float32, device=device)
                        for name, total in state["totals"].items()}
         self.count = state["count"]
-
-
-class Throughput:
-    """Rows per second between two readings."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from now on."""
-        self.rows, self.waited, self.began = 0, 0.0, time.perf_counter()
-
-    def add(self, rows: int, waited: float) -> None:
-        """Count the rows of a step, and the seconds that it waited for them."""
-        self.rows += rows
-        self.waited += waited
-
-    def read(self) -> dict[str, float]:
-        """Return rows per second and the share of time spent waiting; start again."""
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        figures = {"rows_per_second": round(self.rows / seconds, 1),
-                   "waiting": round(self.waited / seconds, 4)}
-        self.restart()
-        return figures

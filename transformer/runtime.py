@@ -212,8 +212,7 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
         positive: names of numbers that may not be 0 either.
     """
     for name, smallest in SMALLEST_VALUES.items():
-        values = getattr(args, name, smallest)
-        for value in values if isinstance(values, list) else [values]:
+        for value in as_list(getattr(args, name, smallest)):
             if not smallest <= value < math.inf:  # nan is not either
                 raise UserError(
                     f"--{name} {value}; expected a finite number, at least {smallest}")
@@ -224,9 +223,14 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
 
 
+def as_list(values: Any) -> list[Any]:
+    """Return several values of a flag as they are, a single one as a list of it."""
+    return values if isinstance(values, list) else [values]
+
+
 def per_student(flag: str, values: float | list[float], students: int) -> list[float]:
     """Return one value of a flag for each student; a single one serves all."""
-    values = values if isinstance(values, list) else [values]
+    values = as_list(values)
     if len(values) not in (1, students):
         raise UserError(
             f"--{flag}: {len(values)} values for {students} students; expected one each, or one"
