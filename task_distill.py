@@ -354,10 +354,10 @@ def sweep(args: argparse.Namespace, shared: Shared, folder: RunFolder) -> None:
     """
     for source in args.student_model:
         load_student(args, shared, source)  # before anything is written: it may not fit
-    folder.start(log_start(args, shared.device, shared.dtype, task=shared.task.name))
     if folder.state == "new" and distributed.is_main():
         for stale in [old for path in folder.paths for old in path.glob("lr*_batch*")]:
             shutil.rmtree(stale)
+    folder.start(log_start(args, shared.device, shared.dtype, task=shared.task.name))
     distributed.barrier()
     for batch_size in args.train_batch_size:
         setting = copy.copy(args)

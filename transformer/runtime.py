@@ -99,45 +99,36 @@ def run_script(
         number = getattr(stop, "signal_number", signal.SIGINT)
         _complain(parser.prog, f"stopped by {signal.Signals(number).name}{how_to_continue(args)}")
         sys.exit(128 + number)
-    except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
-            PermissionError) as error:
-        _complain(parser.prog, f"error: {error}")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        message = explain(error, args)
+        if message is None:
             raise
-        _complain(parser.prog, f"error: the disk is full ({error}); what was finished is kept"
-                  + how_to_continue(args))
+        _complain(parser.prog, f"error: {message}")
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            _complain(parser.prog, "error: out of memory; a smaller --train_batch_size or"
-                      " --eval_batch_size, or more --gradient_accumulation_steps, needs less"
-                      f" ({first_line(error)})")
-            sys.exit(2)
-        if not distributed.is_lost_peer(error):
-            raise
-        _complain(parser.prog, "error: another process of this run has ended, so this one ends"
-                  f" too; the first message of the others says why ({first_line(error)})"
-                  + how_to_continue(args))
-        sys.exit(2)
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str | None:
+    """Return one line on a user's mistake or on what the machine lacks; None for a bug."""
+    if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
+                          PermissionError)):
+        return str(error)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({reason}); what was finished is kept{how_to_continue(args)}"
+    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in reason):
+        return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"
+                f" --gradient_accumulation_steps, needs less ({reason})")
+    if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
+        return ("another process of this run has ended, so this one ends too; the first message of"
+                f" the others says why ({reason}){how_to_continue(args)}")
+    return None
 
 
 def _complain(program: str, message: str) -> None:
     """Print one line on stderr; of several processes each but the first says which it is."""
     process = "" if distributed.is_main() else f" (process {distributed.rank()})"
     print(f"{program}{process}: {message}", file=sys.stderr, flush=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that the GPU's or the machine's memory did not suffice."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in str(error))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def how_to_continue(args: argparse.Namespace) -> str:
@@ -337,7 +328,7 @@ def missing_for_compile(device: "torch.device") -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
-        return first_line(error)
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     return None
 
 
