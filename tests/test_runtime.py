@@ -410,15 +410,20 @@ def test_resuming_with_other_arguments_names_those_that_differ(tmp_path):
 
 def test_a_resumed_run_keeps_its_states_and_clears_what_was_being_written(tmp_path):
     state = tmp_path / "training_state" / "step_0000000003.pt"
+
+    def start(**flags) -> str:
+        folder = RunFolder.open(resumable(output_dir=str(tmp_path), **flags), ["student"])
+        folder.start({"arguments": argument_values(resumable())})
+        return folder.state
+
+    assert start(overwrite_output_dir=False) == "new"
     state.parent.mkdir()
     state.write_text("x")
-    (tmp_path / "args.json").write_text("{}")
-    (tmp_path / ".pytorch_model.bin.99.tmp").write_text("half")
     (state.parent / ".step_0000000006.pt.99.tmp").write_text("half")
-    prepare_output_dir(tmp_path, resume=True)
+    assert start(overwrite_output_dir=False) == "resume"
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         "args.json", state.name}
-    prepare_output_dir(tmp_path, overwrite=True)
+    assert start(overwrite_output_dir=True, resume=False) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from transformer import distributed
@@ -156,9 +155,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a classifier on encoded rows, on a copy of it that computes in `dtype`.
 
-    Returns "metrics" (see `compute_metrics`), "loss" (mean cross-entropy, or squared error for
-    STS-B), "logits" [rows, labels] float32, "predictions" [rows] (class numbers or scores) and
-    "rows", in the order of `features`.
+    Returns "metrics" (see `compute_metrics`), "logits" [rows, labels] float32 and "predictions"
+    [rows] (class numbers or scores), in the order of `features`.
     """
     task = get_task(task)
     if not len(features):
@@ -170,19 +168,9 @@ def evaluate(
             f"expected {task.num_labels} for task {task.name}"
         )
     metrics = compute_metrics(task, logits.numpy(), features.labels.numpy(), features.label_names)
-    if task.is_regression:
-        predictions = logits[:, 0].numpy()
-        loss = functional.mse_loss(logits[:, 0], features.labels)
-    else:
-        predictions = logits.numpy().argmax(axis=1)
-        loss = functional.cross_entropy(logits, features.labels)
-    return {
-        "metrics": metrics,
-        "loss": float(loss),
-        "logits": logits.numpy(),
-        "predictions": predictions,
-        "rows": len(features),
-    }
+    logits = logits.numpy()
+    predictions = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
+    return {"metrics": metrics, "logits": logits, "predictions": predictions}
 
 
 class Selection:

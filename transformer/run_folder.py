@@ -44,51 +44,33 @@ FREE_ARGUMENTS = {
 # ------------------------------------------------------------------ one folder
 
 
-def check_output_dir(path: Path | str, overwrite: bool = False, resume: bool = False) -> None:
-    """Raise a `UserError` for a file, or a folder that holds files unless `overwrite`.
+def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
+    """Raise a `UserError` for a file, or for a folder that holds files unless `overwrite`.
 
-    With `resume` it may hold those of an earlier run, by its `args.json`, but no others.
-
-    Of several processes only the first checks: it may have written something already.
+    Temporary files of a killed process do not count. Of several processes only the first checks:
+    it may have written something already.
     """
     path = Path(path)
     if not distributed.is_main():
         return
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder")
-    if not path.is_dir() or overwrite:
+    if overwrite or not path.is_dir():
         return
-    if resume and (path / ARGUMENTS_NAME).is_file():
-        return
-    files = [file for file in path.iterdir() if not (resume and file.name.endswith(".tmp"))]
-    if files and resume:
-        raise UserError(
-            f"{path}: --resume finds files, but no {ARGUMENTS_NAME} of a run that was stopped;"
-            " choose another folder or pass --overwrite_output_dir"
-        )
-    if files:
-        raise UserError(
-            f"{path}: exists and is not empty; choose another folder"
-            " or pass --resume or --overwrite_output_dir"
-        )
+    if any(not file.name.endswith(".tmp") for file in path.iterdir()):
+        resume = "--resume or " if (path / ARGUMENTS_NAME).is_file() else ""
+        raise UserError(f"{path}: exists and is not empty; choose another folder or pass {resume}"
+                        "--overwrite_output_dir")
 
 
-def prepare_output_dir(
-    path: Path | str, overwrite: bool = False, resume: bool = False
-) -> Path:
-    """Make the output folder; one that holds files is an error unless `overwrite` or `resume`.
-
-    Temporary files of a killed process are removed and, unless the run resumes, its states.
-    """
+def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
+    """Make the output folder, without temporary files of a killed process; see the check above."""
     path = Path(path)
     if distributed.is_main():
-        check_output_dir(path, overwrite, resume)
+        check_output_dir(path, overwrite)
         path.mkdir(parents=True, exist_ok=True)
         for temporary in path.rglob(".*.tmp"):
-            if temporary.is_file():
-                temporary.unlink(missing_ok=True)
-        if not resume and any(path.iterdir()):
-            remove_states(path)
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -179,9 +161,8 @@ class RunFolder:
     """
 
     def __init__(self, paths: Sequence[Path], sources: Sequence[str], overwrite: bool,
-                 resume: bool, state: str, data_url: str) -> None:
-        self.paths, self.sources, self.overwrite, self.resume = paths, sources, overwrite, resume
-        self.state = state
+                 state: str, data_url: str) -> None:
+        self.paths, self.sources, self.overwrite, self.state = paths, sources, overwrite, state
         self.address = s3_address(data_url)
 
     @classmethod
@@ -207,13 +188,13 @@ class RunFolder:
                 f"--output_dir {' '.join(map(str, paths))}: expected a folder of its own for each")
         resume = should_resume(args, *(path / ARGUMENTS_NAME for path in paths))
         for path in paths:
-            check_output_dir(path, args.overwrite_output_dir, resume)
+            begun = resume and (path / ARGUMENTS_NAME).is_file()
+            check_output_dir(path, args.overwrite_output_dir or begun)
             if path.is_dir():
                 lock_folder(path)
         found = _earlier_state(args, paths, sources) if resume and distributed.is_main() else "new"
         state = distributed.from_main(found)
-        return cls(paths, sources, args.overwrite_output_dir, resume, state,
-                   getattr(args, "data_url", ""))
+        return cls(paths, sources, args.overwrite_output_dir, state, getattr(args, "data_url", ""))
 
     def start(self, record: Mapping[str, Any]) -> list[Path]:
         """Make the folders with their `args.json`: `record` and the student's source."""
@@ -221,7 +202,9 @@ class RunFolder:
             if distributed.is_main():
                 path.mkdir(parents=True, exist_ok=True)
                 lock_folder(path)  # before anything of it is removed
-                prepare_output_dir(path, self.overwrite, self.resume)
+                prepare_output_dir(path, self.overwrite or self.state == "resume")
+                if self.state == "new":
+                    remove_states(path)
                 (path / RESULTS_NAME).unlink(missing_ok=True)
             save_arguments(path, {**record, "student": source})
         self.upload(strict=True)  # a wrong address is an error now, not after days
