@@ -112,7 +112,7 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
     if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
                           PermissionError)):
         return str(error)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    reason = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({reason}); what was finished is kept{how_to_continue(args)}"
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -123,6 +123,11 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
         return ("another process of this run has ended, so this one ends too; the first message of"
                 f" the others says why ({reason}){how_to_continue(args)}")
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _complain(program: str, message: str) -> None:
@@ -328,7 +333,7 @@ def missing_for_compile(device: "torch.device") -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return first_line(error)
     return None
 
 
