@@ -232,15 +232,6 @@ def test_variations_are_distinct_at_most_N_and_keep_what_is_not_varied(make_augm
         assert [tokens[i] for i in (0, 3, 5, 6, 8)] == ["the", "is", ",", "the", "is"]
 
 
-def test_variations_begin_at_any_sentence(make_augmentor):
-    sentences = [" ".join(WORDS[start : start + 6]) for start in range(0, 24, 3)]
-    whole = make_augmentor(seed=7).augment(sentences)
-    later = make_augmentor(seed=7)
-    later.next_sentence = 5
-    assert later.augment(sentences[5:]) == whole[5:] != make_augmentor(seed=7).augment(
-        sentences[5:])
-
-
 def test_p_0_changes_nothing_and_p_1_every_word(make_augmentor):
     assert make_augmentor(p=0).augment("Old cat runs") == ["Old cat runs"]
     augmentor = make_augmentor(p=1, M=2)

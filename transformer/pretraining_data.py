@@ -350,52 +350,44 @@ def _lengths(records: np.ndarray) -> np.ndarray:
     return lengths
 
 
-def check_row(row: Any, max_length: int) -> int:
-    """Return how many tokens the first segment has; a malformed row is a `ValueError`."""
-    if not isinstance(row, dict):
-        raise ValueError("expected a JSON object")
-    for key in ("tokens", "segment_ids"):
-        if not isinstance(row.get(key), list):
-            raise ValueError(f'expected a list "{key}"')
-    tokens, segments = row["tokens"], row["segment_ids"]
-    length = len(tokens)
+def parse_row(line: bytes, max_length: int, vocab: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Return the ids of both segments' text of a line of `epoch_N.json`, as they are masked.
+
+    A malformed line is a ValueError or a TypeError.
+    """
+    row = json.loads(line)
+    tokens, segments = row.get("tokens"), row.get("segment_ids")
+    if not isinstance(tokens, list) or not isinstance(segments, list):
+        raise ValueError('expected lists "tokens" and "segment_ids"')
+    length, first = len(tokens), segments.count(0)
     if not 0 < length <= max_length:
         raise ValueError(f"{length} tokens; expected 1 to {max_length}")
-    first = segments.count(0)
     if segments != [0] * first + [1] * (length - first):
         raise ValueError(f"expected {length} segment ids, zeros and then ones")
-    ends = [tokens[0], tokens[first - 1], tokens[-1]]
-    if ends != [CLS, SEP, SEP] or first == length - 1:
+    if [tokens[0], tokens[first - 1], tokens[-1]] != [CLS, SEP, SEP] or first == length - 1:
         raise ValueError("expected the tokens [CLS], text, [SEP], and of a pair text, [SEP]")
-    return first
+    try:
+        ids = [vocab[token] for token in tokens]
+    except KeyError as error:
+        raise ValueError(f"token {error} is not in the model's vocabulary of {len(vocab)} word "
+                         "pieces") from None
+    return ids[1 : first - 1], ids[first:-1]
 
 
 def read_json_rows(
     path: Path, metrics: Metrics, vocab: dict[str, int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the ids of both segments' text of each row of `epoch_N.json`, as they are masked.
-
-    A malformed row is a `UserError` that names its line.
-    """
+    """Yield what `parse_row` returns; a malformed line is a `UserError` that names it."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-                first = check_row(row, metrics.max_seq_len)
-                ids = [vocab[token] for token in row["tokens"]]
-            except KeyError as error:
-                raise UserError(
-                    f"{path}, line {number}: token {error.args[0]!r} is not in the model's "
-                    f"vocabulary of {len(vocab)} word pieces; expected data that was generated "
-                    "with this vocabulary"
-                ) from None
+                yield parse_row(line, metrics.max_seq_len, vocab)
             # ValueError covers malformed JSON and bytes that are not UTF-8.
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number}: {error}; expected the "
                     f"{metrics.num_training_examples} rows that its metrics file counts"
                 ) from None
-            yield ids[1 : first - 1], ids[first:-1]
 
 
 def _convert_json_epoch(
