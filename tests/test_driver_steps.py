@@ -65,7 +65,7 @@ class Run:
         self.entries.append(["stage", name, f"Title of {name}"])
 
     def step(self, name: str, *outputs: str, flags: str = "", script: str = "general_distill.py",
-             words: tuple[str, ...] = ()) -> None:  # fmt: skip
+             words: tuple[str, ...] = ()) -> None:
         command = ["python", script, "--output_dir", *outputs, *flags.split()]
         self.entries.append(["step", name, *words[:1], *outputs, *words[1:], "--", *command])
 
@@ -75,7 +75,7 @@ class Run:
         variables = {**os.environ, "TMPDIR": str(self.folder / "tmp"), **environment}
         process = subprocess.Popen(
             command, cwd=self.folder, env=variables, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         words = [word for entry in self.entries for word in (*entry, "\n")]
         process.stdin.write("".join(f"{word}\0" for word in words))
         process.stdin.close()
@@ -245,7 +245,7 @@ def test_a_command_that_its_script_refuses_stops_before_the_first_step(plan):
 
 
 @pytest.mark.parametrize(("end", "reason"), [
-    ("badly", "exit code 1."), ("empty", "exit code 0, but there is no m/b.")])  # fmt: skip
+    ("badly", "exit code 1."), ("empty", "exit code 0, but there is no m/b.")])
 def test_a_failure_names_stage_step_log_and_the_command_that_continues(plan, end, reason):
     plan.step("one", "m/a", flags="--steps 2")
     plan.step("two", "m/b", flags=f"--end {end}")
@@ -270,23 +270,30 @@ def test_a_failure_names_stage_step_log_and_the_command_that_continues(plan, end
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_driver_that_is_told_to_end_lets_its_script_write_its_state_and_the_next_goes_on(
+def test_a_driver_that_is_told_to_end_lets_its_scripts_write_states_and_the_next_goes_on(
     plan, number
 ):
     plan.step("one", "m/a", flags="--steps 2 --end slowly")
-    driver = plan.start()
-    wait_until(lambda: "begun" in plan.log("one"))
+    plan.step("two", "m/b", flags="--steps 2")
+    plan.step("three", "m/c", flags="--steps 2 --do_eval")
+    driver = plan.start("--jobs", 3)
+    wait_until(lambda: all("begun" in plan.log(name) for name in ("one", "two", "three")))
     os.killpg(driver.pid, number)  # as a terminal does
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 128 + number
     assert "Interrupted in stage first; this continues: A=b bash reproduction.sh --from first" \
-        in errors  # fmt: skip
-    assert plan.log("one").count("stopped by SIGTERM") == 1
-    assert (plan.folder / "m" / "a" / "state").is_file()
-    assert plan.commands()[0].endswith("--end slowly --resume")
-    plan.go("m/a")
+        in errors
+    for name, folder in (("one", "a"), ("two", "b"), ("three", "c")):
+        assert plan.log(name).count("stopped by SIGTERM") == 1
+        assert (plan.folder / "m" / folder / "state").is_file()
+    first, second, evaluation = plan.commands("--gpus", 4)
+    assert first.endswith("--end slowly --resume")
+    assert second.endswith("--steps 2 --resume")
+    assert second.startswith("python -m torch.distributed.run --standalone ")
+    assert evaluation == "python general_distill.py --output_dir m/c --steps 2 --do_eval"
+    plan.go("m/a", "m/b")
+    plan.entries.pop()
     plan.run()
-    assert "stopped" in plan.log("one")
     assert "resumed" in plan.log("one")
 
 
@@ -305,15 +312,6 @@ def test_a_step_begun_with_other_settings_is_begun_anew(plan):
     plan.run()
     assert not (plan.folder / "m" / "a" / "go").exists()
     assert not (plan.folder / "m" / "a.old" / "go").exists()  # what was finished once is there yet
-
-
-def test_a_script_without_resume_begins_anew(plan):
-    plan.step("one", "m/a", flags="--steps 2 --do_eval")
-    driver = plan.start()
-    wait_until(lambda: "begun" in plan.log("one"))
-    driver.terminate()
-    driver.communicate(timeout=60)
-    assert "--resume" not in plan.commands()[0]
 
 
 def test_a_second_driver_says_who_works_on_the_folder_and_leaves(plan):
@@ -368,14 +366,3 @@ def test_steps_that_do_not_need_each_other_run_side_by_side_and_share_the_cores(
     assert driver.returncode == 0
     threads = [(plan.folder / "m" / name / "threads").read_text() for name in "abcd"]
     assert threads == ["3", "3", "3", ""]
-
-
-def test_steps_side_by_side_are_all_told_to_end(plan):
-    plan.step("one", "m/a", flags="--steps 2")
-    plan.step("two", "m/b", flags="--steps 2")
-    driver = plan.start("--jobs", 2)
-    wait_until(lambda: "begun" in plan.log("one") and "begun" in plan.log("two"))
-    driver.terminate()
-    driver.communicate(timeout=60)
-    assert all("stopped by SIGTERM" in plan.log(name) for name in ("one", "two"))
-    assert [command.rsplit(" ", 1)[1] for command in plan.commands()] == ["--resume"] * 2
