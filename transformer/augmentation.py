@@ -316,7 +316,10 @@ class DataAugmentor:
         self.counts: Counter[str] = Counter()
         self._pieces: dict[str, list[int]] = {}
         self._words = list(tokenizer.vocab)
-        self._forbidden = self._forbidden_entries()
+        allowed = [not drop_non_words or is_replacement(word) for word in self._words]
+        self._allowed = sum(allowed)
+        allowed += [False] * (model.config.vocab_size - len(allowed))
+        self._forbidden = ~torch.tensor(allowed, device=self.device)  # [the model's vocabulary]
         self.next_sentence = 0
 
     def candidates(self, sentences: Sequence[str]) -> list[dict[int, list[str]]]:
@@ -463,11 +466,3 @@ class DataAugmentor:
         logits = self.model(*inputs, masked_positions=(rows, positions)).logits  # [batch, vocab]
         logits = logits.masked_fill(self._forbidden, float("-inf"))
         return logits.topk(min(self.M, self._allowed)).indices
-
-    def _forbidden_entries(self) -> torch.Tensor:
-        """Return which entries are never proposed: bool [the model's vocabulary]."""
-        forbidden = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
-        for index, piece in enumerate(self._words):
-            forbidden[index] = self.drop_non_words and not is_replacement(piece)
-        self._allowed = len(forbidden) - int(forbidden.sum())
-        return forbidden.to(self.device)
