@@ -113,7 +113,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start from the weights in student_model instead of random ones")
     add("--eval_step", type=int, default=1000, help="steps between log lines and checkpoints")
     add("--data_url", type=str, default="",
-        help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
+        help="s3://bucket/prefix to copy checkpoints, logs and results to, every eval_step")
     add("--match_original", action="store_true",
         help="the original's losses: padding counts, batches padded to max_seq_length")
     add_training_arguments(parser)

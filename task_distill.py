@@ -137,7 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="prediction stage: train every combination of the rates and batch sizes, each in a"
              " subfolder, and keep each student's best on dev in its output folder")
     add("--data_url", type=str, default="",
-        help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
+        help="s3://bucket/prefix to copy checkpoints, logs and results to, after each epoch")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
     add("--max_train_rows", type=int, default=0, help="train on the first rows only; 0: all")
     add("--match_original", action="store_true",
@@ -327,10 +327,9 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
     for step in run.steps(teacher, shared.task.name):
         if run.reports():
             run.report(evaluate if args.pred_distill else None)
-        if step.epoch_ends and not args.pred_distill:
-            for output in outputs:
+        if step.epoch_ends:
+            for output in [] if args.pred_distill else outputs:
                 output.save()
-        if run.reports() or step.epoch_ends:
             upload()
 
     # Results
