@@ -99,6 +99,6 @@ carry_out_plan() {
   # Large temporary files, such as an epoch of Wikipedia, go where the models go.
   export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
   exec "${PYTHON:-python3}" driver/steps.py --mode "$mode" --only "$only" --from "$from" \
-    --jobs "$JOBS" --gpus "$GPUS" --log_dir "$RESULTS_DIR/logs" --call "$call" \
+    --jobs "$JOBS" --gpus "$GPUS" --cores "$(nproc)" --log_dir "$RESULTS_DIR/logs" --call "$call" \
     --folders "$WORK_DIR" "$MODELS_DIR" "$RESULTS_DIR" < <(printf '%s\0' "${plan[@]}")
 }

@@ -291,7 +291,7 @@ class Driver:
         while (waiting and not self.failed) or self.jobs:
             unfinished = {*waiting, *(job.step for job in self.jobs)}
             ready = [step for step in waiting if unfinished.isdisjoint(needs(step, steps))]
-            if ready and len(self.jobs) < self.args.jobs and not self.failed:
+            if ready and len(self.jobs) < self.args.jobs and not (self.failed or self.signal):
                 waiting.remove(ready[0])
                 self.start(ready[0], steps)
                 continue
@@ -383,7 +383,8 @@ def check(steps: list[Step]) -> None:
     """Have every command parsed by its script's own parser, in a process of its own."""
     checks = [sys.executable, Path(__file__).with_name("checks.py")]
     commands = json.dumps([step.command for step in steps])
-    result = subprocess.run(checks, input=commands, text=True, stderr=subprocess.PIPE, check=False)
+    result = subprocess.run(checks, input=commands, text=True, stderr=subprocess.PIPE, check=False,
+                            start_new_session=True)
     if result.returncode:
         raise RefusalError(result.stderr.strip())
 
@@ -435,7 +436,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--from", dest="start", default="", help="the stage to start at")
     add("--jobs", type=int, default=1, help="steps that run side by side")
     add("--gpus", type=int, default=1, help="GPUs that a training script uses")
-    add("--cores", type=int, default=os.cpu_count(), help="cores that the steps share")
+    add("--cores", type=int, default=1, help="cores that the steps share")
     add("--log_dir", required=True, help="folder of the steps' logs")
     add("--folders", nargs="+", required=True, help="folders that one driver at a time works on")
     add("--call", required=True, help="the command of this run, without its stages")
