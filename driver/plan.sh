@@ -1,5 +1,4 @@
-# The words of reproduction.sh, which reads this file: they make the plan that driver/steps.py
-# carries out.
+# The words of reproduction.sh, which reads this file: they make the plan of driver/steps.py.
 # shellcheck shell=bash disable=SC2154,SC2086 # settings; flags are lists of words
 
 plan=()
@@ -98,7 +97,7 @@ carry_out_plan() {
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT-110} # to write a state
   # Large temporary files, such as an epoch of Wikipedia, go where the models go.
   export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}
-  exec "${PYTHON:-python3}" driver/steps.py --mode "$mode" --only "$only" --from "$from" \
+  exec "${PYTHON:-python3}" driver/steps.py --mode "$mode" --only "$only" --start "$from" \
     --jobs "$JOBS" --gpus "$GPUS" --cores "$(nproc)" --log_dir "$RESULTS_DIR/logs" --call "$call" \
     --folders "$WORK_DIR" "$MODELS_DIR" "$RESULTS_DIR" < <(printf '%s\0' "${plan[@]}")
 }

@@ -14,8 +14,7 @@ Usage: bash reproduction.sh [options]
 
 Without options: the full reproduction (BERT-base, Wikipedia, days on a GPU).
 What is finished is skipped, and training goes on inside the step that was
-stopped, so the same call continues after Ctrl-C, kill -9 or a power cut. Only
-one call at a time works on the same folders.
+stopped, so the same call continues after Ctrl-C, kill -9 or a power cut.
 
   --demo              same as --profile demo: offline, no GPU, minutes
   --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
@@ -101,7 +100,7 @@ setting() {
 setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"); }
 
 derive() {
-  local task known file tasks=() names=()
+  local task known tasks=() names=()
   WORK_DIR=${WORK_DIR:-$DATA_DIR}
   GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
   BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
@@ -110,12 +109,9 @@ derive() {
   if [[ $recipe != original ]]; then
     GLUE_DIR+=_$recipe STUDENTS_DIR+=/$recipe RESULTS_DIR+=/$recipe
   fi
-  VECTORS=$DATA_DIR/glove.840B.300d.txt
-  case $WORD_VECTORS in
-    glove) ;;
-    composed) [[ -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt ;;
-    *) VECTORS=$DATA_DIR/$WORD_VECTORS ;;
-  esac
+  VECTORS=$DATA_DIR/$WORD_VECTORS
+  [[ ! $WORD_VECTORS =~ ^(glove|composed)$ ]] || VECTORS=$DATA_DIR/glove.840B.300d.txt
+  [[ $WORD_VECTORS != composed || -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt
   for task in ${TASKS//,/ }; do # as the folders are called, whatever the case
     for known in "${!SLUG[@]}"; do
       [[ ${task,,} != "${known,,}" && ${task,,} != "${SLUG[$known]}" ]] || task=$known
@@ -127,12 +123,9 @@ derive() {
   [[ " $TASKS " == *" $LATENCY_TASK "* ]] || LATENCY_TASK=${tasks[0]-}
   CORPUS=$WORK_DIR/wiki_for_bert.txt
   DIRECT=${SMART_STUDENT}_direct # that student without general distillation
-  DUMP=$DATA_DIR/enwiki-20251101-pages-articles-multistream.xml.bz2 # the original's
-  [[ $WIKI_DUMP == *'*'* ]] || DUMP=$DATA_DIR/$WIKI_DUMP
-  # shellcheck disable=SC2231 # the pattern is to be expanded
-  for file in "$DATA_DIR"/$WIKI_DUMP; do
-    [[ ! -f $file ]] || DUMP=$file
-  done
+  for DUMP in "$DATA_DIR"/$WIKI_DUMP; do :; done # a pattern's last match
+  [[ -f $DUMP || $WIKI_DUMP != *'*'* ]] ||
+    DUMP=$DATA_DIR/enwiki-20251101-pages-articles-multistream.xml.bz2 # the original's
 }
 
 # ---------------------------------------------------------------- checks

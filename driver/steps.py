@@ -153,7 +153,7 @@ def find_keys(steps: list[Step], chosen: list[str]) -> dict[str, str]:
 
 
 def is_finished(step: Step, key: str) -> bool:
-    return finished_key(step.record) == key and all(Path(path).exists() for path in step.outputs)
+    return finished_key(step.record) == key and all(map(os.path.exists, step.outputs))
 
 
 def can_resume(step: Step, key: str) -> bool:
@@ -177,26 +177,19 @@ def full_command(step: Step, key: str, gpus: int) -> list[str]:
 def make_room(step: Step) -> None:
     """Move away what an earlier step made of the outputs; a finished one stays as NAME.old."""
     there = {Path(output): makers(output) for output in step.outputs if Path(output).exists()}
-    for path, records in there.items():
-        if not records:
-            raise RefusalError(f"stage {step.stage}: {path} exists, but this script did not make"
-                               " it; move it away")
+    for path in (path for path, records in there.items() if not records):
+        raise RefusalError(f"stage {step.stage}: {path} exists, but this script did not make it;"
+                           " move it away")
     for path, records in there.items():
         # A finished one may have taken days; an unfinished one must not take its place.
         finished, old = any(map(finished_key, records.values())), Path(f"{path}.old")
-        remove(old if finished else path)
+        gone = old if finished else path
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
         if finished:
             path.rename(old)
         for maker in {*records} - {step.record_path}:  # another group of students, unfinished now
             others = json.loads(maker.read_text())["outputs"]
             write_record(maker, {"outputs": [o for o in others if Path(o).name != path.name]})
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ one driver a folder
@@ -430,16 +423,14 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--mode", choices=["run", "dry-run", "list"], default="run")
-    add("--only", default="", help="the one stage to run")
-    add("--from", dest="start", default="", help="the stage to start at")
-    add("--jobs", type=int, default=1, help="steps that run side by side")
-    add("--gpus", type=int, default=1, help="GPUs that a training script uses")
-    add("--cores", type=int, default=1, help="cores that the steps share")
-    add("--log_dir", required=True, help="folder of the steps' logs")
-    add("--folders", nargs="+", required=True, help="folders that one driver at a time works on")
-    add("--call", required=True, help="the command of this run, without its stages")
+    parser.add_argument("--mode", choices=["run", "dry-run", "list"], default="run")
+    for flag in ("only", "start"):
+        parser.add_argument(f"--{flag}", default="", help="a stage")
+    for flag in ("jobs", "gpus", "cores"):
+        parser.add_argument(f"--{flag}", type=int, default=1)
+    parser.add_argument("--log_dir", required=True, help="folder of the steps' logs")
+    parser.add_argument("--folders", nargs="+", required=True, help="locked while steps run")
+    parser.add_argument("--call", required=True, help="the command of this run, without stages")
     return parser
 
 

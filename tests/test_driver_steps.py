@@ -210,7 +210,7 @@ def test_of_stages_that_are_left_out_what_is_on_the_disk_counts(plan):
     plan.run()
     plan.entries[1].append("--steps=1")
     assert plan.commands("--only", "second") == []
-    assert len(plan.commands("--from", "first")) == 2
+    assert len(plan.commands("--start", "first")) == 2
     del plan.entries[1]  # no step of the plan makes it any more
     assert plan.commands() == []
     assert "this profile has no stage third" in plan.run("--only", "third", code=2)
