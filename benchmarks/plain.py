@@ -2,16 +2,12 @@
 
 It computes what this project computes with --match_original, without any of the shortcuts: float32,
 every row padded to the full length, all scores and hidden states kept, a teacher in train mode, one
-word at a time in augmentation, word pieces in Python, instances as JSON. Tests check that both do
-the same work.
+word at a time in augmentation. Tests check that both do the same work.
 """
 
-import json
 import math
 import random
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,8 +15,8 @@ from torch import Tensor, nn
 
 from transformer.augmentation import is_plain_word
 from transformer.modeling import BertConfig
+from transformer.tokenization import BertTokenizer
 
-MAX_LENGTH = 128
 EVAL_BATCH = 32
 Batch = dict[str, Tensor]  # input_ids, token_type_ids, attention_mask [batch, length]; labels
 
@@ -265,97 +261,6 @@ def evaluate(model: PlainClassifier, rows: Batch) -> Tensor:
     return torch.cat(outputs)
 
 
-# ------------------------------------------------------------------ word pieces
-
-
-def is_punctuation(letter: str) -> bool:
-    code = ord(letter)
-    if 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126:
-        return True
-    return unicodedata.category(letter).startswith("P")
-
-
-def is_chinese(letter: str) -> bool:
-    code = ord(letter)
-    return (
-        0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0x20000 <= code <= 0x2A6DF
-        or 0x2A700 <= code <= 0x2B73F or 0x2B740 <= code <= 0x2B81F or 0x2B820 <= code <= 0x2CEAF
-        or 0xF900 <= code <= 0xFAFF or 0x2F800 <= code <= 0x2FA1F
-    )
-
-
-class PlainTokenizer:
-    """BERT's two steps, letter by letter: basic tokens, then the longest matching pieces."""
-
-    SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-
-    def __init__(self, pieces: Sequence[str], lower_case: bool = True) -> None:
-        self.pieces = list(pieces)
-        self.vocab = {piece: index for index, piece in enumerate(pieces)}
-        self.lower_case = lower_case
-
-    def clean(self, text: str) -> str:
-        letters = []
-        for letter in text:
-            category = unicodedata.category(letter)
-            if letter in "\t\n\r" or category == "Zs":
-                letters.append(" ")
-            elif is_chinese(letter):
-                letters.append(f" {letter} ")
-            elif letter != "\ufffd" and not category.startswith("C"):
-                letters.append(letter)
-        return "".join(letters)
-
-    def split_word(self, word: str) -> Iterator[str]:
-        """Yield the parts of a word: each punctuation mark, and what stands between them."""
-        if self.lower_case:
-            word = unicodedata.normalize("NFD", word.lower())
-            word = "".join(letter for letter in word if unicodedata.category(letter) != "Mn")
-        part = ""
-        for letter in word:
-            if is_punctuation(letter):
-                if part:
-                    yield part
-                yield letter
-                part = ""
-            else:
-                part += letter
-        if part:
-            yield part
-
-    def basic_tokens(self, text: str) -> list[str]:
-        tokens: list[str] = []
-        for word in self.clean(text).split():
-            if word in self.SPECIAL:
-                tokens.append(word)
-            else:
-                tokens.extend(" ".join(self.split_word(word)).split())
-        return tokens
-
-    def word_pieces(self, word: str) -> list[str]:
-        """Take the longest piece that fits, again and again; [UNK] where none does."""
-        if len(word) > 100:
-            return ["[UNK]"]
-        pieces: list[str] = []
-        start = 0
-        while start < len(word):
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in self.vocab:
-                    break
-            else:
-                return ["[UNK]"]
-            pieces.append(piece)
-            start = end
-        return pieces
-
-    def tokenize(self, text: str) -> list[str]:
-        return [piece for word in self.basic_tokens(text) for piece in self.word_pieces(word)]
-
-    def ids(self, tokens: Iterable[str]) -> list[int]:
-        return [self.vocab[token] for token in tokens]
-
-
 # ------------------------------------------------------------------ augmentation
 
 
@@ -368,7 +273,7 @@ class PlainAugmentor:
     """
 
     def __init__(
-        self, model: PlainMaskedLM, tokenizer: PlainTokenizer, words: Sequence[str],
+        self, model: PlainMaskedLM, tokenizer: BertTokenizer, words: Sequence[str],
         vectors: np.ndarray, M: int = 15, N: int = 30, p: float = 0.4, seed: int = 42,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -391,11 +296,11 @@ class PlainAugmentor:
         masked = [*pieces[:position], "[MASK]", *pieces[position + 1 :]]
         tokens = ["[CLS]", *masked, "[SEP]", *self.tokenizer.tokenize(sentence), "[SEP]"]
         segments = [0] * (len(masked) + 2) + [1] * (len(tokens) - len(masked) - 2)
-        ids = torch.tensor([self.tokenizer.ids(tokens)], device=self.device)
+        ids = torch.tensor([self.tokenizer.convert_tokens_to_ids(tokens)], device=self.device)
         logits = self.model(ids, torch.tensor([segments], device=self.device),
                             torch.ones_like(ids))
         best = torch.argsort(logits[0, position + 1], descending=True)[: self.M].tolist()
-        found = [self.tokenizer.pieces[index] for index in best]
+        found = self.tokenizer.convert_ids_to_tokens(best)
         return [piece for piece in found if not piece.startswith("##")]
 
     def word_candidates(self, sentence: str, index: int, word: str) -> list[str]:
@@ -411,7 +316,7 @@ class PlainAugmentor:
 
     def candidates(self, sentence: str) -> dict[int, list[str]]:
         """Return the replacements of each basic token that may be varied."""
-        tokens = self.tokenizer.basic_tokens(sentence)
+        tokens = self.tokenizer.basic_tokenizer.tokenize(sentence)
         return {
             index: self.word_candidates(sentence, index, word)
             for index, word in enumerate(tokens) if is_plain_word(word)
@@ -419,7 +324,8 @@ class PlainAugmentor:
 
     def augment(self, sentence: str) -> list[str]:
         """Return the sentence and up to N different variations."""
-        tokens, candidates = self.tokenizer.basic_tokens(sentence), self.candidates(sentence)
+        tokens = self.tokenizer.basic_tokenizer.tokenize(sentence)
+        candidates = self.candidates(sentence)
         sentences = [sentence]
         for _ in range(self.N):
             varied = list(tokens)
@@ -431,119 +337,3 @@ class PlainAugmentor:
             if text not in sentences:
                 sentences.append(text)
         return sentences
-
-
-# ------------------------------------------------------------------ next-sentence instances
-
-
-def read_documents(path: Path, tokenizer: PlainTokenizer) -> list[list[list[str]]]:
-    """Tokenize a corpus: documents of sentences of word pieces."""
-    documents: list[list[list[str]]] = [[]]
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.strip():
-                documents.append([])
-            elif pieces := tokenizer.tokenize(line):
-                documents[-1].append(pieces)
-    return [document for document in documents if document]
-
-
-class PlainInstances:
-    """Next-sentence instances, BERT's procedure on lists of strings."""
-
-    def __init__(
-        self, documents: list[list[list[str]]], pieces: Sequence[str], seed: int,
-        max_length: int = MAX_LENGTH, short_probability: float = 0.1,
-    ) -> None:
-        self.documents, self.pieces = documents, list(pieces)
-        self.max_tokens = max_length - 3
-        self.short_probability = short_probability
-        self.random = random.Random(seed)
-
-    def other_document(self, document: int) -> list[list[str]]:
-        index = self.random.randrange(len(self.documents) - 1)
-        return self.documents[index + (index >= document)]
-
-    def random_second(self, document: int, length: int) -> list[str]:
-        other = self.other_document(document)
-        second: list[str] = []
-        for sentence in other[self.random.randrange(len(other)) :]:
-            second.extend(sentence)
-            if len(second) >= length:
-                break
-        return second
-
-    def truncate(self, first: list[str], second: list[str]) -> None:
-        """Drop tokens one by one, each from a random end of the longer part."""
-        while len(first) + len(second) > self.max_tokens:
-            longer = first if len(first) > len(second) else second
-            if self.random.random() < 0.5:
-                del longer[0]
-            else:
-                longer.pop()
-
-    def masked(self, tokens: list[str]) -> tuple[list[str], list[int], list[str]]:
-        """Mask one token, as the original does even where nothing is to be masked."""
-        positions = [index for index, token in enumerate(tokens) if token not in ("[CLS]", "[SEP]")]
-        self.random.shuffle(positions)
-        position, draw = positions[0], self.random.random()
-        label = tokens[position]
-        if draw < 0.8:
-            tokens[position] = "[MASK]"
-        elif draw < 0.9:
-            tokens[position] = self.random.choice(self.pieces)
-        return tokens, [position], [label]
-
-    def row(self, first: list[str], second: list[str], is_random: bool) -> dict:
-        self.truncate(first, second)
-        tokens = ["[CLS]", *first, "[SEP]", *second, "[SEP]"]
-        segments = [0] * (len(first) + 2) + [1] * (len(second) + 1)
-        tokens, positions, labels = self.masked(tokens)
-        return {
-            "tokens": tokens, "segment_ids": segments, "is_random_next": is_random,
-            "masked_lm_positions": positions, "masked_lm_labels": labels,
-        }
-
-    def of_document(self, index: int) -> Iterator[dict]:
-        """Yield the rows of one document."""
-        document, target = self.documents[index], self.max_tokens
-        if self.random.random() < self.short_probability:
-            target = self.random.randint(2, self.max_tokens)
-        gathered: list[list[str]] = []
-        sentence = length = 0
-        while sentence < len(document):
-            gathered.append(document[sentence])
-            length += len(document[sentence])
-            if sentence == len(document) - 1 or length >= target:
-                split = self.random.randrange(1, len(gathered)) if len(gathered) > 1 else 1
-                first = [token for sentence in gathered[:split] for token in sentence]
-                is_random = len(gathered) == 1 or self.random.random() < 0.5
-                if is_random:
-                    second = self.random_second(index, target - len(first))
-                    sentence -= len(gathered) - split
-                else:
-                    second = [token for sentence in gathered[split:] for token in sentence]
-                yield self.row(first, second, is_random)
-                gathered, length = [], 0
-            sentence += 1
-
-
-def pregenerate(
-    corpus: Path, tokenizer: PlainTokenizer, output_dir: Path, epochs: int,
-    max_length: int = MAX_LENGTH, seed: int = 42,
-) -> int:
-    """Write `epochs` files of JSON rows and their metrics; returns the number of rows."""
-    instances = PlainInstances(read_documents(corpus, tokenizer), tokenizer.pieces, seed,
-                               max_length)
-    total = 0
-    for epoch in range(epochs):
-        rows = 0
-        with (output_dir / f"epoch_{epoch}.json").open("w", encoding="utf-8") as output:
-            for index in range(len(instances.documents)):
-                for row in instances.of_document(index):
-                    output.write(json.dumps(row) + "\n")
-                    rows += 1
-        metrics = {"num_training_examples": rows, "max_seq_len": max_length}
-        (output_dir / f"epoch_{epoch}_metrics.json").write_text(json.dumps(metrics))
-        total += rows
-    return total

@@ -188,13 +188,6 @@ def augmentation(
     return Job(rows, masked_lengths(setup, table), lambda: augmentors.pop()(sentences_of(table)))
 
 
-def pregeneration(setup: Setup, generate: Callable[[Path], None]) -> Job:
-    """Return the work of `generate`, from a new output folder."""
-    size = (setup.folder / "corpus.txt").stat().st_size * PREGENERATE_EPOCHS
-    return Job(size / 1e6, np.zeros(0),
-               lambda: generate(Path(mkdtemp(dir=setup.folder)) / "output"))
-
-
 # ------------------------------------------------------------------ operations of a stage
 
 
@@ -284,25 +277,13 @@ def plain_evaluation(setup: Setup, rows: int) -> Job:
 
 def plain_augmentation(setup: Setup, rows: int, name: str) -> Job:
     model = plain.PlainMaskedLM(setup.teacher_config()).to(setup.device)
-    tokenizer = plain.PlainTokenizer(list(setup.tokenizer().vocab))
 
     def make(words: list[str], vectors: np.ndarray) -> Callable[[list[str]], Any]:
         augmentor = plain.PlainAugmentor(
-            model, tokenizer, words, vectors, N=get_task(name).augmentation_n)
+            model, setup.tokenizer(), words, vectors, N=get_task(name).augmentation_n)
         return lambda sentences: [augmentor.augment(sentence) for sentence in sentences]
 
     return augmentation(setup, rows, name, make)
-
-
-def plain_pregenerate(setup: Setup, rows: int) -> Job:
-    tokenizer = plain.PlainTokenizer(list(setup.tokenizer().vocab))
-
-    def generate(output_dir: Path) -> None:
-        output_dir.mkdir()
-        plain.pregenerate(setup.folder / "corpus.txt", tokenizer, output_dir, PREGENERATE_EPOCHS,
-                          setup.max_length)
-
-    return pregeneration(setup, generate)
 
 
 # ------------------------------------------------------------------ ours
@@ -423,8 +404,10 @@ def our_augmentation(setup: Setup, rows: int, name: str) -> Job:
 
 
 def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
-    return pregeneration(setup, lambda output_dir: pregenerate(
-        setup.folder, "corpus.txt", output_dir, setup.max_length, PREGENERATE_EPOCHS, workers))
+    size = (setup.folder / "corpus.txt").stat().st_size * PREGENERATE_EPOCHS
+    return Job(size / 1e6, np.zeros(0), lambda: pregenerate(
+        setup.folder, "corpus.txt", Path(mkdtemp(dir=setup.folder)) / "output", setup.max_length,
+        PREGENERATE_EPOCHS, workers))
 
 
 def pregenerate(
@@ -499,8 +482,8 @@ STAGES = {
         partial(plain_augmentation, name="rte"), partial(our_augmentation, name="rte"), 6, 24,
         augmentation_flops),
     "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
-    "pregenerate-1": Stage(plain_pregenerate, partial(our_pregenerate, workers=1), 1, 1),
-    "pregenerate-2": Stage(plain_pregenerate, partial(our_pregenerate, workers=2), 1, 1),
+    "pregenerate-1": Stage(None, partial(our_pregenerate, workers=1), 1, 1),
+    "pregenerate-2": Stage(None, partial(our_pregenerate, workers=2), 1, 1),
     "memory": Stage(None, our_memory, 1, 1),  # its rate counts the rows that are read
 }
 

@@ -34,7 +34,6 @@ from transformer.modeling import (
     TinyBertForSequenceClassification,
 )
 from transformer.optimization import BertAdam, param_groups
-from transformer.tokenization import BertTokenizer
 
 # ------------------------------------------------------------------ the same models
 
@@ -141,16 +140,6 @@ def test_plain_evaluation_and_fine_tuning_use_every_row(batch):
 VOCAB = GOLDEN / "bert_base_uncased_vocab.txt"
 
 
-@pytest.mark.parametrize("name, lower_case", [
-    ("tokenization.json", True), ("tokenization_cased.json", False)])
-def test_plain_word_pieces_are_the_originals(name, lower_case):
-    tokenizer = plain.PlainTokenizer(list(BertTokenizer(VOCAB).vocab), lower_case)
-    for row in json.loads((GOLDEN / name).read_text(encoding="utf-8")):
-        assert tokenizer.tokenize(row["text"]) == row["tokens"]
-        if "basic" in row:
-            assert tokenizer.basic_tokens(row["text"]) == row["basic"]
-
-
 def test_plain_candidates_are_ours(tmp_path):
     tokenizer = write_vocab(tmp_path)
     torch.manual_seed(5)
@@ -163,7 +152,7 @@ def test_plain_candidates_are_ours(tmp_path):
     sentences = ["The films was good , and very awful", "we saw it", "Bookly story of a film ."]
     ours = DataAugmentor(model, tokenizer, glove, M=6, N=4, drop_non_words=False)
     augmentor = plain.PlainAugmentor(
-        baseline, plain.PlainTokenizer(list(tokenizer.vocab)), words, glove.vectors, M=6, N=4)
+        baseline, tokenizer, words, glove.vectors, M=6, N=4)
     expected = ours.candidates(sentences)
     assert [augmentor.candidates(sentence) for sentence in sentences] == expected
     assert 6 in map(len, expected[0].values())  # the neighbours of "films"
@@ -171,34 +160,12 @@ def test_plain_candidates_are_ours(tmp_path):
     assert varied[0] == sentences[0] and 1 < len(varied) <= 5
 
 
-def write_corpus(path: Path) -> list[list[str]]:
-    """Write 12 documents of 30 sentences; returns them."""
+def write_corpus(path: Path) -> None:
+    """Write 12 documents of 30 sentences."""
     rng = random.Random(0)
     documents = [[" ".join(rng.choices(NEUTRAL, k=rng.randint(2, 9))) for _ in range(30)]
                  for _ in range(12)]
     path.write_text("\n\n".join("\n".join(lines) for lines in documents), encoding="utf-8")
-    return documents
-
-
-def test_plain_instances_are_next_sentence_pairs_of_the_corpus(tmp_path):
-    tokenizer = plain.PlainTokenizer(list(write_vocab(tmp_path).vocab))
-    documents = write_corpus(tmp_path / "corpus.txt")
-    written = plain.pregenerate(
-        tmp_path / "corpus.txt", tokenizer, tmp_path, epochs=2, max_length=32)
-    rows = [json.loads(line) for epoch in range(2)
-            for line in (tmp_path / f"epoch_{epoch}.json").open(encoding="utf-8")]
-    assert len(rows) == written > 100
-    texts = [" ".join(lines) for lines in documents]
-    for row in rows:
-        tokens = row["tokens"]
-        for place, label in zip(row["masked_lm_positions"], row["masked_lm_labels"], strict=True):
-            tokens[place] = label
-        end = row["segment_ids"].index(1)
-        first, second = " ".join(tokens[1 : end - 1]), " ".join(tokens[end:-1])
-        assert len(tokens) <= 32 and any(second in text for text in texts)
-        found = [text.find(second, text.find(first)) for text in texts if first in text]
-        assert found and (row["is_random_next"] or max(found) >= 0)
-    assert 0.4 < sum(row["is_random_next"] for row in rows) / len(rows) < 0.65
 
 
 # ------------------------------------------------------------------ operations and projection
