@@ -13,10 +13,11 @@ train and dev files are there is skipped, an interrupted download goes on where 
 """
 
 import argparse
+import codecs
 import logging
+import re
 import shutil
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 
 from transformer.file_utils import (
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 CHECKSUMS_NAME = "SHA256SUMS"
-SCRATCH_NAME = ".downloads"
 MRPC = "MRPC"
 MRPC_TRAIN, MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 MRPC_DEV_IDS = "mrpc_dev_ids.tsv"
@@ -77,17 +77,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_tasks(text: str) -> list[str]:
     """Return the folders of the tasks named in `text`, in the order of the table."""
-    chosen = set()
-    for name in map(str.strip, text.lower().split(",")):
-        try:
-            folder = OTHER_NAMES.get(name) or get_task(name).folder
-        except UserError:
-            if name != "all":
-                raise UserError(f"--tasks {text}: unknown task {name!r}; expected 'all' or "
-                                f"{', '.join(FOLDERS)}") from None
-            chosen.update(FOLDERS)
-        else:
-            chosen.add(folder)
+    names = [name.strip() for name in text.lower().split(",")]
+    if "all" in names:
+        return list(FOLDERS)
+    chosen = {OTHER_NAMES.get(name) or get_task(name).folder for name in names}
     return [folder for folder in FOLDERS if folder in chosen]
 
 
@@ -105,44 +98,28 @@ def read_checksums(path: Path) -> Sums:
     """Read the format of sha256sum: 64 hexadecimal digits, white space, an optional `*`, a name."""
     sums = {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        digest, _, name = line.partition(" ")
-        name = name.strip().removeprefix("*").removeprefix("./")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef") or not name:
+        if match := re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(?:\./)?(\S.*)", line.rstrip()):
+            sums[match[2]] = match[1].lower()
+        elif line.strip() and not line.startswith("#"):
             raise UserError(
                 f"{path}, line {number}: expected 64 hexadecimal digits, two spaces and a name"
             )
-        sums[name] = digest.lower()
     return sums
 
 
-def recorded_sums(data_dir: Path) -> Sums:
-    """Return the sums of what was downloaded into `data_dir` before."""
-    record = data_dir / CHECKSUMS_NAME
-    return read_checksums(record) if record.is_file() else {}
-
-
-def task_sums(folder: str, place: Path) -> Sums:
-    """Return the sums of the files in `place` under the names that they have in a file of sums."""
-    return {f"{folder}/{path.relative_to(place).as_posix()}": file_sha256(path)
-            for path in all_files(place)}  # fmt: skip
-
-
 def check_sums(
-    folder: str,
-    found: Sums,
-    args: argparse.Namespace,
-    trusted: Sums,
-    downloaded: Collection[str] = (),
+    folder: str, place: Path, args: argparse.Namespace, sources: Collection[str] | None = None
 ) -> None:
-    """Hold a task's files to the sums of their first download and those of --checksums.
+    """Hold the files of a task in `place` to the sums of --checksums and of their first download.
 
-    With --checksums a task is refused unless that file names its files, or every one of the
-    `downloaded` sources, or its files were recorded when their sources were checked.
+    `sources` are the names of what the files were made from, if this is a download; the sums are
+    recorded then. --checksums must name the files or the sources, or be of an earlier call.
     """
     record = Path(args.data_dir) / CHECKSUMS_NAME
-    recorded = recorded_sums(record.parent)
+    recorded = read_checksums(record) if record.is_file() else {}
+    trusted = read_checksums(args.checksums) if args.checksums else {}
+    found = {f"{folder}/{path.relative_to(place).as_posix()}": file_sha256(path)
+             for path in all_files(place)}
     for source, sums in ((args.checksums, trusted), (record, recorded)):
         for name in found.keys() & sums.keys():
             if found[name] != sums[name]:
@@ -151,73 +128,64 @@ def check_sums(
                     f"{record.parent / name} to download it again, or the line if it is outdated"
                 )
     needed = {f"{folder}/{name}" for name in needed_files(folder)}
-    is_named = needed <= trusted.keys() or needed <= recorded.keys()
-    if args.checksums and not is_named and not (downloaded and trusted.keys() >= set(downloaded)):
+    are_named = needed <= {**recorded, **trusted}.keys()
+    if args.checksums and not are_named and not (sources and set(sources) <= trusted.keys()):
         raise UserError(f"{args.checksums}: names neither the files of {folder} (such as "
                         f"{min(needed)}) nor what they are made from")
+    if sources is not None:
+        sums = sorted({**recorded, **found}.items())
+        write_text(record, "".join(f"{digest}  {name}\n" for name, digest in sums))
 
 
 # ------------------------------------------------------------------ preparing one task
 
 
 def prepare_mrpc(path_to_mrpc: str, fetch: Fetch, target: Path) -> None:
-    """Build MRPC's three files from its two sources and the ids of the dev pairs."""
-    given = Path(path_to_mrpc) if path_to_mrpc else None
-    if given is not None and not (given / MRPC_TRAIN).is_file():
-        raise UserError(f"{given / MRPC_TRAIN}: no such file; --path_to_mrpc must hold it")
+    """Write MRPC's three files from its two sources and the ids of the dev pairs."""
 
     def source(name: str) -> Path:
-        return given / name if given and (given / name).is_file() else fetch(name)
+        given = Path(path_to_mrpc, name)
+        return given if path_to_mrpc and (name != MRPC_DEV_IDS or given.is_file()) else fetch(name)
 
-    split_mrpc(source(MRPC_TRAIN), source(MRPC_DEV_IDS), target)
-    if given is None or (given / MRPC_TEST).is_file():
-        write_mrpc_test(source(MRPC_TEST), target / "test.tsv")
-    else:
-        logger.warning("%s: no such file, so MRPC gets no test.tsv", given / MRPC_TEST)
+    # Train and dev keep the order of the source.
+    header, rows = read_mrpc(source(MRPC_TRAIN))
+    dev_ids = read_dev_ids(source(MRPC_DEV_IDS), {(cells[1], cells[2]) for cells in rows})
+    parts = {"train.tsv": [header], "dev.tsv": [header]}
+    for cells in rows:
+        name = "dev.tsv" if (cells[1], cells[2]) in dev_ids else "train.tsv"
+        parts[name].append("\t".join(cells))
+
+    # As in GLUE, test pairs are numbered and have no labels.
+    _, rows = read_mrpc(source(MRPC_TEST))
+    tests = ["\t".join([str(number), *cells[1:]]) for number, cells in enumerate(rows)]
+    for name, lines in {**parts, "test.tsv": [MRPC_TEST_HEADER, *tests]}.items():
+        write_text(target / name, "".join(f"{line}\n" for line in lines))
 
 
 def read_mrpc(path: Path) -> tuple[str, list[list[str]]]:
     """Return the header line, byte-order mark included, and the five cells of each row."""
-    rows = list(iterate_tsv(path))
-    for number, cells in rows:
+    rows = []
+    for number, cells in iterate_tsv(path):
         if len(cells) != 5:
             raise UserError(f"{path}, line {number}: {len(cells)} columns; expected 5")
-    with path.open("rb") as stream:
-        # Kept from the published files: they begin with the source's byte-order mark.
-        mark = "\ufeff" if stream.read(3) == b"\xef\xbb\xbf" else ""
+        rows.append(cells)
     if not rows:
         raise UserError(f"{path}: empty; expected a header and rows of 5 columns")
-    return mark + "\t".join(rows[0][1]), [cells for _, cells in rows[1:]]
+    # Kept as in the published files, which begin with the source's byte-order mark.
+    mark = "\ufeff" if path.read_bytes().startswith(codecs.BOM_UTF8) else ""
+    return mark + "\t".join(rows[0]), rows[1:]
 
 
-def split_mrpc(train_source: Path, dev_ids: Path, target: Path) -> None:
-    """Write train.tsv and dev.tsv; both keep the order of the source."""
-    wanted = {}
-    for number, cells in iterate_tsv(dev_ids):
-        if len(cells) == 2 and all(cell.strip().isdigit() for cell in cells):
-            wanted[tuple(cell.strip() for cell in cells)] = number
-        elif number > 1 and cells != [""]:  # the first line may be a header
-            raise UserError(f"{dev_ids}, line {number}: {cells}; expected two ids and a tab")
-    if not wanted:
-        raise UserError(f"{dev_ids}: no ids; expected two ids and a tab on each line")
-    header, rows = read_mrpc(train_source)
-    unknown = set(wanted) - {(cells[1], cells[2]) for cells in rows}
-    if unknown:
-        pair = min(unknown, key=wanted.__getitem__)
-        raise UserError(f"{dev_ids}, line {wanted[pair]}: no pair {pair} in {train_source}")
-    parts = {"train.tsv": [header], "dev.tsv": [header]}
-    for cells in rows:
-        is_dev = (cells[1], cells[2]) in wanted
-        parts["dev.tsv" if is_dev else "train.tsv"].append("\t".join(cells))
-    for name, lines in parts.items():
-        write_text(target / name, "".join(f"{line}\n" for line in lines))
-
-
-def write_mrpc_test(test_source: Path, path: Path) -> None:
-    """Write the test pairs as GLUE does: numbered, and without their labels."""
-    _, rows = read_mrpc(test_source)
-    lines = [MRPC_TEST_HEADER, *("\t".join([str(i), *row[1:]]) for i, row in enumerate(rows))]
-    write_text(path, "".join(f"{line}\n" for line in lines))
+def read_dev_ids(path: Path, known: Collection[tuple[str, str]]) -> Collection[tuple[str, ...]]:
+    """Return the pairs of ids in a file of dev ids, which must be `known`."""
+    pairs = {tuple(map(str.strip, cells)): number for number, cells in iterate_tsv(path)
+             if cells != [""]}
+    wrong = [number for pair, number in pairs.items()
+             if pair not in known and (number > 1 or pair[0].isdigit())]  # or it is a header
+    if wrong or pairs.keys().isdisjoint(known):
+        raise UserError(f"{path}, line {min(wrong, default=1)}: expected two ids, separated by a "
+                        f"tab, of a pair in {MRPC_TRAIN}")
+    return pairs.keys()
 
 
 # ------------------------------------------------------------------ putting it in place
@@ -233,77 +201,66 @@ def is_complete(folder: str, data_dir: Path) -> bool:
 
 def prepare_task(folder: str, path_to_mrpc: str, fetch: Fetch, scratch: Path) -> Path:
     """Return a folder in `scratch` with a task's files."""
-    if folder in ARCHIVES:
-        prepared = extract_zip(fetch(ARCHIVES[folder]), scratch / "unpacked") / folder
-    else:
-        prepared = scratch / "prepared"
-        prepared.mkdir(parents=True)
+    prepared = scratch / "unpacked" / folder
     if folder == MRPC:
         prepare_mrpc(path_to_mrpc, fetch, prepared)
     elif folder == DIAGNOSTIC:
-        shutil.copyfile(fetch(DIAGNOSTIC_SOURCE), prepared / DIAGNOSTIC_FILE)
+        source = fetch(DIAGNOSTIC_SOURCE)
+        prepared.mkdir(parents=True)
+        shutil.copyfile(source, prepared / DIAGNOSTIC_FILE)
+    else:
+        extract_zip(fetch(ARCHIVES[folder]), scratch / "unpacked")
     for name in needed_files(folder):
         if not (prepared / name).is_file():
             raise UserError(f"{folder}: what was downloaded holds no {folder}/{name}")
     return prepared
 
 
-def download_task(folder: str, args: argparse.Namespace, trusted: Sums, scratch: Path) -> None:
+def download_task(folder: str, args: argparse.Namespace, scratch: Path) -> None:
     """Download, prepare, check, record and move one task."""
-    data_dir, base_url = Path(args.data_dir), args.base_url.rstrip("/")
-    downloaded = []
+    data_dir, sources = Path(args.data_dir), []
+    trusted = read_checksums(args.checksums) if args.checksums else {}
 
     def fetch(name: str) -> Path:
-        downloaded.append(name)
+        sources.append(name)
         published = MRPC_URL if name in (MRPC_TRAIN, MRPC_TEST) else GLUE_URL
-        url = published if base_url == GLUE_URL else base_url
+        url = published if args.base_url == GLUE_URL else args.base_url.rstrip("/")
         return download(f"{url}/{name}", scratch / name, trusted.get(name),
-                        **download_settings(args))  # fmt: skip
+                        **download_settings(args))
 
     prepared = prepare_task(folder, args.path_to_mrpc, fetch, scratch)
-    found = task_sums(folder, prepared)
-    check_sums(folder, found, args, trusted, downloaded)
     moves = {path: data_dir / folder / path.relative_to(prepared) for path in all_files(prepared)}
     for path, place in moves.items():
         if place.exists() and file_sha256(place) != file_sha256(path):
             raise UserError(f"{place}: differs from what was downloaded; move it away and repeat")
     # Recorded first: a task that is there and has no sums is taken for the user's own.
-    sums = {**recorded_sums(data_dir), **found}
-    write_text(data_dir / CHECKSUMS_NAME,
-               "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))  # fmt: skip
+    check_sums(folder, prepared, args, sources)
     for path, place in moves.items():  # train.tsv last: a task is not complete without it
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
 
 
 def clean(scratch: Path) -> None:
-    """Remove everything save unfinished downloads, which a later call goes on with."""
-    for path in scratch.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif ".part" not in path.suffixes:
-            path.unlink()
-    for folder in (scratch, scratch.parent):
-        with suppress(OSError):  # not empty, or not there
-            folder.rmdir()
+    """Remove what is there, unless a download has not ended, which a later call goes on with."""
+    if not any(scratch.glob("*.part")):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    folders, data_dir = parse_tasks(args.tasks), Path(args.data_dir)
-    trusted = read_checksums(args.checksums) if args.checksums else {}
-    for folder in folders:
+    data_dir = Path(args.data_dir)
+    for folder in parse_tasks(args.tasks):
         if is_complete(folder, data_dir):
-            check_sums(folder, task_sums(folder, data_dir / folder), args, trusted)
+            check_sums(folder, data_dir / folder, args)
             logger.info("%s: complete in %s, skipped", folder, data_dir / folder)
             continue
         # Inside the data folder, so that files only need a new name, and under a name that stays
         # the same, so that an interrupted download goes on.
-        scratch = data_dir / SCRATCH_NAME / folder
+        scratch = data_dir / f".{folder}.download"
         with file_lock(data_dir / CHECKSUMS_NAME):
             clean(scratch)
             try:
                 if not is_complete(folder, data_dir):  # another process may have been faster
-                    download_task(folder, args, trusted, scratch)
+                    download_task(folder, args, scratch)
                     logger.info("%s: written to %s", folder, data_dir / folder)
             finally:
                 clean(scratch)

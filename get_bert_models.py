@@ -23,6 +23,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from huggingface_hub import constants, errors, get_session, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from transformer.checkpoint import fetch_model, load_state, save_pretrained
+from transformer.checkpoint import fetch_model, save_pretrained
 from transformer.file_utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_NAME,
@@ -52,7 +53,6 @@ from transformer.tokenization import (
     FAST_TOKENIZER_NAME,
     TOKENIZER_CONFIG_NAME,
     BertTokenizer,
-    has_capitals,
     saved_lower_case,
 )
 
@@ -60,7 +60,6 @@ logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 SMALL_FILES = (CONFIG_NAME, VOCAB_NAME, FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME)
-WRITTEN_FILES = (CONFIG_NAME, WEIGHTS_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -100,14 +99,13 @@ def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
         return get_task(name).name.replace("-", "")
 
     if "=" in teachers:
-        pairs = [pair.strip().partition("=") for pair in teachers.split(",") if pair.strip()]
-        wrong = ["=".join((name, model)) for name, _, model in pairs if not name or not model]
-        if wrong:
-            raise UserError(f"--teachers {teachers!r}: {wrong[0]!r}; expected task=model,...")
+        pairs = [pair.strip().partition("=") for pair in teachers.split(",")]
+        if not all(name and model for name, _, model in pairs):
+            raise UserError(f"--teachers {teachers!r}: expected task=model,task=model")
         return {short_name(name): model for name, _, model in pairs}
     if "{task}" not in teachers:
         raise UserError(f"--teachers {teachers!r}: expected {{task}} in it, or task=model,...")
-    names = [short_name(name) for name in tasks.split(",") if name.strip()]
+    names = [short_name(name) for name in tasks.split(",")]
     return {name: teachers.replace("{task}", name) for name in names}
 
 
@@ -133,22 +131,13 @@ def find_model(model: str, base_url: str = "", **settings: Any) -> Path:
 
 def find_package(name: str) -> Path:
     """Return the folder of the one model inside an installed package, without importing it."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"{PACKAGE_PREFIX}{name}: the Python package {name} is not installed; "
-            f"try: pip install {name.replace('_', '-')}"
-        )
-    root = Path(next(iter(spec.submodule_search_locations)))
-    found = [path.parent for path in sorted(root.rglob(VOCAB_NAME))
-             if (path.parent / CONFIG_NAME).is_file()]  # fmt: skip
-    if len(found) != 1:
-        raise UserError(f"{root}: {len(found)} folders with {CONFIG_NAME} and {VOCAB_NAME}; "
-                        "expected one")  # fmt: skip
-    return found[0]
+    spec = importlib.util.find_spec(name)
+    folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
+               for path in Path(root).rglob(VOCAB_NAME) if (path.parent / CONFIG_NAME).is_file()}
+    if len(folders) != 1:
+        raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
+                        f"expected one; try: pip install {name.replace('_', '-')}")
+    return folders.pop()
 
 
 def fetch_from_hub(
@@ -171,24 +160,22 @@ def fetch_from_hub(
     options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}
     while True:
         try:
-            folder = Path(snapshot_download(
-                repository, allow_patterns=[*SMALL_FILES, SAFE_WEIGHTS_NAME], **options
-            ))  # fmt: skip
+            small_and_safe = [*SMALL_FILES, SAFE_WEIGHTS_NAME]
+            folder = Path(snapshot_download(repository, allow_patterns=small_and_safe, **options))
             if not (folder / SAFE_WEIGHTS_NAME).is_file():
                 snapshot_download(repository, allow_patterns=[WEIGHTS_NAME], **options)
             return folder
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
-                errors.HFValidationError) as error:  # fmt: skip
+                errors.HFValidationError) as error:
             raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
                             f"login ({first_line(error)})") from error
         except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
             attempts -= 1
+            message = f"{name}: cannot be reached, and this machine's cache lacks it"
             if attempts <= 0 or constants.HF_HUB_OFFLINE:
-                raise UnreachableError(
-                    f"{name}: cannot be reached, and this machine's cache lacks it "
-                    f"({first_line(error)}); give a local folder instead of the id"
-                ) from error
-            logger.warning("%s: %s; once more", repository, first_line(error))
+                raise UnreachableError(f"{message} ({first_line(error)}); give a local folder "
+                                       "instead of the id") from error
+            logger.warning("%s (%s); asking again", message, first_line(error))
             time.sleep(delay)
             delay *= 2
 
@@ -201,30 +188,14 @@ def load_tokenizer(source: Path, scratch: Path) -> BertTokenizer:
     if (source / VOCAB_NAME).is_file() or not (source / FAST_TOKENIZER_NAME).is_file():
         return BertTokenizer.from_pretrained(source)
     vocab = read_json(source / FAST_TOKENIZER_NAME).get("model", {}).get("vocab", {})
-    if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
+    if not isinstance(vocab, dict):
         raise UserError(f"{source / FAST_TOKENIZER_NAME}: expected a WordPiece vocabulary")
     write_text(scratch / VOCAB_NAME, "".join(f"{p}\n" for p in sorted(vocab, key=vocab.get)))
-    lower_case = saved_lower_case(source)
-    lower_case = not has_capitals(vocab) if lower_case is None else lower_case
-    return BertTokenizer(scratch / VOCAB_NAME, lower_case)
-
-
-def load_base(source: Path, no_mlm_head: bool) -> BertModel | BertForMaskedLM:
-    """Load a base model with its MLM head, or only its body."""
-    if no_mlm_head:
-        return BertModel.from_pretrained(source)
-    if "cls.predictions.transform.dense.weight" not in load_state(source):
-        raise UserError(
-            f"{source}: has no masked-LM head, which data augmentation needs; "
-            "expected another model, or --no_mlm_head to save its body only"
-        )
-    return BertForMaskedLM.from_pretrained(source)
+    return BertTokenizer.from_pretrained(scratch, saved_lower_case(source))
 
 
 def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
     """Load a teacher with its classifier, whose size must be the task's."""
-    if "classifier.weight" not in load_state(source):
-        raise UserError(f"{source}: has no classifier; expected a model fine-tuned for {task}")
     model = TinyBertForSequenceClassification.from_pretrained(
         source, num_labels=get_task(task).num_labels
     )
@@ -232,22 +203,7 @@ def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
     return model
 
 
-def check_present(name: str, target: Path, load: Callable[[Path], nn.Module]) -> None:
-    """Raise a `UserError` unless `target` holds a complete model of the wanted kind."""
-    try:
-        missing = [file for file in WRITTEN_FILES if not (target / file).is_file()]
-        if missing:
-            raise UserError(f"{target}: lacks {', '.join(missing)}")
-        load(target)
-    except UserError as error:
-        raise UserError(
-            f"{target}: is there, but is no complete {name} ({error}); delete it or give "
-            "--overwrite_output_dir"
-        ) from error
-
-
 def save_model(
-    name: str,
     model: str,
     target: Path,
     overwrite: bool,
@@ -259,46 +215,42 @@ def save_model(
 
     `fallback` is taken if the hub cannot be reached; `settings` are those of `find_model`.
     """
-    with file_lock(target):
-        if not overwrite and target.is_dir() and any(target.iterdir()):
-            check_present(name, target, load)
-            logger.info("%s: complete in %s, skipped", name, target)
-            return
+    if not overwrite and target.is_dir() and any(target.iterdir()):
         try:
-            source = find_model(model, **settings)
-        except UnreachableError as error:
-            if not fallback:
-                raise
-            logger.warning("%s", error)
-            logger.warning("%s: taking --fallback_model %s instead", name, fallback)
-            model, source = fallback, find_model(fallback, **settings)
-        loaded = load(source)
-        with atomic_folder(target, replace=overwrite) as temporary:
-            tokenizer = load_tokenizer(source, temporary)
-            loaded.config.check_vocabulary(len(tokenizer), source)
-            save_pretrained(loaded, temporary, tokenizer)
+            BertTokenizer.from_pretrained(target)
+            load(target)
+        except UserError as error:
+            raise UserError(f"{error}; delete {target} or give --overwrite_output_dir") from error
+        logger.info("%s: complete, skipped", target)
+        return
+    try:
+        source = find_model(model, **settings)
+    except UnreachableError as error:
+        if not fallback:
+            raise
+        logger.warning("%s; taking --fallback_model %s instead", error, fallback)
+        model, source = fallback, find_model(fallback, **settings)
+    loaded = load(source)
+    with atomic_folder(target) as temporary:
+        tokenizer = load_tokenizer(source, temporary)
+        loaded.config.check_vocabulary(len(tokenizer), source)
+        save_pretrained(loaded, temporary, tokenizer)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    logger.info("%s: %s written to %s as %s, %d parameters, lower case: %s", name, model, target,
-                loaded.hugging_face_class, parameters, tokenizer.do_lower_case)  # fmt: skip
+    logger.info("%s: written from %s as %s, %d parameters, lower case: %s", target, model,
+                loaded.hugging_face_class, parameters, tokenizer.do_lower_case)
 
 
 def main(args: argparse.Namespace) -> None:
     teachers = {} if args.base_only else parse_teachers(args.teachers, args.tasks)
+    target, overwrite = args.output_dir / args.base_name, args.overwrite_output_dir
     settings = {"base_url": args.base_url, **download_settings(args)}
-
-    # The base model
-    save_model(
-        "base model", args.base_model, args.output_dir / args.base_name, args.overwrite_output_dir,
-        lambda folder: load_base(folder, args.no_mlm_head), args.fallback_model, **settings,
-    )  # fmt: skip
-
-    # The teachers
-    for task, model in teachers.items():
-        save_model(
-            f"{task} teacher", model, args.output_dir / f"{args.base_name}-{task}",
-            args.overwrite_output_dir, lambda folder, task=task: load_teacher(folder, task),
-            **settings,
-        )  # fmt: skip
+    base_class = BertModel if args.no_mlm_head else BertForMaskedLM
+    with file_lock(target):  # of two calls at once the second finds all there
+        save_model(args.base_model, target, overwrite, base_class.from_pretrained,
+                   args.fallback_model, **settings)
+        for task, model in teachers.items():
+            save_model(model, target.with_name(f"{target.name}-{task}"), overwrite,
+                       partial(load_teacher, task=task), **settings)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Every setting ends in a variable of its name.
 # shellcheck shell=bash disable=SC2034,SC2086 # reproduction.sh's variables; lists of words
 
-RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub filelock urllib3 nltk tqdm
+RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub filelock nltk tqdm
 requests boto3 scipy sklearn matplotlib wikiextractor onnx onnxruntime"
 TEST_MODULES="transformers pytest xdist hypothesis ruff"
 declare -gA SLUG=([RTE]=rte [SST-2]=sst2 [CoLA]=cola [MRPC]=mrpc [STS-B]=stsb [QQP]=qqp [MNLI]=mnli

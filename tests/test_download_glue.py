@@ -9,14 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import SHARED, error_line, make_glue, make_rows
+from helpers import SHARED, make_glue, make_rows
 from server import FileServer
 
 import download_glue
 from transformer.file_utils import UserError
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, load_examples
 
-REPO = Path(__file__).resolve().parent.parent
 PUBLISHED_MRPC = SHARED / "data" / "glue_data" / "MRPC"
 # Rows of the source that the published training file in SHARED lacks, though dev lacks them too.
 LOST_PAIRS = {("2750203", "2750153")}
@@ -70,7 +69,7 @@ def run(data_dir: Path, mirror: FileServer | None = None, **flags) -> None:
 def tree(folder: Path) -> list[str]:
     """The names of the files below `folder`, save those of locks."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
-                  if path.is_file() and path.suffix != ".lock")  # fmt: skip
+                  if path.is_file() and path.suffix != ".lock")
 
 
 def test_all_tasks_land_in_the_folders_that_the_pipeline_reads(mirror, tmp_path):
@@ -85,38 +84,38 @@ def test_all_tasks_land_in_the_folders_that_the_pipeline_reads(mirror, tmp_path)
     assert names == {*download_glue.FOLDERS, "SHA256SUMS"}
 
 
-def test_sums_are_recorded_and_a_complete_task_is_held_to_them_without_a_request(
+def test_sums_are_recorded_and_later_calls_are_held_to_them_without_a_request(
     mirror, tmp_path, caplog
 ):
-    run(tmp_path / "glue", mirror, tasks="rte")
-    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=tmp_path / "glue", check=True)
-    lines = (tmp_path / "glue" / "SHA256SUMS").read_text().splitlines()
-    assert [line.split("  ")[1] for line in lines] == ["RTE/dev.tsv", "RTE/test.tsv",
-                                                       "RTE/train.tsv"]  # fmt: skip
-    (tmp_path / "glue" / "RTE" / "train_aug.tsv").write_text("made later\n")
+    glue, record = tmp_path / "glue", ["RTE/dev.tsv", "RTE/test.tsv", "RTE/train.tsv"]
+    run(glue, mirror, tasks="rte")
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=glue, check=True)
+    lines = (glue / "SHA256SUMS").read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines] == record
+    (glue / "RTE" / "train_aug.tsv").write_text("made later\n")
     mirror.requests.clear()
     with caplog.at_level("INFO"):
-        run(tmp_path / "glue", mirror, tasks="RTE")
+        run(glue, mirror, tasks="RTE")
     assert mirror.requests == [] and "RTE: complete" in caplog.text
-    train = tmp_path / "glue" / "RTE" / "train.tsv"
+    train = glue / "RTE" / "train.tsv"
     train.write_bytes(train.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"RTE/train.tsv: SHA-256 is .*SHA256SUMS says .*delete"):
-        run(tmp_path / "glue", mirror, tasks="rte")
+        run(glue, mirror, tasks="rte")
+    train.unlink()
+    mirror.files["/RTE.zip"] = zipped({name: b"something else\n" for name in record})
+    with pytest.raises(UserError, match="RTE/dev.tsv: differs from what was downloaded"):
+        run(glue, mirror, tasks="rte")
+    (glue / "RTE" / "dev.tsv").unlink()
+    (glue / "RTE" / "test.tsv").unlink()
+    with pytest.raises(UserError, match=r"RTE/\w+.tsv: SHA-256 is .*SHA256SUMS says"):
+        run(glue, mirror, tasks="rte")
+    assert tree(glue) == ["RTE/train_aug.tsv", "SHA256SUMS"]
 
 
 def test_data_that_came_from_elsewhere_is_skipped_and_left_alone(tmp_path):
     make_glue(tmp_path / "glue" / "RTE", "rte")
     run(tmp_path / "glue", tasks="rte")
     assert tree(tmp_path / "glue") == ["RTE/dev.tsv", "RTE/train.tsv"]
-
-
-def test_a_second_download_is_held_to_the_first_one(mirror, tmp_path):
-    run(tmp_path / "glue", mirror, tasks="diagnostic")
-    (tmp_path / "glue" / "diagnostic" / "diagnostic.tsv").unlink()
-    mirror.files["/AX.tsv"] = b"something else\n"
-    with pytest.raises(UserError, match="diagnostic.tsv: SHA-256"):
-        run(tmp_path / "glue", mirror, tasks="diagnostic")
-    assert tree(tmp_path / "glue") == ["SHA256SUMS"]
 
 
 @pytest.mark.parametrize("by", ["archive", "file"])
@@ -149,7 +148,7 @@ def test_given_checksums_that_do_not_name_a_task_refuse_it(mirror, tmp_path):
 
 def test_two_calls_at_once_share_the_work(mirror, tmp_path):
     calls = [threading.Thread(target=run, args=(tmp_path / "glue", mirror), kwargs={"tasks": tasks})
-             for tasks in ("rte,cola", "cola,rte")]  # fmt: skip
+             for tasks in ("rte,cola", "cola,rte")]
     for call in calls:
         call.start()
     for call in calls:
@@ -162,7 +161,7 @@ def test_a_failed_download_names_the_address_and_an_interrupted_one_goes_on(mirr
     members = {f"RTE/{name}.tsv": tsv(get_task("rte")) for name in ("train", "dev")}
     mirror.files["/RTE.zip"] = zipped({**members, "RTE/notes": os.urandom(500_000)})
     mirror.troubles["/RTE.zip"] = [{"sent": 300_000}, *[{"sent": 0}] * 3]
-    with pytest.raises(UserError, match=f"{mirror.url}/RTE.zip: the connection broke"):
+    with pytest.raises(UserError, match=f"{mirror.url}/RTE.zip: no complete answer"):
         run(tmp_path / "glue", mirror, tasks="rte")
     run(tmp_path / "glue", mirror, tasks="rte")
     assert int(mirror.ranges()[-1].strip("bytes=-")) > 200_000
@@ -186,31 +185,15 @@ def test_a_bad_archive_leaves_nothing_and_a_good_one_then_works(mirror, tmp_path
     assert (tmp_path / "work" / "glue" / "RTE" / "train.tsv").is_file()
 
 
-def test_missing_files_of_a_task_are_added_and_none_is_overwritten(mirror, tmp_path):
-    folder = tmp_path / "glue" / "RTE"
-    folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("mine")
-    (folder / "train.tsv").write_text("not the published file\n")
-    with pytest.raises(UserError, match="train.tsv: differs from what was downloaded"):
-        run(tmp_path / "glue", mirror, tasks="rte")
-    assert tree(folder) == ["notes.txt", "train.tsv"]
-    (folder / "train.tsv").unlink()
-    run(tmp_path / "glue", mirror, tasks="rte")
-    assert tree(folder) == ["dev.tsv", "notes.txt", "test.tsv", "train.tsv"]
-
-
-def test_task_names_are_taken_in_any_case_and_spelling():
+def test_task_names_are_taken_in_any_case_and_an_unknown_one_lists_them():
     assert download_glue.parse_tasks("ALL") == list(download_glue.FOLDERS)
     assert download_glue.parse_tasks("sst2, STS-b,mnli,SST") == ["SST-2", "STS-B", "MNLI"]
     assert download_glue.parse_tasks("AX,Diagnostic") == ["diagnostic"]
     for folder in download_glue.FOLDERS:
         assert download_glue.parse_tasks(folder.lower()) == [folder]
-
-
-@pytest.mark.parametrize("text", ["rte,snli", "", ","])
-def test_an_unknown_task_lists_the_known_ones_in_one_line(capsys, text):
-    message = error_line(capsys, download_glue, "--tasks", text)
-    assert "unknown task" in message and "CoLA, SST-2, MRPC, STS-B, QQP" in message
+    for text in ("rte,snli", "", ","):
+        with pytest.raises(UserError, match="unknown task .*expected one of cola, sst-2, mrpc"):
+            download_glue.parse_tasks(text)
 
 
 # ------------------------------------------------------------------ MRPC
@@ -239,32 +222,22 @@ def test_mrpc_is_split_by_the_dev_ids_without_a_network(tmp_path, end):
     assert test[2] == '1\t101\t1101\t" one 101\ttwo 101 .'
 
 
-def test_mrpc_sources_may_lie_in_the_folder_of_the_task(tmp_path):
+def test_mrpc_sources_may_lie_in_the_folder_of_the_task_and_lack_the_dev_ids(mirror, tmp_path):
     (tmp_path / "glue").mkdir()
-    source = mrpc_folder(tmp_path / "glue" / "MRPC")
-    run(tmp_path / "glue", tasks="mrpc", path_to_mrpc=source)
+    source = mrpc_folder(tmp_path / "glue" / "MRPC", ids=None)
+    run(tmp_path / "glue", mirror, tasks="mrpc", path_to_mrpc=source)
+    assert mirror.paths() == ["/mrpc_dev_ids.tsv"]
     assert len(load_examples("mrpc", source, "dev")) == 2
     assert (source / "msr_paraphrase_train.txt").is_file()
 
 
-def test_mrpc_dev_ids_are_downloaded_where_the_folder_has_none(mirror, tmp_path):
-    source = mrpc_folder(tmp_path / "source", ids=None)
-    run(tmp_path / "glue", mirror, tasks="mrpc", path_to_mrpc=source)
-    assert mirror.paths() == ["/mrpc_dev_ids.tsv"]
-    assert len(load_examples("mrpc", tmp_path / "glue" / "MRPC", "dev")) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("mrpc_dev_ids.tsv", b"3\t1003\n4\t4\n", r"mrpc_dev_ids.tsv, line 2: no pair \('4', '4'\)"),
-        ("mrpc_dev_ids.tsv", b"3\t1003\nx\n", r"mrpc_dev_ids.tsv, line 2: \['x'\]"),
-        ("mrpc_dev_ids.tsv", b"", "mrpc_dev_ids.tsv: no ids"),
-        ("msr_paraphrase_train.txt", None, "msr_paraphrase_train.txt: no such file"),
-        ("msr_paraphrase_train.txt", b"", "msr_paraphrase_train.txt: empty"),
-        ("msr_paraphrase_train.txt", b"a\tb\tc\td\te\n1\t2\n", "train.txt, line 2: 2 columns"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("mrpc_dev_ids.tsv", b"3\t1003\n4\t4\n", "mrpc_dev_ids.tsv, line 2: expected two ids"),
+    ("mrpc_dev_ids.tsv", b"3\t1003\nx\n", "mrpc_dev_ids.tsv, line 2: expected two ids"),
+    ("mrpc_dev_ids.tsv", b"", "mrpc_dev_ids.tsv, line 1: expected two ids"),
+    ("msr_paraphrase_train.txt", None, "msr_paraphrase_train.txt: no such file"),
+    ("msr_paraphrase_train.txt", b"", "msr_paraphrase_train.txt: empty"),
+    ("msr_paraphrase_train.txt", b"a\tb\tc\td\te\n1\t2\n", "train.txt, line 2: 2 columns")])
 def test_bad_mrpc_sources_name_file_and_line(tmp_path, name, content, message):
     source = mrpc_folder(tmp_path / "source")
     (source / name).unlink()

@@ -1,28 +1,25 @@
 """File names, errors, atomic writing, downloads and copies to S3 that every script shares."""
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import stat
+import sys
 import time
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
-from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.util import Retry
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +34,8 @@ CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
 RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 MISSING_STATUSES = (401, 403, 404, 410)  # a store that does not list its files answers 403
 LONGEST_WAIT_SECONDS = 60
-LOG_SECONDS = 30.0  # between two lines of progress where no bar can be shown
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOG_SECONDS = 30.0  # between two lines of progress where stderr is a file
+PART_SUFFIXES = (".part", ".part.json")  # an unfinished download; its URL and version
 
 
 class UserError(Exception):
@@ -126,17 +123,7 @@ def _check_sha256(path: Path, expected: str | None, what: str) -> None:
         raise UserError(f"{what}: SHA-256 is {found}; expected {expected.lower()}")
 
 
-def _check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise a `UserError` where the disk of an existing folder has not the bytes that it takes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(f"{folder}: {free / 1e9:.3f} GB free on its disk; {what} needs "
-                        f"{needed / 1e9:.3f} GB")
-
-
-# ---------------------------------------------------------------------------------------------
-# Downloads
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ downloads
 
 
 def cache_root() -> Path:
@@ -195,8 +182,8 @@ def download(
 
     A file that exists is kept, after its SHA-256 was checked where one is given. An interrupted
     download leaves `target.part`, which is continued, also by a later call, if the server still
-    has the same version (entity tag or date), or if `sha256` is given. Of several processes one
-    downloads, the others wait. Length and SHA-256 are checked before the file gets its name.
+    has the same version (entity tag or date). Of several processes one downloads, the others
+    wait. Length and SHA-256 are checked before the file gets its name.
 
     Args:
         attempts: number of refusals (429, 5xx), drops and timeouts in a row without a new byte.
@@ -209,133 +196,92 @@ def download(
             when attempts are used up.
     """
     target = Path(target)
-    if not target.exists():
-        with file_lock(target):
-            if not target.exists():  # another process may have been faster
-                part = target.with_name(target.name + ".part")
-                log.info("downloading %s to %s", url, target)
-                _Download(url, part, sha256, attempts, delay, timeout).finish(target)
-                return target
-    _check_sha256(target, sha256, f"{target}, already there; delete it to download {url}")
+    if target.exists():
+        _check_sha256(target, sha256, f"{target}, already there; delete it to download {url}")
+        return target
+    with file_lock(target):
+        if target.exists():  # another process was faster
+            return download(url, target, sha256)
+        log.info("downloading %s to %s", url, target)
+        part, record = (target.with_name(target.name + end) for end in PART_SUFFIXES)
+        _receive(url, part, record, attempts, delay, timeout)
+        try:
+            _check_sha256(part, sha256, url)
+            _sync(part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
     return target
 
 
-@dataclass
-class _Download:
-    """A download of `url` into `part`; beside it `record` keeps the URL and version of it."""
-
-    url: str
-    part: Path
-    sha256: str | None
-    attempts: int
-    delay: float  # seconds
-    timeout: float  # seconds
-
-    def __post_init__(self) -> None:
-        self.record = self.part.with_name(self.part.name + ".json")
-        self.session = requests.Session()
-        retry = Retry(
-            self.attempts - 1, backoff_factor=self.delay, backoff_max=LONGEST_WAIT_SECONDS,
-            retry_after_max=LONGEST_WAIT_SECONDS, status_forcelist=RETRY_STATUSES,
-            raise_on_status=False,
-        )  # fmt: skip
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
-
-    @property
-    def size(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def finish(self, target: Path) -> None:
-        """Bring the part to its full length, check it, and give it its name."""
+def _receive(
+    url: str, part: Path, record: Path, attempts: int, delay: float, timeout: float
+) -> None:
+    """Bring `part` to its full length over as many connections as bring new bytes."""
+    failures, longest = 0, _size(part)
+    while True:
         try:
-            self.receive()
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise UserError(
-                f"{self.part}: no space left on the disk while loading {self.url} "
-                f"({error.strerror}); {self.size} bytes are kept for another call"
-            ) from error
-        try:
-            _check_sha256(self.part, self.sha256, self.url)
-            _sync(self.part)
-            self.part.replace(target)
-        finally:
-            self.part.unlink(missing_ok=True)
-            self.record.unlink(missing_ok=True)
+            return _receive_once(url, part, record, timeout)
+        except requests.RequestException as error:
+            message = f"{url}: no complete answer ({_cause(error)})"
+            failures = 0 if _size(part) > longest else failures + 1
+            longest = max(longest, _size(part))
+            if failures >= attempts:
+                raise UnreachableError(message) from error
+            retry_after = getattr(error.response, "headers", {}).get("Retry-After", "")
+            wait = int(retry_after) if retry_after.isdigit() else delay * 2 ** (failures - 1)
+            log.warning("%s; asking again", message)
+            time.sleep(min(wait, LONGEST_WAIT_SECONDS))
 
-    def receive(self) -> None:
-        """Receive what is missing, over as many connections as bring new bytes."""
-        failures, longest = 0, self.size
-        while True:
-            try:
-                return self.receive_once()
-            except requests.RequestException as error:
-                message = f"{self.url}: the connection broke ({_cause(error)})"
-                failures = 0 if self.size > longest else failures + 1
-                longest = max(longest, self.size)
-                if failures >= self.attempts:
-                    raise UnreachableError(message) from error
-                log.warning("%s, going on", message)
-                time.sleep(min(self.delay * 2**failures, LONGEST_WAIT_SECONDS))
 
-    def receive_once(self) -> None:
-        """Append what is missing, or begin anew where the server has another version."""
-        known = read_json(self.record) if self.record.exists() else {}
-        version = known.get("version", "")
-        may_continue = known.get("url") == self.url and (version or self.sha256)
-        start = self.size if may_continue else 0
-        with self.open(start, version) as response:
-            start = start if response.status_code == 206 else 0
-            length = response.headers.get("Content-Length", "")
-            length = int(length) if length.isdigit() else None
-            _check_space(self.part.parent, length or 0, self.url)
-            if not start:  # the bytes go first: they must not pass for those of the new version
-                self.part.unlink(missing_ok=True)
-                write_json(self.record, {"url": self.url, "version": _version(response)})
-            self.append(response, start, length)
-
-    def append(self, response: requests.Response, start: int, length: int | None) -> None:
-        """Append what comes, and show how far it is; `length` in bytes if it is known."""
-        name, told = PurePosixPath(urlsplit(self.url).path).name, time.monotonic()
-        size = None if length is None else start + length
-        # disable=None: no bar where stderr is a file.
-        bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=name, disable=None)
-        with self.part.open("ab") as stream, bar:
+def _receive_once(url: str, part: Path, record: Path, timeout: float) -> None:
+    """Append what is missing, or begin anew where the server has not the version in `record`."""
+    known = read_json(record) if record.exists() else {}
+    version = known.get("version", "") if known.get("url") == url else ""
+    start = _size(part) if version else 0
+    with _request(url, start, version, timeout) as response:
+        start = start if response.status_code == 206 else 0
+        length = int(response.headers.get("Content-Length", 0))
+        if length > (free := shutil.disk_usage(part.parent).free):
+            raise UserError(f"{part.parent}: {free / 1e9:.3f} GB free on its disk; {url} needs "
+                            f"{length / 1e9:.3f} GB")
+        if not start:  # the bytes go first: they must not pass for those of the new version
+            part.unlink(missing_ok=True)
+            write_json(record, {"url": url, "version": _version(response)})
+        # In a file of messages one line in a while, and none about what is quick.
+        pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+        bar = tqdm(total=start + length or None, initial=start, unit="B", unit_scale=True,
+                   desc=part.stem, mininterval=pause, delay=pause)
+        with part.open("ab") as stream, bar:
             for chunk in response.iter_content(CHUNK_BYTES):
                 stream.write(chunk)
                 bar.update(len(chunk))
-                if bar.disable and time.monotonic() - told > LOG_SECONDS:
-                    told = time.monotonic()
-                    log.info("%s: %.0f of %.0f MB", name, stream.tell() / 1e6, (size or 0) / 1e6)
 
-    def open(self, start: int, version: str) -> requests.Response:
-        """Return the answer from byte `start` on (206) if it still has `version`, else all."""
-        # "identity": a compressed answer has another length and cannot be continued.
-        headers = {"Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        if start and version:
-            headers["If-Range"] = version
-        url = _signed(self.url) if self.url.lower().startswith("s3://") else self.url
-        try:
-            response = self.session.get(url, headers=headers, stream=True, timeout=self.timeout)
-        except requests.RequestException as error:
-            raise UnreachableError(
-                f"{self.url}: no connection or no answer ({_cause(error)})") from error
-        code = response.status_code
-        span = response.headers.get("Content-Range", "")
-        goes_on = span.startswith(f"bytes {start}-") and version in ("", _version(response))
-        if code == 200 or (code == 206 and start and goes_on):
-            return response
-        response.close()
-        if start and code in (206, 416):
-            log.info("%s: cannot go on at byte %d, starting again", self.url, start)
-            return self.open(0, "")
-        kind = UnreachableError if code in RETRY_STATUSES else UserError
-        kind = MissingError if code in MISSING_STATUSES else kind
-        raise kind(f"{self.url}: the server answered {code} {response.reason}")
+
+def _request(url: str, start: int, version: str, timeout: float) -> requests.Response:
+    """Return the answer from byte `start` on (206) if it still has `version`, else all (200)."""
+    # "identity": a compressed answer has another length and cannot be continued.
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    address = _signed(url) if url.startswith("s3://") else url
+    response = requests.get(address, headers=headers, stream=True, timeout=timeout)
+    code = response.status_code
+    if code == 200 or (code == 206 and start and _version(response) == version):
+        return response
+    response.close()
+    if start and code in (206, 416):  # another version, or nothing is missing
+        return _request(url, 0, "", timeout)
+    message = f"the server answered {code} {response.reason}"
+    if code in RETRY_STATUSES:
+        raise requests.HTTPError(message, response=response)
+    kind = MissingError if code in MISSING_STATUSES else UserError
+    raise kind(f"{url}: {message}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _version(response: requests.Response) -> str:
@@ -354,34 +300,24 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-# ---------------------------------------------------------------------------------------------
-# Folders and archives
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ folders and archives
 
 
 @contextmanager
-def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
-    """Yield a new empty folder beside `target` that takes its name when the block succeeds.
+def atomic_folder(target: Path | str) -> Iterator[Path]:
+    """Yield a new empty folder that takes the place of `target` when the block succeeds.
 
-    `target` may be absent or an empty folder; `replace` allows a full one, which is removed only
-    after the new one stands. A block that raises leaves `target` as it was.
+    A block that raises leaves `target` as it was.
     """
     target = Path(target)
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already exists; expected a new or empty folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
         if target.exists():
-            target.replace(old)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            target.replace(Path(scratch) / "old")
+        new.replace(target)
 
 
 def extract_zip(archive: Path | str, folder: Path | str) -> Path:
@@ -389,30 +325,25 @@ def extract_zip(archive: Path | str, folder: Path | str) -> Path:
 
     The folder appears only when everything is unpacked and every check sum agreed. Raises
     `UserError` for a damaged or encrypted archive, for a member that would land outside the
-    folder or is a link, and for a disk without room for all of it.
+    folder, and for a folder with files in it.
     """
-    archive = Path(archive)
+    archive, folder = Path(archive), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: already exists; expected a new or empty folder")
     try:
         with zipfile.ZipFile(archive) as source, atomic_folder(folder) as temporary:
-            members = source.infolist()
-            unpacked = sum(member.file_size for member in members)
-            _check_space(temporary, unpacked, f"the content of {archive}")
-            for member in members:
-                place = PureWindowsPath(member.filename)  # takes both kinds of slash
-                is_link = stat.S_ISLNK(member.external_attr >> 16)
-                if is_link or place.drive or place.root or ".." in place.parts:
-                    raise UserError(f"{archive}: member {member.filename!r} is a link, or would "
-                                    "land outside the folder; refused")
+            for name in source.namelist():
+                place = PureWindowsPath(name)  # takes both kinds of slash
+                if place.drive or place.root or ".." in place.parts:
+                    raise UserError(f"{archive}: member {name!r} would land outside the folder; "
+                                    "refused")
             source.extractall(temporary)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, FileExistsError,
-            NotADirectoryError, IsADirectoryError) as error:  # fmt: skip
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive}: not a sound zip archive ({error})") from error
-    return Path(folder)
+    return folder
 
 
-# ---------------------------------------------------------------------------------------------
-# S3
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ S3
 
 
 def s3_address(url: str) -> tuple[str, str] | None:
@@ -425,27 +356,28 @@ def s3_address(url: str) -> tuple[str, str] | None:
     return bucket, prefix.strip("/")
 
 
-def _s3_client(**options: Any) -> Any:
-    """Return boto3's client for S3; `options` are those of its `Config`."""
+def _s3_client(public: bool = False) -> Any:
+    """Return boto3's client for S3; a `public` bucket needs no account."""
     import boto3  # here, because it takes a second to load and few runs need it
+    from botocore import UNSIGNED
     from botocore.config import Config
 
-    return boto3.session.Session().client("s3", config=Config(**options))
+    session = boto3.session.Session()
+    signature = UNSIGNED if public and session.get_credentials() is None else "s3v4"
+    # Training waits for it.
+    return session.client("s3", config=Config(signature_version=signature, connect_timeout=20))
 
 
-def _signed(url: str, **options: Any) -> str:
+def _signed(url: str) -> str:
     """Return an http address at which the object `url` can be read for an hour."""
-    from botocore import UNSIGNED
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = s3_address(url)
     try:
-        client = _s3_client(**{"signature_version": "s3v4", **options})
+        client = _s3_client(public=True)
         with suppress(ClientError):  # boto3 learns the bucket's region from the answer
             client.head_object(Bucket=bucket, Key=key)
         return client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key})
-    except NoCredentialsError:  # public buckets need no account
-        return _signed(url, signature_version=UNSIGNED)
     except BotoCoreError as error:
         raise UnreachableError(f"{url}: {error}") from error
 
@@ -469,7 +401,7 @@ def upload_folder(
     folder, (bucket, prefix) = Path(folder), address
     path = folder
     try:
-        client = _s3_client(connect_timeout=20)  # training waits for it
+        client = _s3_client()
         for path in sorted(folder.rglob("*")):
             inner = path.relative_to(folder)
             stays = any(name.startswith(".") or name in skip for name in inner.parts)
@@ -486,10 +418,8 @@ def _upload_changed(client: Any, path: Path, bucket: str, key: str) -> None:
     from botocore.exceptions import ClientError
 
     version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-    try:
+    with suppress(ClientError):  # it is not there, or we may write but not read
         if client.head_object(Bucket=bucket, Key=key)["Metadata"].get("version") == version:
             return
-    except ClientError:  # it is not there, or we may write but not read
-        pass
     client.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"version": version}})
     log.info("uploaded %s to s3://%s/%s", path, bucket, key)
