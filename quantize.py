@@ -181,7 +181,11 @@ def computed_in(method: str, device: torch.device) -> torch.dtype | None:
 
 def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict[str, dict],
             dev: dict[str, Features]) -> None:
-    """Evaluate the model that was written, from its files, and write both results."""
+    """Evaluate the model that was written, from its files, and write both results.
+
+    Raises:
+        UserError: it has come to predict one class for all rows.
+    """
     device = get_device(args.no_cuda)
     model = load_classifier(folder, task.num_labels, device)
     dtype = computed_in(args.method, device)
@@ -202,6 +206,11 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
     for split, rows in dev.items():
         print(f"{task.name} {split} ({len(rows)} rows)  before {format_metrics(before[split])}"
               f"  after {format_metrics(after[split])}")
+    for split in dev:
+        kinds = [len(np.unique(result[split]["predictions"])) for result in (before, after)]
+        if kinds[1] == 1 < kinds[0]:
+            raise UserError(f"{folder}: the same prediction for all rows of {split}, unlike the"
+                            " model before: do not use it")
 
 
 def format_metrics(result: dict[str, Any]) -> str:

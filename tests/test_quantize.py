@@ -114,7 +114,7 @@ def test_do_eval_measures_before_and_after_on_the_same_rows(tmp_path, capsys, na
     assert f"{task.name} dev (12 rows)  before" in capsys.readouterr().out
 
 
-def test_a_model_that_came_to_predict_one_class_is_warned_of(tmp_path, glue, caplog):
+def test_a_model_that_came_to_predict_one_class_is_an_error(tmp_path, glue, capsys):
     model = make_model(tmp_path / "model", num_labels=2)
     tokenizer = BertTokenizer.from_pretrained(tmp_path / "model")
     rows = load_features("SST-2", glue, "dev", tokenizer, 128, ("0", "1"))
@@ -126,9 +126,9 @@ def test_a_model_that_came_to_predict_one_class_is_warned_of(tmp_path, glue, cap
     quantize.save_pretrained(model, tmp_path / "model")
     flags = ["--model", tmp_path / "model", "--format", "torch", "--do_eval", *task_flags(glue)]
     run(quantize, *flags, "--method", "bf16", "--output_dir", tmp_path / "good")
-    assert "one class only" not in caplog.text
-    run(quantize, *flags, "--method", "fp16", "--output_dir", tmp_path / "bad")
-    assert "one class only" in caplog.text
+    message = error_line(
+        capsys, quantize, *flags, "--method", "fp16", "--output_dir", tmp_path / "bad")
+    assert f"{tmp_path / 'bad'}: the same prediction for all rows of dev" in message
 
 
 def test_an_onnx_model_keeps_its_precision_wherever_it_is_moved(tmp_path):
