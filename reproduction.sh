@@ -5,7 +5,7 @@
 # driver/steps.py carries it out: each step once, going on inside one that was stopped.
 # driver/settings.sh reads the options (`bash reproduction.sh -h`) and the settings, which
 # profiles/full.env explains; driver/plan.sh has the words that are used here.
-# shellcheck disable=SC2046,SC2086,SC2153,SC2154 # flags are lists of words; settings.sh sets them
+# shellcheck disable=SC1091,SC2034,SC2046,SC2086,SC2153,SC2154,SC2206,SC2207 # settings; lists
 [ "${BASH_VERSINFO:-0}" -ge 5 ] ||
   { echo "reproduction.sh: error: needs bash 5 or newer: bash reproduction.sh" >&2 && exit 2; }
 set -euo pipefail

@@ -1,5 +1,5 @@
 # The words of reproduction.sh, which reads this file: they make the plan of driver/steps.py.
-# shellcheck shell=bash disable=SC2154,SC2086 # settings; flags are lists of words
+# shellcheck shell=bash disable=SC2034,SC2086,SC2154,SC2207 # settings; flags are lists of words
 
 plan=()
 

@@ -1,6 +1,6 @@
 # Options, profiles, checks and the Python environment of reproduction.sh, which reads this file.
 # Every setting ends in a variable of its name.
-# shellcheck shell=bash disable=SC2034,SC2086 # reproduction.sh's variables; lists of words
+# shellcheck shell=bash disable=SC1090,SC2005,SC2034,SC2046,SC2086 # settings; lists of words
 
 RUNTIME_MODULES="torch numpy tokenizers safetensors huggingface_hub filelock nltk tqdm
 requests boto3 scipy sklearn matplotlib wikiextractor onnx onnxruntime"
@@ -60,7 +60,7 @@ read_options() {
   [[ $recipe == original || $recipe == paper ]] ||
     complain "--recipe $recipe: expected original or paper"
   [[ ! -f $profile ]] || profile=$(realpath "$profile")
-  cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+  cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." || exit
   names=$(echo $(sed -n 's/^ *stage \([a-z_]*\) .*/\1/p' reproduction.sh))
   for stage in $only $from; do
     [[ " $names " == *" $stage "* ]] || complain "no stage $stage; expected one of: $names"
@@ -80,7 +80,6 @@ read_settings() {
     [[ $names != *" ${name%%_[a-z]*}"[\ _]* ]] || overrides+=("$name=${!name}")
   done
   for file in "${files[@]}"; do
-    # shellcheck source=/dev/null
     source <(tr -d '\r' <"$file")
   done
   for override in "${overrides[@]}"; do declare -g "$override"; done
@@ -162,6 +161,7 @@ check_values() {
     "${!PREDICTION_AUGMENTED@}"
   expect "given or demo" 'given|demo' INPUTS
   expect "hub, demo or minilm" 'hub|demo|minilm' MODEL_SOURCE
+  [[ -n ${TASKS// /} && -n ${STUDENTS// /} ]] || complain "TASKS, STUDENTS: expected one at least"
   for entry in $STUDENTS $BASELINES; do
     student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
     if [[ $entry =~ ^(general|smart): ]]; then

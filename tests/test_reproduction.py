@@ -245,6 +245,7 @@ def test_a_setting_for_one_task_wins_and_what_is_harmless_is_forgiven(tmp_path):
         ("", {"GPUS": "many"}, "GPUS=many: expected a number"),
         ("", {"PREDICTION_AUGMENTED_rte": "ja"}, "PREDICTION_AUGMENTED_rte=ja: expected yes or no"),
         ("", {"TASKS": "RTE SST"}, "TASKS: SST; expected some of:"),
+        ("", {"STUDENTS": " "}, "TASKS, STUDENTS: expected one at least"),
         ("", {"STUDENTS": "mine"}, "student mine: no STUDENT_CONFIG_mine=FOLDER/config.json"),
         ("", {"BASELINES": "clean:tinybert_4l"}, "expected scratch:, general: or smart:"),
         ("", {"MODEL_SOURCE": "web"}, "MODEL_SOURCE=web: expected hub, demo or minilm"),
