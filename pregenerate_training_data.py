@@ -6,8 +6,8 @@ OUTPUT_DIR/epoch_N.json. OUTPUT_DIR/epoch_N_metrics.json has the counts.
 
 A process takes at most 150 MB beside its libraries, whatever the corpus (its longest line and
 document aside); pages of mapped files, which the system takes back when it needs them, are not
-counted. The files are made in OUTPUT_DIR/.unfinished and renamed when all are there, so a call that
-was killed leaves nothing that passes for an output; the next one starts again.
+counted. The files are made in a hidden folder of OUTPUT_DIR and renamed when all are there, so a
+call that was killed leaves nothing that passes for an output; the next one starts again.
 
 Example:
     python pregenerate_training_data.py --train_corpus data/wiki_for_bert.txt \
@@ -20,13 +20,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from tempfile import TemporaryDirectory
 
 from transformer import distributed
 from transformer.corpus import (
@@ -50,7 +47,7 @@ from transformer.pretraining_data import (
 )
 from transformer.run_folder import ARGUMENTS_NAME, UNFINISHED, prepare_output_dir
 from transformer.runtime import argument_values, check_disk, run_script
-from transformer.shards import worker_pool
+from transformer.shards import progress, worker_pool
 from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -102,25 +99,6 @@ def check_corpus(corpus: Corpus, unknown: int, source: Path, one_seq: bool) -> N
 
 
 # ------------------------------------------------------------------ stages
-
-
-@contextmanager
-def temporary_folder(output_dir: Path) -> Iterator[Path]:
-    """Yield a folder in `output_dir` for unfinished files; it goes, however the block ends."""
-    folder = output_dir / UNFINISHED
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-def progress(results: Iterable[Any], sizes: list[int], unit: str, what: str) -> Iterator[Any]:
-    """Yield results, with a bar that counts the sizes of what each was made of."""
-    with tqdm(total=sum(sizes), unit=unit, unit_scale=True, desc=what) as bar:
-        for result, size in zip(results, sizes, strict=True):
-            yield result
-            bar.update(size)
 
 
 def tokenize(folder: Path, source: Path, tokenizer: BertTokenizer, workers: int) -> int:
@@ -244,7 +222,8 @@ def main(args: argparse.Namespace) -> None:
         )
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
-    shutil.rmtree(args.output_dir / UNFINISHED, ignore_errors=True)  # of a killed call
+    for folder in args.output_dir.glob(f"{UNFINISHED}*"):  # of a killed call
+        shutil.rmtree(folder)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
@@ -252,7 +231,8 @@ def main(args: argparse.Namespace) -> None:
     settings = EpochSettings(args.seed, args.max_seq_len, args.short_seq_prob, args.one_seq)
 
     # All files are made in a folder of their own, so that only finished ones are left behind.
-    with temporary_folder(output_dir) as folder:
+    with TemporaryDirectory(prefix=UNFINISHED, dir=output_dir) as name:
+        folder = Path(name)
         unknown = tokenize(folder, args.train_corpus, tokenizer, args.num_workers)
         corpus = Corpus.open(folder, len(tokenizer))
         check_corpus(corpus, unknown, args.train_corpus, args.one_seq)

@@ -163,14 +163,14 @@ def test_a_rare_word_without_vector_keeps_itself_and_is_counted(make_augmentor):
     augmentor = make_augmentor()
     assert augmentor.candidates(["nightbank"]) == [{0: ["nightbank"]}]
     assert augmentor.counts["no_candidates"] == 1
-    assert augmentor.augment("nightbank") == ["nightbank"]
+    assert augmentor.augment(["nightbank"]) == [["nightbank"]]
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "...", "\u200b", "[MASK] [SEP]", "\u2603 42"])
 def test_a_sentence_without_words_is_returned_alone(make_augmentor, sentence):
     augmentor = make_augmentor()
     assert augmentor.candidates([sentence]) == [{}]
-    assert augmentor.augment(sentence) == [sentence]
+    assert augmentor.augment([sentence]) == [[sentence]]
     assert augmentor.augment([]) == []
 
 
@@ -217,13 +217,13 @@ def test_the_seed_decides_and_the_batching_does_not(make_augmentor):
     sentences = [" ".join(WORDS[start : start + 6]) for start in range(0, 24, 3)]
     together = make_augmentor(seed=7).augment(sentences)
     small = make_augmentor(seed=7, batch_tokens=20)
-    assert together == [small.augment(sentence) for sentence in sentences]
+    assert together == [small.augment([sentence])[0] for sentence in sentences]
     assert together != make_augmentor(seed=8).augment(sentences)
 
 
 def test_variations_are_distinct_at_most_N_and_keep_what_is_not_varied(make_augmentor):
     augmentor = make_augmentor(N=30)
-    original, *variations = augmentor.augment("The old cat is cold, the riverbank is warm")
+    [[original, *variations]] = augmentor.augment(["The old cat is cold, the riverbank is warm"])
     assert original == "The old cat is cold, the riverbank is warm"
     assert 20 < len(variations) <= 30
     assert len(set(variations)) == len(variations)
@@ -233,17 +233,17 @@ def test_variations_are_distinct_at_most_N_and_keep_what_is_not_varied(make_augm
 
 
 def test_p_0_changes_nothing_and_p_1_every_word(make_augmentor):
-    assert make_augmentor(p=0).augment("Old cat runs") == ["Old cat runs"]
+    assert make_augmentor(p=0).augment(["Old cat runs"]) == [["Old cat runs"]]
     augmentor = make_augmentor(p=1, M=2)
     candidates = augmentor.candidates(["old cat runs"])[0]
-    for variation in augmentor.augment("old cat runs")[1:]:
+    for variation in augmentor.augment(["old cat runs"])[0][1:]:
         words = variation.split()
         assert all(words[index] in candidates[index] for index in range(3))
 
 
 def test_words_are_replaced_with_probability_p(make_augmentor):
     sentence = " ".join(WORDS[:12])
-    variations = make_augmentor(N=300, p=0.4).augment(sentence)[1:]
+    variations = make_augmentor(N=300, p=0.4).augment([sentence])[0][1:]
     changed = [a != b for v in variations for a, b in zip(v.split(), WORDS, strict=False)]
     assert 0.33 < np.mean(changed) < 0.43  # a word may be proposed for its own place
 

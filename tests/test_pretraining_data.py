@@ -493,10 +493,10 @@ def test_a_killed_call_leaves_nothing_that_passes_for_an_output_and_the_next_sta
     command = script("pregenerate_training_data.py", *arguments(tmp_path, "--num_workers", 2,
                                                                 text=corpus_text(300, 100)))
     process = Process(command)
-    process.wait_until(lambda log: (tmp_path / "out" / ".unfinished" / "epoch_0.bin").exists())
+    process.wait_until(lambda log: [*(tmp_path / "out").glob(".unfinished*/epoch_0.bin")])
     process.kill()
     assert process.popen.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
+    assert [path.name[:11] for path in (tmp_path / "out").iterdir()] == [".unfinished"]
     with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
         count_epochs(tmp_path / "out")
     assert Process(command).end() == 0
@@ -527,7 +527,8 @@ def test_a_call_killed_while_it_renames_leaves_nothing_that_passes_for_an_output
         generate(tmp_path, *flags, "--seed", 7, name="folder")
     assert contents(folder) == new
     for state in seen:  # what a kill would have left
-        shutil.rmtree(state / ".unfinished", ignore_errors=True)
+        for folder_of_files in state.glob(".unfinished*"):
+            shutil.rmtree(folder_of_files)
         try:
             assert len(PregeneratedDataset(state, 0, tokenizer)) > 0
         except UserError:
@@ -659,7 +660,7 @@ def test_missing_and_damaged_files_are_named(
 def test_folders_without_epochs_another_vocabulary_and_longer_rows_are_refused(
     epochs, tokenizer, tmp_path
 ):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="missing"):
         count_epochs(tmp_path / "missing")
     with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
         count_epochs(tmp_path)

@@ -329,14 +329,12 @@ class DataAugmentor:
         """
         return [candidates for _, candidates in self._analyse(sentences)]
 
-    def augment(self, sentences: str | Sequence[str]) -> list[str] | list[list[str]]:
-        """Return the sentence and up to N different variations of it; for several, a list of each.
+    def augment(self, sentences: Sequence[str]) -> list[list[str]]:
+        """Return for each sentence itself and up to N different variations of it.
 
         Variations are lower-cased basic tokens joined by spaces. N draws are made, and a draw
         that changes nothing or repeats an earlier one adds no sentence.
         """
-        if isinstance(sentences, str):
-            return self.augment([sentences])[0]
         results = []
         for sentence, (tokens, candidates) in zip(
             sentences, self._analyse(sentences), strict=True

@@ -223,10 +223,7 @@ def find_epochs(data_dir: Path | str) -> tuple[int, str]:
     None, those of both formats, a gap in their numbers, and a data file or metrics file without
     the other are `UserError`s that name the missing file.
     """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such folder; expected pregenerate_training_data.py's")
-    names = [GENERATED_FILE.fullmatch(path.name) for path in generated_files(data_dir)]
+    names = [GENERATED_FILE.fullmatch(path.name) for path in generated_files(Path(data_dir))]
     suffixes = {name[2] for name in names} & {BINARY_SUFFIX, JSON_SUFFIX}
     if not suffixes:
         raise UserError(

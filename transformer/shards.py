@@ -143,18 +143,17 @@ class ShardedFile:
             workers: processes to call it in.
         """
         mine = shards[distributed.rank() :: distributed.world_size()]
-        with worker_pool(partial(self._write, write), min(workers, len(mine)) or 1) as run, \
-                tqdm(total=sum(shard.end - shard.begin for shard in mine), unit=unit,
-                     desc=self.output.name, disable=not distributed.is_main()) as bar:
-            for shard in run(mine):
-                bar.update(shard.end - shard.begin)
+        sizes = [shard.end - shard.begin for shard in mine]
+        with worker_pool(partial(self._write, write), min(workers, len(mine)) or 1) as run:
+            for _ in progress(run(mine), sizes, unit, self.output.name):
+                pass
         distributed.barrier()
         counts: Counter[str] = Counter()
         for shard in shards if distributed.is_main() else ():
             counts.update(read_json(self._paths(shard)[1]))
         return distributed.from_main(counts)
 
-    def _write(self, write: Callable, shard: Shard) -> Shard:
+    def _write(self, write: Callable, shard: Shard) -> None:
         path, counts_path = self._paths(shard)
         if not path.is_file():
             counts: Counter[str] = Counter()
@@ -162,7 +161,6 @@ class ShardedFile:
                 with temporary.open("wb") as file:
                     write(shard, file, counts)
                 write_json(counts_path, counts)
-        return shard
 
     def merge(self, shards: Iterable[Shard], separator: bytes = b"") -> None:
         """Make the output of finished shards, in this order, and remove the folder.
@@ -194,6 +192,16 @@ def _check_same(path: Path, args: argparse.Namespace, inputs: Mapping[str, str])
 
 
 # ------------------------------------------------------------------ worker processes
+
+
+def progress(results: Iterable[Any], sizes: Sequence[int], unit: str, what: str) -> Iterator[Any]:
+    """Yield results, with a bar that counts the sizes of what each was made of."""
+    with tqdm(total=sum(sizes), unit=unit, unit_scale=True, desc=what,
+              disable=not distributed.is_main()) as bar:
+        for result, size in zip(results, sizes, strict=True):
+            yield result
+            bar.update(size)
+
 
 _function: Callable[[Any], Any]  # of a worker process
 
