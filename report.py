@@ -140,7 +140,7 @@ class Column(NamedTuple):
 def folders_below(path: Path) -> list[Path]:
     """Return the folders directly below `path`, save those that the driver has moved away."""
     return [folder for folder in sorted(path.glob("*"))
-            if folder.is_dir() and folder.suffix not in (".old", ".gone")]
+            if folder.is_dir() and folder.suffix != ".old"]
 
 
 def read_if_there(path: Path) -> dict[str, Any]:
@@ -197,19 +197,14 @@ def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:
             model.kind = "baseline_general" if general else "baseline_smart"
     for folder in folders_below(evaluation_dir):
         result = read_if_there(folder / RESULTS_NAME)
-        path = models_dir / Path(result.get("model", ".")).name
-        if path.name in models:
-            own = models[path.name].results
-            models[path.name].results = {**own, **result, "selection": own.get(
-                "selection", result["selection"])}
+        path = models_dir / Path(result.get("model", "")).name
+        if model := models.get(path.name):
+            rule = model.results.get("selection", result["selection"])
+            model.results = {**model.results, **result, "selection": rule}
         elif result and path.is_dir() and not (path / ARGUMENTS_NAME).is_file():
             models[path.name] = Model(path, "untrained", "", {}, result)
-    seen = []
     for model in models.values():
         model.name = row_name(model, models)
-        if (model.name, model.kind, model.task) in seen:
-            model.name += f", {model.folder.name}"
-        seen.append((model.name, model.kind, model.task))
     return models
 
 
@@ -220,10 +215,10 @@ def row_name(model: Model, models: dict[str, Model]) -> str:
         made = (f"K-prune {100 * model.record['constraint']:g} % removed" if model.kind == "pruned"
                 else f"{model.record['method']} {ENGINE_NAME[model.record['format']]}")
         return f"{row_name(before, models) if before else model.source}, {made}"
-    if model.kind == "teacher":
+    task = model.task.name.replace("-", "") if model.task else ""
+    if model.folder.name == f"final_{task}_teacher":
         return "teacher"
     name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
-    task = model.task.name.replace("-", "") if model.task else ""
     return name.removesuffix("_tsd").removesuffix(f"_{task}") + SUFFIX.get(model.kind, "")
 
 
@@ -468,7 +463,7 @@ def draw_tradeoff(
              xscale="log", xlabel="median latency in milliseconds (smaller is better)",
              ylabel=f"dev {column.metric} in percent (larger is better)")
     number_decades(axes.xaxis)
-    axes.margins(0.1)
+    axes.margins(x=0.2, y=0.1)
     axes.grid(alpha=0.3)
     keys = [Line2D([], [], linestyle="", marker=shape, markersize=8, color="black",
                    fillstyle="none", label=way) for way, shape in shapes.items()]
@@ -479,22 +474,16 @@ def draw_tradeoff(
 
 
 def number_points(axes: plt.Axes, points: list[tuple[float, float]]) -> None:
-    """Write both numbers of each point beside it, where nothing else stands."""
+    """Write both numbers of each point beside it, higher where something else stands."""
     axes.figure.draw_without_rendering()  # settles where on the picture the points are
     taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7)
              for x, y in axes.transData.transform(points)]
-    places = [(x * far, y * far) for far in (1, 1.4, 1.8) for x, y in (
-        (38, 0), (-38, 0), (0, 11), (0, -11), (32, 9), (32, -9), (-32, 9), (-32, -9))]
-    for x, y in points:
-        label = axes.annotate(
-            f"{y:.1f}, {x:.3g} ms", (x, y), xytext=places[0], textcoords="offset points",
-            fontsize=7, ha="center", va="center")
-        for place in places:
-            label.set_position(place)
-            box = label.get_window_extent()
-            if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
-                break
-        taken.append(box)
+    for x, y in sorted(points, key=lambda point: point[1]):
+        label = axes.annotate(f"{y:.1f}, {x:.3g} ms", (x, y), xytext=(7, -3), fontsize=7,
+                              textcoords="offset points")
+        while label.get_window_extent().count_overlaps(taken):
+            label.set_position((7, label.get_position()[1] + 1))
+        taken.append(label.get_window_extent())
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
