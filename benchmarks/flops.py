@@ -29,16 +29,11 @@ def forward_flops(
 
 
 def distillation_flops(
-    teacher: BertConfig, students: list[BertConfig], lengths: np.ndarray, shared: bool = True
+    teacher: BertConfig, students: list[BertConfig], lengths: np.ndarray
 ) -> float:
-    """Return the operations of training students on the teacher's layers, once over the rows.
-
-    Args:
-        shared: one pass of the teacher serves all students; otherwise one each.
-    """
-    passes = 1 if shared else len(students)
+    """Return the operations of training students on one pass of the teacher over the rows."""
     training = sum(forward_flops(student, lengths, teacher.hidden_size) for student in students)
-    return passes * forward_flops(teacher, lengths) + TRAINING_PASSES * training
+    return forward_flops(teacher, lengths) + TRAINING_PASSES * training
 
 
 def masked_word_flops(config: BertConfig, words: int) -> float:

@@ -1,9 +1,9 @@
 """Project the hours of the full run's distillation (profiles/full.env) on one device.
 
 The students go through general distillation on one teacher pass, then through every task. The
-rates are those that `benchmarks/run.py` measured there, or follow from a given peak and efficiency;
-then the steps from the original's run to this project's are shown as well. Not counted: smart
-initialisation (its general epoch and its tasks), dev scores and the time of torch.compile.
+rates are those that `benchmarks/run.py` measured there, or follow from a given peak and efficiency.
+Not counted: smart initialisation (its general epoch and its tasks), dev scores and the time of
+torch.compile.
 
 Examples:
     python benchmarks/project_full_run.py --measured results/benchmarks/benchmarks.json
@@ -28,12 +28,8 @@ from transformer.tasks import get_task
 TEACHER = BertConfig()
 CORPUS_MEGABYTES = 20_400  # 4.25G word pieces of 4.8 bytes
 GENERAL_ROWS = 50_000_000  # next-sentence instances of Wikipedia, an epoch
-GENERAL_LENGTH, PADDED_LENGTH = 111, 128  # word pieces
+GENERAL_LENGTH = 111  # word pieces
 GENERAL_EPOCHS, TEACHER_EPOCHS, INTERMEDIATE_EPOCHS, PREDICTION_EPOCHS = 3, 5, 10, 3
-# Both are chosen so that the original's run takes the 7 days that it reports: 28.5 TFLOP/s in
-# float32 of a 4090's 165, and a GPU that waits a day while Python parses JSON.
-ORIGINAL_EFFICIENCY = 0.173
-ORIGINAL_IDLE_HOURS = 24.0
 
 
 class TaskRows(NamedTuple):
@@ -86,33 +82,21 @@ class StageWork(NamedTuple):
         return seconds / 3600
 
 
-def distillation_work(
-    students: list[BertConfig], shared: bool = True, padded: bool = False
-) -> list[StageWork]:
-    """Return general and task distillation.
-
-    Args:
-        shared: the students learn side by side on one pass of the teacher, whose logits are
-            computed once for the prediction stage; otherwise each student has its own.
-        padded: every row counts as 128 word pieces.
-    """
-    general_length = PADDED_LENGTH if padded else GENERAL_LENGTH
+def distillation_work(students: list[BertConfig]) -> list[StageWork]:
+    """Return general and task distillation of students that learn side by side."""
     rows = GENERAL_ROWS * GENERAL_EPOCHS
-    work = [StageWork(
-        "general distillation", rows,
-        rows * distillation_flops(TEACHER, students, [general_length], shared),
-        "general-both" if len(students) > 1 else "general")]
+    general = distillation_flops(TEACHER, students, [GENERAL_LENGTH])
+    work = [StageWork("general distillation", rows, rows * general,
+                      "general-both" if len(students) > 1 else "general")]
     for task, facts in TASKS.items():
-        length = [PADDED_LENGTH if padded else facts.length]
-        rows = facts.augmented(task)
-        intermediate = distillation_flops(TEACHER, students, length, shared)
-        teacher_passes = 1 if shared else len(students) * PREDICTION_EPOCHS
-        prediction = teacher_passes * forward_flops(TEACHER, length) + (
-            PREDICTION_EPOCHS * TRAINING_PASSES
-            * sum(forward_flops(student, length) for student in students))
+        rows, length = facts.augmented(task), [facts.length]
+        intermediate = rows * INTERMEDIATE_EPOCHS
+        student_passes = PREDICTION_EPOCHS * TRAINING_PASSES
+        prediction = forward_flops(TEACHER, length) + student_passes * sum(
+            forward_flops(student, length) for student in students)
         work += [
-            StageWork(f"{task}: intermediate", rows * INTERMEDIATE_EPOCHS,
-                      rows * INTERMEDIATE_EPOCHS * intermediate, "intermediate"),
+            StageWork(f"{task}: intermediate", intermediate,
+                      intermediate * distillation_flops(TEACHER, students, length), "intermediate"),
             StageWork(f"{task}: prediction", rows * PREDICTION_EPOCHS, rows * prediction,
                       "prediction")]
     return work
@@ -127,24 +111,6 @@ def preparation_work() -> list[StageWork]:
         work += [StageWork(f"{task}: augmentation", facts.train, None, facts.rate),
                  StageWork(f"{task}: teacher fine-tuning", passes, flops, "finetune")]
     return work
-
-
-def cumulative(students: list[BertConfig], peak: float, efficiency: float) -> list[tuple]:
-    """Return (step, operations, hours) from the original's run to ours; peak in FLOP/s."""
-    original, one_pass, trimmed = (
-        sum(work.flops for work in distillation_work(students, shared, padded))
-        for shared, padded in ((False, True), (True, True), (True, False))
-    )
-    slow, fast = 3600 * peak * ORIGINAL_EFFICIENCY, 3600 * peak * efficiency
-    return [
-        ("the original: float32, padded, idle GPU", original,
-         original / slow + ORIGINAL_IDLE_HOURS),
-        ("the data path never starves the GPU", original, original / slow),
-        (f"bf16 and fused, {efficiency:.0%} of peak", original, original / fast),
-        ("one teacher pass, cached logits", one_pass, one_pass / fast),
-        ("no padding", trimmed, trimmed / fast),
-        ("100% of peak", trimmed, trimmed / (3600 * peak)),
-    ]
 
 
 def stage_table(works: list[StageWork], hours: list[float | None]) -> str:
@@ -176,7 +142,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the steps from the original (with --peak_tflops), and the stages."""
+    """Print the operations and hours of every stage."""
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise UserError(f"--peak_tflops {args.peak_tflops}; expected more than 0")
     if not 0 < args.efficiency <= 1:
@@ -194,13 +160,9 @@ def main(args: argparse.Namespace) -> None:
         print(f"Stages at the rates measured on {content['machine']['device']}\n")
     else:
         peak = args.peak_tflops * 1e12
-        print("Distillation, from the original's run to this one (each step keeps those above)\n")
-        print(text_table(["step", "EFLOP", "hours"], [
-            [name, f"{flops / 1e18:.1f}", f"{hour:.1f}"]
-            for name, flops, hour in cumulative(students, peak, args.efficiency)]))
         hours = [None if work.flops is None else work.flops / (peak * args.efficiency) / 3600
                  for work in works]
-        print(f"\nStages at {args.efficiency:.0%} of {args.peak_tflops} TFLOP/s\n")
+        print(f"Stages at {args.efficiency:.0%} of {args.peak_tflops} TFLOP/s\n")
     print(stage_table(works, hours))
 
 
