@@ -26,7 +26,7 @@ from transformer.optimization import BertAdam, param_groups
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
-    add_common_arguments,
+    add_training_arguments,
     check_numbers,
     compile_models,
     get_device,
@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="random weights in the shape of bert_model's config.json")
     parser.add_argument("--vocab_dir", default=None,
                         help="model folder whose vocabulary to use; without it, bert_model's")
-    add_common_arguments(parser)
+    add_training_arguments(parser)
     return parser
 
 

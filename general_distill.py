@@ -22,7 +22,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from transformer import distributed
@@ -101,10 +100,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", default=3.0, type=float, help="passes over the corpus")
     add("--warmup_proportion", default=0.1, type=float,
         help="share of the steps over which the learning rate rises")
-    add("--no_cuda", action="store_true", help="compute on the CPU")
     add("--local_rank", "--local-rank", type=int, default=-1,
         help="number of the GPU to use; -1: the first; under torchrun each process has its own")
-    add("--seed", type=int, default=42, help="seed of every random choice")
     add("--gradient_accumulation_steps", type=int, default=1,
         help="micro-batches a step (of the smallest batch size); the step's result does not depend"
              " on it")
@@ -179,15 +176,6 @@ class EpochReader:
             del collate, units
 
 
-def load_student(args: argparse.Namespace, folder: str, teacher: BertModel) -> nn.Module:
-    """Make a student with new or (--continue_train, --do_eval) given weights."""
-    start = (TinyBertForPreTraining.from_pretrained if args.continue_train or args.do_eval
-             else TinyBertForPreTraining.from_scratch)
-    student = start(folder, fit_size=teacher.config.hidden_size)
-    check_layer_heads(teacher.config, student.config)
-    return student
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for flags out of range, or that do not fit together.
 
@@ -211,10 +199,13 @@ def make_trainer(
     args: argparse.Namespace, number: int, teacher: BertModel, reader: EpochReader,
     device: torch.device, dtype: torch.dtype | None,
 ) -> StudentTrainer:
-    """Make student `number` exactly as if it were the only one."""
+    """Make student `number`, with new or given weights, exactly as if it were the only one."""
     set_seed(args.seed)
     folder = args.student_model[number]
-    student = load_student(args, folder, teacher)
+    make = (TinyBertForPreTraining.from_pretrained if args.continue_train or args.do_eval
+            else TinyBertForPreTraining.from_scratch)
+    student = make(folder, fit_size=teacher.config.hidden_size)
+    check_layer_heads(teacher.config, student.config)
     student.config.check_vocabulary(len(reader.tokenizer), args.teacher_model)
     student.config.check_length(args.max_seq_length, folder)
     student.to(device)

@@ -266,7 +266,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=float, default=0.01, help="decoupled weight decay")
     add("--masked_lm_prob", type=float, default=0.15, help="share of the tokens to predict")
     add("--log_step", type=int, default=50, help="steps between lines of log.jsonl")
-    runtime.add_common_arguments(parser)
+    runtime.add_training_arguments(parser)
     return parser
 
 

@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from transformer import distributed
 from transformer.batching import (
     Batch,
-    Collate,
     padded_collate,
     padding_multiple,
     shuffled_passes,
@@ -124,8 +123,6 @@ def get_args_parser() -> argparse.ArgumentParser:
              " MNLI, QQP, QNLI 10)")
     add("--warmup_proportion", default=0.1, type=float,
         help="prediction stage: share of the steps over which the learning rate rises")
-    add("--no_cuda", action="store_true", help="compute on the CPU")
-    add("--seed", type=int, default=42, help="seed of every random choice")
     add("--gradient_accumulation_steps", type=int, default=1,
         help="micro-batches a step; the step's result does not depend on it")
     add("--aug_train", action="store_true",
@@ -189,18 +186,6 @@ def check_fit(args: argparse.Namespace, model: nn.Module, tokenizer: BertTokeniz
     model.config.check_length(args.max_seq_length, "the model")
 
 
-def load_teacher(args: argparse.Namespace, task: GlueTask) -> tuple[nn.Module, BertTokenizer]:
-    """Load the fine-tuned teacher strictly, with its vocabulary."""
-    if args.teacher_model is None:
-        raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
-    folder = fetch_model(args.teacher_model, args.cache_dir or None)
-    teacher = TinyBertForSequenceClassification.from_pretrained(
-        folder, num_labels=task.num_labels)
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
-    check_fit(args, teacher, tokenizer, folder)
-    return teacher, tokenizer
-
-
 class Shared(NamedTuple):
     """What all students of a call learn from.
 
@@ -222,8 +207,14 @@ class Shared(NamedTuple):
 
 def load_shared(args: argparse.Namespace, task: GlueTask, device: torch.device,
                 dtype: torch.dtype | None) -> Shared:
-    """Load the teacher and the rows."""
-    teacher, tokenizer = load_teacher(args, task)
+    """Load the fine-tuned teacher strictly, with its vocabulary, and the rows."""
+    if args.teacher_model is None:
+        raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
+    folder = fetch_model(args.teacher_model, args.cache_dir or None)
+    teacher = TinyBertForSequenceClassification.from_pretrained(
+        folder, num_labels=task.num_labels)
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    check_fit(args, teacher, tokenizer, folder)
     labels = label_order(task, teacher.config.id2label)
     train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                            args.max_train_rows)
@@ -270,15 +261,6 @@ def make_trainer(
     return StudentTrainer(student, loss, optimizer, shared.device, shared.dtype)
 
 
-def with_teacher_logits(collate: Collate, teacher_logits: Tensor) -> Collate:
-    """Return what makes batches that hold the teacher's logits of each row."""
-
-    def with_logits(rows: Sequence[int]) -> Batch:
-        return collate(rows) | {"teacher_logits": teacher_logits[rows]}
-
-    return with_logits
-
-
 def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
            upload: Callable[[], None]) -> None:
     """Train the students of one batch size side by side, into the folders of `folder`."""
@@ -307,11 +289,15 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
 
     # Steps: in the intermediate stage the newest student is kept, in the other the best on dev
     multiple = padding_multiple(device)
-    collate = padded_collate(rows, multiple, args.max_seq_length if args.match_original else None,
-                             args.max_seq_length)
+    collate = pad = padded_collate(
+        rows, multiple, args.max_seq_length if args.match_original else None, args.max_seq_length)
     if args.pred_distill:
         # The teacher is frozen: its logits of a row are computed once, not every epoch.
-        collate = with_teacher_logits(collate, shared.teacher_logits())
+        logits = shared.teacher_logits()
+
+        def collate(rows: Sequence[int]) -> Batch:
+            return pad(rows) | {"teacher_logits": logits[rows]}
+
     run = TrainingRun(
         outputs, lambda first: shuffled_passes(
             collate, rows.lengths, args.train_batch_size, micro_batch_size, args.seed, multiple,

@@ -163,7 +163,7 @@ def add_precision_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every training script has beyond the original's."""
+    """Add the flags that every training script has."""
     add_precision_argument(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="compile the models with torch.compile; not given: on a GPU, where"
@@ -176,19 +176,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                              " --save_minutes alone")
     parser.add_argument("--save_minutes", type=float, default=15.0,
                         help="minutes between saved states; 0: by --save_steps alone")
+    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     """Add --resume, which every script with long work has."""
     parser.add_argument("--resume", action="store_true",
                         help="continue an earlier call with the same arguments that was stopped")
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `add_training_arguments`, and --seed and --no_cuda."""
-    add_training_arguments(parser)
-    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
-    parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
 
 
 # The smallest value that a training script accepts for each of its numbers.
