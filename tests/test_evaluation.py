@@ -211,34 +211,12 @@ def test_f1_of_a_checkpoint_with_swapped_labels_is_the_same(rows):
 
 
 def test_result_files_hold_sorted_lines_and_the_whole_structure(tmp_path):
-    result = {
-        "task": "mrpc",
-        "metrics": {"f1": np.float64(0.5), "acc": 0.25},
-        "best": {"acc": 0.5, "step": 100},
-        "loss": float("nan"),
-        "rows": np.int64(408),
-        "logits": np.zeros((408, 2)),
-        "predictions": torch.zeros(408),
-        "model_dir": tmp_path,
-    }
+    result = {"task": "mrpc", "metrics": {"f1": 0.5, "acc": 0.25}, "rows": 408,
+              "best": {"acc": float("nan"), "step": 100}, "sweep": [{"acc": float("inf")}]}
     write_results(tmp_path / "out", result)
-    lines = (tmp_path / "out" / "eval_results.txt").read_text().splitlines()
-    assert lines == [
-        "acc = 0.25",
-        "best_acc = 0.5",
-        "best_step = 100",
-        "eval_loss = nan",
-        "f1 = 0.5",
-        f"model_dir = {tmp_path}",
-        "rows = 408",
-        "task = mrpc",
-    ]
+    assert (tmp_path / "out" / "eval_results.txt").read_text().splitlines() == [
+        "acc = 0.25", "best_acc = nan", "best_step = 100", "f1 = 0.5", "rows = 408",
+        "sweep = [{'acc': inf}]", "task = mrpc"]
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == {
-        "task": "mrpc",
-        "metrics": {"f1": 0.5, "acc": 0.25},
-        "best": {"acc": 0.5, "step": 100},
-        "loss": None,
-        "rows": 408,
-        "model_dir": str(tmp_path),
-    }
+        **result, "best": {"acc": None, "step": 100}, "sweep": [{"acc": None}]}
     assert len(list((tmp_path / "out").iterdir())) == 2

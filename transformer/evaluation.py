@@ -231,37 +231,23 @@ def _flatten(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _as_json(value: Any) -> Any:
-    """Turn numpy and torch numbers into Python's; numbers JSON lacks (nan, inf) into null."""
+    """Turn numbers that JSON lacks (nan, inf) into null."""
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items() if not _is_array(item)}
-    if isinstance(value, (list, tuple)):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
         return [_as_json(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return _as_json(value.item())
-    if isinstance(value, Path):
-        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 0
 
 
 def write_results(output_dir: Path | str, result: Mapping[str, Any]) -> None:
     """Write a result as `eval_results.txt` and `eval_results.json`, each atomically.
 
     The text has one "key = value" line a value, sorted, as the original wrote it: metrics under
-    their own names, the loss as `eval_loss`, other nested values as "outer_inner". Arrays
-    (logits, predictions) are left out of both. Of several processes the first writes.
+    their own names, a loss as `eval_loss`, other nested values as "outer_inner". Of several
+    processes the first writes.
     """
     if not distributed.is_main():
         return
-    output_dir = Path(output_dir)
-    flat = {key: value for key, value in _flatten(result) if not _is_array(value)}
-    lines = [f"{key} = {_scalar(flat[key])}\n" for key in sorted(flat)]
-    write_text(output_dir / "eval_results.txt", "".join(lines))
-    write_json(output_dir / "eval_results.json", _as_json(result))
-
-
-def _scalar(value: Any) -> Any:
-    return value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+    lines = [f"{key} = {value}\n" for key, value in sorted(dict(_flatten(result)).items())]
+    write_text(Path(output_dir, "eval_results.txt"), "".join(lines))
+    write_json(Path(output_dir, "eval_results.json"), _as_json(result))
