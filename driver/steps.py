@@ -418,6 +418,7 @@ def main(args: argparse.Namespace) -> None:
         log = Path(args.log_dir, "report.log")
         if "report" in chosen and log.is_file():
             print(*log.read_text().splitlines()[2:], sep="\n")
+            print(f"Results: {log.parents[1] / 'results.md'}, pictures beside it.")
         print(f"Done in {clock(round(time.monotonic() - began))}.")
 
 

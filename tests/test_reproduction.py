@@ -341,6 +341,7 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert again.returncode == 0
     assert not re.search(r"\d:\d\d:\d\d$", again.stdout.partition("Done in")[0], re.M)
     assert "majority class" in again.stdout
+    assert f"Results: {results}/results.md, pictures beside it." in again.stdout
 
     # Changed settings run again what depends on them, and only that.
     smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py", "report.py"}
