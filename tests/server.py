@@ -5,6 +5,7 @@ import http.server
 import re
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 
@@ -19,8 +20,8 @@ class FileServer(http.server.ThreadingHTTPServer):
         requests: of each GET so far, path and headers.
         troubles: by path, what goes wrong with its next GETs, each a dictionary of `always`'s keys.
         always: what goes wrong with every GET: status; headers; content (in place of the file's);
-            ranges, if_range (False: not heeded); length (announced); sent (bytes after which the
-            line is cut); slow (seconds between pieces); stall (seconds before the end).
+            ranges, if_range (False: not heeded); sent (bytes after which the line is cut); slow
+            (seconds between pieces); stall (seconds before the end).
     """
 
     def __init__(self) -> None:
@@ -49,59 +50,47 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.path = self.path.partition("?")[0]
-        content = self.server.files.get(self.path)
-        self.answer(200 if content is not None else 404, content or b"", {}, sent=0)
-
-    def do_GET(self) -> None:
-        self.path = self.path.partition("?")[0]
-        self.server.requests.append((self.path, dict(self.headers)))
-        next_troubles = self.server.troubles.get(self.path)
-        trouble = {**self.server.always, **(next_troubles.pop(0) if next_troubles else {})}
-        content = trouble.get("content", self.server.files.get(self.path))
-        status = trouble.get("status", 200 if content is not None else 404)
-        body, headers = content if status == 200 else b"", dict(trouble.get("headers", {}))
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted and status == 200 and trouble.get("ranges", True) and self.same(trouble, content):
-            start = int(wanted[1])
-            status, body = (206, content[start:]) if start < len(content) else (416, b"")
-            span = f"{start}-{len(content) - 1}" if body else "*"
-            headers["Content-Range"] = f"bytes {span}/{len(content)}"
-        if "length" in trouble:
-            headers["Content-Length"] = trouble["length"]
-        self.answer(status, body, headers, trouble.get("sent", len(body)),
-                    trouble.get("slow", 0), trouble.get("stall", 0))
-        self.close_connection |= "length" in trouble
-
     def do_PUT(self) -> None:
         self.server.files[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer(200, b"", {})
 
-    def same(self, trouble: dict[str, Any], content: bytes) -> bool:
-        """Whether the version in If-Range, if there is one, is what is served."""
-        version = self.headers.get("If-Range")
-        return not trouble.get("if_range", True) or version in (None, self.etag(content))
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-    def etag(self, content: bytes) -> str:
-        return f'"{hashlib.sha256(content).hexdigest()}"'
+    def do_GET(self) -> None:
+        path, trouble = self.path.partition("?")[0], {}
+        if self.command == "GET":
+            self.server.requests.append((path, dict(self.headers)))
+            troubles = self.server.troubles.get(path)
+            trouble = {**self.server.always, **(troubles.pop(0) if troubles else {})}
+        content = trouble.get("content", self.server.files.get(path))
+        status = trouble.get("status", 404 if content is None else 200)
+        headers = dict(trouble.get("headers", {}))
+        if content is None or status != 200:
+            self.answer(status, b"", headers)
+            return
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.server.etag:
+            headers["ETag"] = tag
+        same = not trouble.get("if_range", True) or self.headers.get("If-Range", tag) == tag
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and same and trouble.get("ranges", True):
+            status, content = 206, content[int(wanted[1]):]
+        self.answer(status, content, headers, **{
+            name: trouble[name] for name in ("sent", "slow", "stall") if name in trouble})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None,
                slow: float = 0, stall: float = 0) -> None:
         """Send headers, and of the body the first `sent` bytes."""
-        content = self.server.files.get(self.path)
-        if content is not None and self.server.etag:
-            headers = {"ETag": self.etag(content), **headers}
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **self.server.headers, **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        sent_body = body[:sent]
-        try:
-            for place in range(0, len(sent_body), 8192):
-                self.wfile.write(sent_body[place : place + 8192])
+        part = b"" if self.command == "HEAD" else body[:sent]
+        with suppress(OSError):  # the other end was killed
+            for place in range(0, len(part), 8192):
+                self.wfile.write(part[place : place + 8192])
                 time.sleep(slow)
             time.sleep(stall)
-        except OSError:  # the other end was killed
-            pass
-        self.close_connection = len(sent_body) < len(body) and self.command == "GET"
+        self.close_connection = self.command == "GET" and (
+            sent is not None or "Content-Length" in headers)

@@ -404,22 +404,15 @@ def upload_folder(
         client = _s3_client()
         for path in sorted(folder.rglob("*")):
             inner = path.relative_to(folder)
-            stays = any(name.startswith(".") or name in skip for name in inner.parts)
-            if path.is_file() and not stays:
-                key = str(PurePosixPath(prefix) / inner.as_posix())
-                _upload_changed(client, path, bucket, key)
+            if path.is_dir() or any(name[0] == "." or name in skip for name in inner.parts):
+                continue
+            key = str(PurePosixPath(prefix) / inner.as_posix())
+            version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+            with suppress(ClientError):  # it is not there, or we may write but not read
+                if client.head_object(Bucket=bucket, Key=key)["Metadata"].get("version") == version:
+                    continue
+            client.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"version": version}})
+            log.info("uploaded %s to s3://%s/%s", path, bucket, key)
     except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
         raise UserError(f"{path}: could not be uploaded to s3://{bucket}/{prefix} ({error}); the "
                         f"files are in {folder}") from error
-
-
-def _upload_changed(client: Any, path: Path, bucket: str, key: str) -> None:
-    """Upload a file unless the bucket has it with the same size and time of change."""
-    from botocore.exceptions import ClientError
-
-    version = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-    with suppress(ClientError):  # it is not there, or we may write but not read
-        if client.head_object(Bucket=bucket, Key=key)["Metadata"].get("version") == version:
-            return
-    client.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"version": version}})
-    log.info("uploaded %s to s3://%s/%s", path, bucket, key)
