@@ -140,7 +140,7 @@ class EpochReader:
         epoch = number % count_epochs(self.folder)
         if self.loaded is None or self.loaded.epoch != epoch:
             self.loaded = None  # frees the old epoch's memory first
-            self.loaded = PregeneratedDataset(self.folder, number, self.tokenizer,
+            self.loaded = PregeneratedDataset(self.folder, epoch, self.tokenizer,
                                               self.max_seq_length, self.reduce_memory)
         return self.loaded
 

@@ -304,23 +304,20 @@ class RunningMean:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
         self.count += 1
 
-    def _sums(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """Return the sums over all processes; they call it together."""
         import torch
 
         names = list(self.totals)
         sums = torch.stack([self.totals[name] for name in names]) if names else torch.empty(0)
         sums = distributed.sum_over_ranks(sums.double().cpu()).tolist()
-        return dict(zip(names, sums, strict=True))
+        return {"totals": dict(zip(names, sums, strict=True)), "count": self.count}
 
     def read(self) -> dict[str, float]:
         """Return the means since the last reading and start again."""
-        means = {name: total / self.count for name, total in self._sums().items()}
+        totals, count = self.state().values()
         self.totals, self.count = {}, 0
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """Return what `load_state` takes; all processes call it together."""
-        return {"totals": self._sums(), "count": self.count}
+        return {name: total / count for name, total in totals.items()}
 
     def load_state(self, state: Mapping[str, Any], device: "torch.device") -> None:
         """Continue from what `state` returned; the first process holds the sums so far."""
