@@ -124,13 +124,12 @@ def make_setup(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         tiny = {"hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 48}
         return {**shared, "batch_size": 8, "max_length": 32, "vectors": [2000, 16],
-                "memory_rows": 2000,
                 "teacher": {**tiny, "hidden_size": 48, "num_hidden_layers": 4},
                 "students": [{**tiny, "num_hidden_layers": layers} for layers in (2, 4)]}
     students = [BertConfig.from_json_file(find_config(ROOT / name)).to_dict()
                 for name in ("tinybert_4l_config", "tinybert_6l_config")]
     return {**shared, "batch_size": args.batch_size, "max_length": 128, "vectors": [100_000, 300],
-            "memory_rows": 1_000_000, "teacher": BertConfig().to_dict(), "students": students}
+            "teacher": BertConfig().to_dict(), "students": students}
 
 
 # ------------------------------------------------------------------ measuring

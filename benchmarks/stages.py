@@ -15,9 +15,8 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle, islice
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
@@ -59,7 +58,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
-from transformer.tasks import TaskRows, get_task, task_rows, write_tsv
+from transformer.tasks import TaskRows, get_task, task_rows
 from transformer.tokenization import BertTokenizer
 from transformer.training import StudentTrainer, train
 
@@ -68,7 +67,6 @@ PREGENERATE_EPOCHS = 2
 RUNS = 2  # of which the first does not count
 SEED = 42
 SCHEDULE_STEPS = 1_000_000  # that the learning rate's schedule spans; more than are measured
-MEMORY_STEPS = 20  # after which a training run has held all it will hold
 
 
 class Job(NamedTuple):
@@ -88,7 +86,7 @@ class Setup:
     """What both sides of all stages share; the folder holds the inputs that `run.py` prepared.
 
     scale: multiplies the number of rows. teacher, students: arguments of `BertConfig`.
-    vectors: number and width of the word vectors. memory_rows: rows of the stage `memory`.
+    vectors: number and width of the word vectors.
     """
 
     folder: Path
@@ -99,7 +97,6 @@ class Setup:
     teacher: dict[str, Any]
     students: list[dict[str, Any]]
     vectors: list[int]
-    memory_rows: int
 
     def teacher_config(self) -> BertConfig:
         return BertConfig.from_dict(self.teacher)
@@ -350,12 +347,11 @@ def our_general(setup: Setup, rows: int, students: int) -> Job:
     return training_job(setup, rows, trainers, teacher, setup.instances())
 
 
-def our_intermediate(setup: Setup, rows: int, features: Features | None = None) -> Job:
+def our_intermediate(setup: Setup, rows: int) -> Job:
     classifier, student = task_models(setup)
     trainer = make_trainer(setup, student, IntermediateLoss(student, is_student=True))
     teacher = IntermediateTeacher(classifier.bert, [student.config.num_hidden_layers])
-    return training_job(
-        setup, rows, [trainer], teacher, features or setup.features("train"))
+    return training_job(setup, rows, [trainer], teacher, setup.features("train"))
 
 
 def our_prediction(setup: Setup, rows: int) -> Job:
@@ -423,18 +419,6 @@ def pregenerate(
     run_script(script.main, script.get_args_parser(), words)
 
 
-def our_memory(setup: Setup, rows: int) -> Job:
-    """Read many augmented rows and start to train on them, on the CPU, for the peak memory."""
-    setup, task = replace(setup, device="cpu"), get_task("sst-2")
-    folder = setup.folder / "glue" / task.folder
-    table = task_rows(task, folder)
-    write_tsv(folder / task.files["aug"], chain(
-        [table.header], islice(cycle(table.rows), setup.memory_rows)))
-    device_and_dtype(setup)  # before anything is allocated
-    return Job(setup.memory_rows, np.zeros(0), lambda: our_intermediate(
-        setup, MEMORY_STEPS * setup.batch_size, setup.features("aug")).run())
-
-
 # ------------------------------------------------------------------ the stages
 
 
@@ -484,7 +468,6 @@ STAGES = {
     "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
     "pregenerate-1": Stage(None, partial(our_pregenerate, workers=1), 1, 1),
     "pregenerate-2": Stage(None, partial(our_pregenerate, workers=2), 1, 1),
-    "memory": Stage(None, our_memory, 1, 1),  # its rate counts the rows that are read
 }
 
 
@@ -504,8 +487,7 @@ def main(args: argparse.Namespace) -> None:
     random.seed(SEED)
     set_seed(SEED)
     job, device = stage.set_up(args.side, setup), torch.device(setup.device)
-    if args.stage != "memory":
-        job.run()
+    job.run()
     seconds = seconds_of(job.run, device)
     print(json.dumps({
         "amount": job.amount, "seconds": seconds, "peak_memory": peak_memory(device),
