@@ -374,10 +374,9 @@ def clock(seconds: int) -> str:
 
 def check(steps: list[Step]) -> None:
     """Have every command parsed by its script's own parser, in a process of its own."""
-    checks = [sys.executable, Path(__file__).with_name("checks.py")]
-    commands = json.dumps([step.command for step in steps])
-    result = subprocess.run(checks, input=commands, text=True, stderr=subprocess.PIPE, check=False,
-                            start_new_session=True)
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("checks.py")], text=True, start_new_session=True,
+        input=json.dumps([s.command for s in steps]), stderr=subprocess.PIPE, check=False)
     if result.returncode:
         raise RefusalError(result.stderr.strip())
 
@@ -399,19 +398,19 @@ def main(args: argparse.Namespace) -> None:
         for folder in (args.log_dir, os.environ["TMPDIR"]):
             Path(folder).mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(stages, start=1):
-        ours = [step for step in steps if step.stage == stage]
-        count = len(finished.intersection(ours))
-        state = "finished" if count == len(ours) else f"{count} of {len(ours)}"
+        own = [step for step in steps if step.stage == stage]
+        count = len(finished.intersection(own))
+        state = "finished" if count == len(own) else f"{count} of {len(own)}"
         if args.mode == "list":
-            print(f"{stage:15} {stages[stage]:53} {state if ours else ''}".rstrip())
+            print(f"{stage:15} {stages[stage]:53} {state if own else ''}".rstrip())
             continue
         if stage not in chosen:
             continue
         print(f"{sign}[{number:2}/{len(stages)}] {stage:15} {stages[stage]}", flush=True)
         if args.mode == "run":
-            driver.run_stage(ours)
+            driver.run_stage(own)
         else:
-            for step in (step for step in ours if step not in finished):
+            for step in (step for step in own if step not in finished):
                 print(shlex.join(full_command(step, keys[step.name], args.gpus)))
         print(f"{sign}  {count} finished earlier\n" * (count > 0), end="", flush=True)
     if args.mode == "run":
