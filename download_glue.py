@@ -51,7 +51,6 @@ ARCHIVES = {folder: f"{folder}.zip" for folder in FOLDERS if folder not in (MRPC
 ARCHIVES |= {"QQP": "QQP-clean.zip", "QNLI": "QNLIv2.zip"}
 
 Fetch = Callable[[str], Path]  # fetch(name): a downloaded file
-Sums = dict[str, str]  # path relative to data_dir, or name of an archive: SHA-256
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -94,7 +93,7 @@ def needed_files(folder: str) -> list[str]:
 # ------------------------------------------------------------------ checksums
 
 
-def read_checksums(path: Path) -> Sums:
+def read_checksums(path: Path) -> dict[str, str]:
     """Read the format of sha256sum: 64 hexadecimal digits, white space, an optional `*`, a name."""
     sums = {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):

@@ -59,7 +59,7 @@ from transformer.tokenization import (
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
-SMALL_FILES = (CONFIG_NAME, VOCAB_NAME, FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME)
+FILES = [CONFIG_NAME, VOCAB_NAME, FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SAFE_WEIGHTS_NAME]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -160,8 +160,7 @@ def fetch_from_hub(
     options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}
     while True:
         try:
-            small_and_safe = [*SMALL_FILES, SAFE_WEIGHTS_NAME]
-            folder = Path(snapshot_download(repository, allow_patterns=small_and_safe, **options))
+            folder = Path(snapshot_download(repository, allow_patterns=FILES, **options))
             if not (folder / SAFE_WEIGHTS_NAME).is_file():
                 snapshot_download(repository, allow_patterns=[WEIGHTS_NAME], **options)
             return folder

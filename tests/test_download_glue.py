@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 
@@ -139,17 +138,6 @@ def test_given_checksums_are_enforced_and_must_name_the_task(mirror, tmp_path, b
     sums.write_text("\n".join(lines))
     for _ in range(2):
         run(tmp_path / "glue", mirror, tasks="rte", checksums=sums)
-
-
-def test_two_calls_at_once_share_the_work(mirror, tmp_path):
-    calls = [threading.Thread(target=run, args=(tmp_path / "glue", mirror), kwargs={"tasks": tasks})
-             for tasks in ("rte,cola", "cola,rte")]
-    for call in calls:
-        call.start()
-    for call in calls:
-        call.join()
-    assert sorted(mirror.paths()) == ["/CoLA.zip", "/RTE.zip"]
-    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=tmp_path / "glue", check=True)
 
 
 def test_a_failed_download_names_the_address_and_an_interrupted_one_goes_on(mirror, tmp_path):
