@@ -96,17 +96,13 @@ def parse_json(name: str, number: int, text: str) -> tuple[str, str | None]:
     """Read one JSON line; returns its one text or two."""
     try:
         value = json.loads(text)
-        if isinstance(value, dict):
-            texts = ((value["sentence"], None) if "sentence" in value
-                     else (value["sentence1"], value["sentence2"]))
-            needed = texts[:1] if "sentence" in value else texts
-            if all(isinstance(part, str) for part in needed):
-                # JSON can spell half a surrogate pair, which UTF-8 can not.
-                return tuple(part and part.encode("utf-8", "replace").decode() for part in texts)
-    except (json.JSONDecodeError, KeyError, RecursionError):
-        pass
-    raise UserError(f'{name}, line {number}: {text[:60]!r}; expected {{"sentence": "..."}} or'
-                    ' {"sentence1": "...", "sentence2": "..."}')
+        keys = ["sentence"] if "sentence" in value else ["sentence1", "sentence2"]
+        # JSON can spell half a surrogate pair, which UTF-8 can not.
+        first, *second = (value[key].encode("utf-8", "replace").decode() for key in keys)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f'{name}, line {number}: {text[:60]!r}; expected {{"sentence": "..."}} or'
+                        ' {"sentence1": "...", "sentence2": "..."}') from None
+    return first, second[0] if second else None
 
 
 def parse_line(name: str, number: int, raw: bytes, is_json: bool) -> Row | None:
@@ -218,8 +214,6 @@ def main(args: argparse.Namespace) -> None:
     path = args.input_file
     if path is not None and not path.is_file():
         raise UserError(f"--input_file {path}: no such file, or a folder; expected a file of lines")
-    if path is None and sys.stdin is None:
-        raise UserError("standard input is closed; expected sentences on it, or --input_file")
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's: the texts are
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
