@@ -1,21 +1,17 @@
 """The baseline: a plain implementation of the work that the original code does, for measuring only.
 
 It computes what this project computes with --match_original, without any of the shortcuts: float32,
-every row padded to the full length, all scores and hidden states kept, a teacher in train mode, one
-word at a time in augmentation. Tests check that both do the same work.
+every row padded to the full length, all scores and hidden states kept, a teacher in train mode.
+Tests check that both do the same work.
 """
 
 import math
-import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transformer.augmentation import is_plain_word
 from transformer.modeling import BertConfig
-from transformer.tokenization import BertTokenizer
 
 EVAL_BATCH = 32
 Batch = dict[str, Tensor]  # input_ids, token_type_ids, attention_mask [batch, length]; labels
@@ -127,22 +123,6 @@ class PlainClassifier(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         scores, hidden, pooled = self.bert(*inputs)
         return self.classifier(torch.relu(pooled)), scores, hidden
-
-
-class PlainMaskedLM(nn.Module):
-    """BERT with the masked-LM head over every position: logits [batch, length, vocabulary]."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.bert = PlainBert(config)
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = PlainLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        hidden = self.bert(*inputs)[1][-1]
-        hidden = self.norm(gelu(self.transform(hidden)))
-        return hidden @ self.bert.words.weight.T + self.bias
 
 
 def inputs_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,81 +239,3 @@ def evaluate(model: PlainClassifier, rows: Batch) -> Tensor:
         nn.functional.cross_entropy(logits, batch["labels"]).item()
         outputs.append(logits.cpu())
     return torch.cat(outputs)
-
-
-# ------------------------------------------------------------------ augmentation
-
-
-class PlainAugmentor:
-    """Algorithm 1 of the paper, one word of one sentence at a time.
-
-    Args:
-        words, vectors: the word vectors, [words, dim], of unit length.
-        M, N, p: as in `transformer.augmentation.DataAugmentor`.
-    """
-
-    def __init__(
-        self, model: PlainMaskedLM, tokenizer: BertTokenizer, words: Sequence[str],
-        vectors: np.ndarray, M: int = 15, N: int = 30, p: float = 0.4, seed: int = 42,
-    ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.words, self.vectors = list(words), vectors
-        self.word_ids = {word: index for index, word in enumerate(words)}
-        self.M, self.N, self.p = M, N, p
-        self.random = random.Random(seed)
-        self.device = next(model.parameters()).device
-
-    def neighbours(self, word: str) -> list[str]:
-        """Compare a word with all others and sort them all."""
-        if word not in self.word_ids:
-            return []
-        scores = np.dot(self.vectors, self.vectors[self.word_ids[word]])
-        scores[self.word_ids[word]] = -np.inf
-        return [self.words[index] for index in np.argsort(-scores)[: self.M]]
-
-    def proposals(self, sentence: str, pieces: list[str], position: int) -> list[str]:
-        """Mask the piece at `position` and let the model fill it, the original beside it."""
-        masked = [*pieces[:position], "[MASK]", *pieces[position + 1 :]]
-        tokens = ["[CLS]", *masked, "[SEP]", *self.tokenizer.tokenize(sentence), "[SEP]"]
-        segments = [0] * (len(masked) + 2) + [1] * (len(tokens) - len(masked) - 2)
-        ids = torch.tensor([self.tokenizer.convert_tokens_to_ids(tokens)], device=self.device)
-        logits = self.model(ids, torch.tensor([segments], device=self.device),
-                            torch.ones_like(ids))
-        best = torch.argsort(logits[0, position + 1], descending=True)[: self.M].tolist()
-        found = self.tokenizer.convert_ids_to_tokens(best)
-        return [piece for piece in found if not piece.startswith("##")]
-
-    def word_candidates(self, sentence: str, index: int, word: str) -> list[str]:
-        """Return the replacements of the basic token `index`; the word itself if there is none."""
-        pieces = self.tokenizer.tokenize(sentence)
-        starts = [position for position, piece in enumerate(pieces) if not piece.startswith("##")]
-        starts.append(len(pieces))
-        if starts[index + 1] - starts[index] == 1:
-            found = self.proposals(sentence, pieces, starts[index])
-        else:
-            found = self.neighbours(word)
-        return found or [word]
-
-    def candidates(self, sentence: str) -> dict[int, list[str]]:
-        """Return the replacements of each basic token that may be varied."""
-        tokens = self.tokenizer.basic_tokenizer.tokenize(sentence)
-        return {
-            index: self.word_candidates(sentence, index, word)
-            for index, word in enumerate(tokens) if is_plain_word(word)
-        }
-
-    def augment(self, sentence: str) -> list[str]:
-        """Return the sentence and up to N different variations."""
-        tokens = self.tokenizer.basic_tokenizer.tokenize(sentence)
-        candidates = self.candidates(sentence)
-        sentences = [sentence]
-        for _ in range(self.N):
-            varied = list(tokens)
-            for index, words in candidates.items():
-                choice = self.random.choice(words)
-                if self.random.random() < self.p:
-                    varied[index] = choice
-            text = " ".join(varied)
-            if text not in sentences:
-                sentences.append(text)
-        return sentences

@@ -1,4 +1,4 @@
-"""Measure every stage against the plain implementation (benchmarks/plain.py) on this machine.
+"""Measure every stage on this machine, the models' against a plain implementation (plain.py).
 
 The two sides take turns, each turn in a process of its own (benchmarks/stages.py), with the same
 shapes, random weights and inputs; the plain side gets fewer rows. Prints the table of medians and

@@ -174,17 +174,6 @@ def masked_lengths(setup: Setup, table: TaskRows) -> np.ndarray:
     return np.minimum(lengths, setup.teacher_config().max_position_embeddings)
 
 
-def augmentation(
-    setup: Setup, rows: int, name: str, make: Callable[[list[str], np.ndarray], Any]
-) -> Job:
-    """Return the work of the augmentor that `make` returns for words and their vectors."""
-    table = augmentation_rows(setup, rows, name)
-    words, vectors = word_vectors(setup, table)
-    # One for each run, as it remembers neighbours and word pieces.
-    augmentors = [make(words, vectors) for _ in range(RUNS)]
-    return Job(rows, masked_lengths(setup, table), lambda: augmentors.pop()(sentences_of(table)))
-
-
 # ------------------------------------------------------------------ operations of a stage
 
 
@@ -270,17 +259,6 @@ def plain_evaluation(setup: Setup, rows: int) -> Job:
         plain.evaluate(model, {name: values.to(setup.device) for name, values in batch.items()})
 
     return Job(rows, features.lengths[chosen], run)
-
-
-def plain_augmentation(setup: Setup, rows: int, name: str) -> Job:
-    model = plain.PlainMaskedLM(setup.teacher_config()).to(setup.device)
-
-    def make(words: list[str], vectors: np.ndarray) -> Callable[[list[str]], Any]:
-        augmentor = plain.PlainAugmentor(
-            model, setup.tokenizer(), words, vectors, N=get_task(name).augmentation_n)
-        return lambda sentences: [augmentor.augment(sentence) for sentence in sentences]
-
-    return augmentation(setup, rows, name, make)
 
 
 # ------------------------------------------------------------------ ours
@@ -391,12 +369,13 @@ def our_evaluation(setup: Setup, rows: int) -> Job:
 def our_augmentation(setup: Setup, rows: int, name: str) -> Job:
     (device, dtype), tokenizer = device_and_dtype(setup), setup.tokenizer()
     model = freeze(BertForMaskedLM(setup.teacher_config()), dtype, device)
-
-    def make(words: list[str], vectors: np.ndarray) -> Callable[[list[str]], Any]:
-        glove = GloveIndex(words, vectors)
-        return DataAugmentor(model, tokenizer, glove, N=get_task(name).augmentation_n).augment
-
-    return augmentation(setup, rows, name, make)
+    table = augmentation_rows(setup, rows, name)
+    words, vectors = word_vectors(setup, table)
+    # One for each run, as it remembers neighbours and word pieces.
+    augmentors = [DataAugmentor(model, tokenizer, GloveIndex(words, vectors),
+                                N=get_task(name).augmentation_n) for _ in range(RUNS)]
+    return Job(rows, masked_lengths(setup, table),
+               lambda: augmentors.pop().augment(sentences_of(table)))
 
 
 def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
@@ -460,11 +439,9 @@ STAGES = {
         plain_finetune, our_finetune, 32, 512,
         partial(teacher_flops, passes=flops.TRAINING_PASSES), training=True),
     "augmentation-sst2": Stage(
-        partial(plain_augmentation, name="sst-2"), partial(our_augmentation, name="sst-2"),
-        32, 256, augmentation_flops),
+        None, partial(our_augmentation, name="sst-2"), 32, 256, augmentation_flops),
     "augmentation-rte": Stage(
-        partial(plain_augmentation, name="rte"), partial(our_augmentation, name="rte"), 6, 24,
-        augmentation_flops),
+        None, partial(our_augmentation, name="rte"), 6, 24, augmentation_flops),
     "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
     "pregenerate-1": Stage(None, partial(our_pregenerate, workers=1), 1, 1),
     "pregenerate-2": Stage(None, partial(our_pregenerate, workers=2), 1, 1),

@@ -16,7 +16,6 @@ from helpers import (
     read_json,
     run,
     tiny_config,
-    write_vocab,
 )
 
 from benchmarks import plain, project_full_run
@@ -24,12 +23,10 @@ from benchmarks import run as benchmark
 from benchmarks.flops import distillation_flops, forward_flops
 from benchmarks.measure import ROOT
 from benchmarks.stages import STAGES, Setup, spread
-from transformer.augmentation import DataAugmentor, GloveIndex
 from transformer.distillation import intermediate_losses, soft_cross_entropy
 from transformer.file_utils import UserError
 from transformer.modeling import (
     BertConfig,
-    BertForMaskedLM,
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
@@ -135,29 +132,7 @@ def test_plain_evaluation_and_fine_tuning_use_every_row(batch):
     assert plain.finetune_step(baseline, optimizer, rows)[0] < losses
 
 
-# ------------------------------------------------------------------ the same text
-
 VOCAB = GOLDEN / "bert_base_uncased_vocab.txt"
-
-
-def test_plain_candidates_are_ours(tmp_path):
-    tokenizer = write_vocab(tmp_path)
-    torch.manual_seed(5)
-    model = BertForMaskedLM(tiny_config()).eval()
-    baseline = plain.PlainMaskedLM(model.config)
-    copy_weights(model, baseline)
-    words = ["films", "bookly", *NEUTRAL, *(f"word{number}" for number in range(20))]
-    vectors = np.random.default_rng(0).standard_normal((len(words), 8)).astype(np.float32)
-    glove = GloveIndex(words, vectors)
-    sentences = ["The films was good , and very awful", "we saw it", "Bookly story of a film ."]
-    ours = DataAugmentor(model, tokenizer, glove, M=6, N=4, drop_non_words=False)
-    augmentor = plain.PlainAugmentor(
-        baseline, tokenizer, words, glove.vectors, M=6, N=4)
-    expected = ours.candidates(sentences)
-    assert [augmentor.candidates(sentence) for sentence in sentences] == expected
-    assert 6 in map(len, expected[0].values())  # the neighbours of "films"
-    varied = augmentor.augment(sentences[0])
-    assert varied[0] == sentences[0] and 1 < len(varied) <= 5
 
 
 def write_corpus(path: Path) -> None:
