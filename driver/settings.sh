@@ -202,7 +202,7 @@ check_inputs() {
 has_modules() {
   "$1" -c 'import sys
 from importlib.util import find_spec
-sys.exit(sys.version_info < (3, 10) or any(find_spec(name) is None for name in sys.argv[1:]))' \
+sys.exit(sys.version_info < (3, 11) or any(find_spec(name) is None for name in sys.argv[1:]))' \
     "${@:2}" &>/dev/null
 }
 
