@@ -57,7 +57,7 @@ from transformer.modeling import (
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tables import markdown_table
-from transformer.tasks import get_task, split_path
+from transformer.tasks import get_task
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES),
         help="what computes, and in which precision")
     add("--lengths", nargs="+", default=["128", "sst-2", "mrpc"],
-        help="word pieces, or a task for rows of its dev set; tasks that are not there are left"
-             " out")
+        help="word pieces, or a task for rows of its dev set, where there is --glue_dir")
     add("--glue_dir", type=Path, default=None, help="folder with a folder for each GLUE task")
     add("--vocab_dir", type=Path, default=None,
         help="model directory whose vocabulary encodes the rows; not given: the first FOLDER of"
@@ -178,15 +177,12 @@ def make_candidates(name: str, engines: list[str], folder: Path,
 
 
 def usable_engines(engines: list[str], device: torch.device) -> list[str]:
-    """Return the engines that run on the device; says which do not."""
+    """Return the engines that run on the device: few ONNX Runtimes have CUDA."""
     import onnxruntime
 
-    if device.type == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return engines
-    left_out = [engine for engine in engines if engine.startswith("onnx")]
-    if left_out:
-        logger.warning("this ONNX Runtime has no CUDA; left out: %s", ", ".join(left_out))
-    return [engine for engine in engines if engine not in left_out]
+    providers = onnxruntime.get_available_providers()
+    return [engine for engine in engines if device.type == "cpu" or engine.startswith("torch")
+            or "CUDAExecutionProvider" in providers]
 
 
 # ------------------------------------------------------------------ inputs
@@ -200,18 +196,13 @@ def fixed_batches(length: int, batch: int, vocab_size: int) -> list[Inputs]:
     return [(ids, torch.zeros_like(ids), torch.ones_like(ids))]
 
 
-def task_rows(args: argparse.Namespace, name: str) -> Features | None:
-    """Return rows of a task's dev set; None where it is not there."""
+def task_rows(args: argparse.Namespace, name: str) -> Features:
+    """Return the rows of a task's dev set."""
     task = get_task(name)
     folder = args.vocab_dir or next(
         (model.partition("=")[2] for model in args.models if "=" in model), None)
-    try:
-        if args.glue_dir is None or folder is None:
-            raise UserError("its rows need --glue_dir and --vocab_dir")
-        split_path(task, args.glue_dir / task.folder, "dev")
-    except UserError as error:
-        logger.warning("%s is left out: %s", name, error)
-        return None
+    if folder is None:
+        raise UserError(f"--lengths {name}: its rows need --vocab_dir, or a FOLDER of --models")
     return load_features(task, args.glue_dir / task.folder, "dev",
                          BertTokenizer.from_pretrained(folder), task.max_seq_length,
                          task.labels)
@@ -234,17 +225,18 @@ def task_batches(rows: Features, batch: int, vocab_size: int) -> list[Inputs]:
 
 def make_settings(args: argparse.Namespace,
                   vocab_size: int) -> list[tuple[str, int, list[Inputs]]]:
-    """Return length, rows a batch and batches of each setting; tasks that are missing have none."""
+    """Return length, rows a batch and batches of each setting; tasks need --glue_dir."""
     settings = []
     for length in args.lengths:
-        rows = None if length.isdigit() else task_rows(args, length)
-        if rows is None and not length.isdigit():
+        if length.isdigit():
+            make = partial(fixed_batches, int(length))
+        elif args.glue_dir is not None:
+            make = partial(task_batches, task_rows(args, length))
+        else:
             continue
-        make = partial(task_batches, rows) if rows else partial(fixed_batches, int(length))
         settings += [(length, batch, make(batch, vocab_size)) for batch in args.batches]
     if not settings:
-        raise UserError(f"--lengths {' '.join(args.lengths)}: no rows to measure with; expected"
-                        " a number, or a task of --glue_dir")
+        raise UserError(f"--lengths {' '.join(args.lengths)}: tasks need --glue_dir")
     return settings
 
 
