@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import random
-import re
 import shlex
 import statistics
 import subprocess
@@ -74,33 +73,19 @@ def sample_rows(name: str, split: str, glue_dir: Path, folder: Path, most: int) 
     return f"{len(rows):,} of {task.folder} {split}"
 
 
-def first_documents(corpus: Path, size: int) -> list[str]:
-    """Return the documents in the first `size` bytes of a corpus, without one that is cut."""
+def write_corpus(corpus: Path, folder: Path, size: int) -> str:
+    """Write the documents in the first `size` bytes of a corpus; returns what they are.
+
+    A small corpus is repeated, so that pre-generation outlasts the start of its processes.
+    """
     if not corpus.is_file():
         raise UserError(f"--corpus {corpus}: no such file; expected a text file, one sentence a"
                         " line and a blank line between documents")
     with corpus.open("rb") as file:
-        text = file.read(size).decode(errors="ignore")
-        cut = bool(file.read(1))
-    documents = [document for document in re.split(r"\n\s*\n", text) if document.strip()]
-    documents = documents[:-1] if cut else documents
-    if len(documents) < 2:  # one has no random next sentences
-        raise UserError(f"--corpus {corpus}: {len(documents)} documents; expected at least 2, with"
-                        " a blank line between them")
-    return [document.strip("\n") + "\n" for document in documents]
-
-
-def write_corpora(corpus: Path, folder: Path, size: int) -> str:
-    """Write the texts of general distillation and of pregenerate; returns what they are.
-
-    The second repeats a small corpus, so that the work outlasts the start of worker processes.
-    """
-    documents = first_documents(corpus, size)
-    alone = sum(len(document.encode()) for document in documents)
-    repeats = max(1, size // (2 * alone))
-    (folder / "general.txt").write_text("\n".join(documents), encoding="utf-8")
-    (folder / "corpus.txt").write_text("\n".join(documents * repeats), encoding="utf-8")
-    return f"{alone:,} bytes of {corpus.name}; for pregenerate {repeats} times"
+        text = file.read(size).rpartition(b"\n\n")[0]  # the last one may be cut
+    repeats = max(1, size // max(1, len(text)))
+    (folder / "corpus.txt").write_bytes(b"\n\n".join([text] * repeats))
+    return f"{len(text):,} bytes of {corpus.name}, {repeats} times"
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, str]:
@@ -113,8 +98,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     rows = [sample_rows(name, split, inputs["glue_dir"], folder / "glue", count)
             for name, split, count in (
                 ("sst-2", "train", most), ("sst-2", "dev", 10**6), ("rte", "train", most))]
-    text = write_corpora(inputs["corpus"], folder, CORPUS_BYTES[args.quick])
-    pregenerate(folder, "general.txt", folder / "instances", setup["max_length"], epochs=1)
+    text = write_corpus(inputs["corpus"], folder, CORPUS_BYTES[args.quick])
+    pregenerate(folder, folder / "instances", setup["max_length"], epochs=1)
     return {"rows": ", ".join(rows), "corpus": text, "vocabulary": str(inputs["vocab"])}
 
 

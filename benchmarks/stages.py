@@ -381,17 +381,17 @@ def our_augmentation(setup: Setup, rows: int, name: str) -> Job:
 def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
     size = (setup.folder / "corpus.txt").stat().st_size * PREGENERATE_EPOCHS
     return Job(size / 1e6, np.zeros(0), lambda: pregenerate(
-        setup.folder, "corpus.txt", Path(mkdtemp(dir=setup.folder)) / "output", setup.max_length,
+        setup.folder, Path(mkdtemp(dir=setup.folder)) / "output", setup.max_length,
         PREGENERATE_EPOCHS, workers))
 
 
 def pregenerate(
-    folder: Path, corpus: str, output_dir: Path, length: int, epochs: int, workers: int = 1
+    folder: Path, output_dir: Path, length: int, epochs: int, workers: int = 1
 ) -> None:
     """Run pregenerate_training_data.py in this process."""
     import pregenerate_training_data as script
 
-    values = {"train_corpus": folder / corpus, "bert_model": folder / "vocabulary",
+    values = {"train_corpus": folder / "corpus.txt", "bert_model": folder / "vocabulary",
               "output_dir": output_dir, "max_seq_len": length, "epochs_to_generate": epochs,
               "num_workers": workers}
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
