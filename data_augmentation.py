@@ -34,7 +34,6 @@ from transformer.augmentation import (
     COMPOSED_WORDS,
     DataAugmentor,
     GloveIndex,
-    check_settings,
     compose_vectors,
     write_vectors,
 )
@@ -115,10 +114,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a number out of range."""
-    check_settings(args.M, args.N, args.p, args.batch_tokens)
-    for name in ("max_train_rows", "max_varied_rows"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected 0 (all) or more")
+    for name, smallest in (("M", 1), ("N", 0), ("max_train_rows", 0), ("max_varied_rows", 0),
+                           ("batch_tokens", 0)):
+        if getattr(args, name) < smallest:
+            raise UserError(f"--{name} {getattr(args, name)}: expected at least {smallest}")
+    if not 0 <= args.p <= 1:
+        raise UserError(f"--p {args.p}: expected a probability from 0 to 1")
 
 
 def augmented_rows(

@@ -69,9 +69,8 @@ def check_complete(state: dict[str, torch.Tensor], folder: Path) -> None:
     head = find_head(state)
     model_class = BertModel if head is None else (
         BertForMaskedLM if head.startswith("masked") else TinyBertForSequenceClassification)
-    arguments = model_class.constructor_arguments(config, state, folder, {})
     with torch.device("meta"):  # the shapes are all that is needed
-        model = model_class(config, **arguments)
+        model = model_class(config, **model_class.stored_sizes(state))
     load_weights(model, state, folder, model_class.optional)
 
 

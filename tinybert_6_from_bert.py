@@ -21,7 +21,7 @@ from transformer.checkpoint import load_state, load_weights, write_tensors
 from transformer.config import BertConfig, find_config
 from transformer.distillation import map_layers
 from transformer.file_utils import CONFIG_NAME, WEIGHTS_NAME, UserError, atomic_path, write_json
-from transformer.modeling import BertModel, has_pooler
+from transformer.modeling import BertModel
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tokenization import BertTokenizer
@@ -92,7 +92,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
     state = load_state(bert_model)
     # Strictly, so that nothing is missing and nothing left over.
-    load_weights(BertModel(config, has_pooler(state)), state, bert_model)
+    load_weights(BertModel(config, **BertModel.stored_sizes(state)), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite)
     config.keep_layers([number - 1 for number in kept])

@@ -193,7 +193,7 @@ def test_a_new_classifier_can_be_asked_for_and_only_then(tmp_path):
 
 @pytest.mark.parametrize(("wanted", "message"), [
     ({"num_labels": 3, "new_head": True}, "2 labels; expected 3"),
-    ({"fit_size": 24}, "width 20.*24 wide"),
+    ({"fit_size": 24}, r"fit_dense.weight is \[20, 16\] in the checkpoint, \[24, 16\]"),
 ])
 def test_a_stored_head_of_another_size_is_an_error_that_names_both(tmp_path, wanted, message):
     make_model(tmp_path / "m", model_arguments={"fit_size": 20})
@@ -275,8 +275,7 @@ def test_a_file_that_is_no_checkpoint_is_an_error_that_names_it(tmp_path, conten
     (torch.ones(2), "dictionary of tensors"),
     ({"model": {"bert.x": torch.ones(1)}}, "dictionary of tensors"),
     (torch.nn.Linear(2, 2), "damaged, or not a file of weights"),  # code, which is not run
-    ({"x.weight": torch.ones(1), "x.weight_scale": torch.ones(1)}, "int8 weights of an older"),
-], ids=["list", "numbered", "number", "tensor", "nested", "code", "int8"])
+], ids=["list", "numbered", "number", "tensor", "nested", "code"])
 def test_a_file_of_something_else_is_an_error_that_names_it(tmp_path, value, message):
     torch.save(value, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=rf"pytorch_model\.bin: .*{message}"):

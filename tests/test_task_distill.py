@@ -338,7 +338,7 @@ def test_a_vocabulary_that_does_not_fit_is_named_with_both_sizes(sst2, capsys):
 def test_a_student_of_another_teachers_width_is_named_with_both_widths(sst2, capsys):
     make_model(sst2.student, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12,
                model_arguments={"fit_size": 20})
-    sst2.expect_error(capsys, contains=["width 20", "16"])
+    sst2.expect_error(capsys, contains=["fit_dense.weight is [20, 12]", "[16, 12]"])
 
 
 @pytest.mark.parametrize(("file", "rows", "contains"), [

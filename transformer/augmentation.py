@@ -68,8 +68,6 @@ class GloveIndex:
     """
 
     def __init__(self, words: Sequence[str], vectors: np.ndarray):
-        if len(words) != len(vectors) or not len(words):
-            raise UserError(f"{len(words)} words and {len(vectors)} vectors; expected one for each")
         self.words = list(words)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         self.vectors = (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
@@ -97,8 +95,6 @@ class GloveIndex:
         words of the 840B file contain spaces. A first line "count dim" is skipped, so is `<unk>`.
         A line that does not fit is a `UserError` that names file and line.
         """
-        if vocab_size < 1:
-            raise UserError(f"vocab_size {vocab_size}: expected at least 1 word vector")
         lines = _vector_lines(Path(path), vocab_size)
         words: list[str] = []
         blocks: list[np.ndarray] = []
@@ -268,15 +264,6 @@ class Query(NamedTuple):
     position: int  # where [MASK] stands
 
 
-def check_settings(M: int, N: int, p: float, batch_tokens: int) -> None:
-    """Raise a `UserError` for a setting of `DataAugmentor` that is out of range."""
-    if M < 1 or N < 0 or not 0 <= p <= 1 or batch_tokens < 0:
-        raise UserError(
-            f"M={M}, N={N}, p={p}, batch_tokens={batch_tokens}: expected M of at least 1, N "
-            "and batch_tokens of at least 0 and p from 0 to 1"
-        )
-
-
 class DataAugmentor:
     """Algorithm 1 of the paper, for many sentences at once.
 
@@ -298,14 +285,7 @@ class DataAugmentor:
         N: int = 30, p: float = 0.4, seed: int = 42, drop_non_words: bool = True,
         batch_tokens: int = 0,
     ) -> None:
-        if not isinstance(model, BertForMaskedLM):
-            raise UserError(f"{type(model).__name__}: expected BertForMaskedLM with its head")
-        check_settings(M, N, p, batch_tokens)
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"the vocabulary has {len(tokenizer)} word pieces but the model "
-                f"{model.config.vocab_size}; expected the vocabulary the model was made with"
-            )
+        model.config.check_vocabulary(len(tokenizer), "the tokenizer")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.glove = glove
@@ -367,7 +347,8 @@ class DataAugmentor:
         """Return basic tokens and candidates of each sentence; a repeated one is done once."""
         unique = list(dict.fromkeys(sentences))
         tokens = [self.tokenizer.basic_tokenizer.tokenize(sentence) for sentence in unique]
-        self._look_up({token for row in tokens for token in row})
+        new = sorted({token for row in tokens for token in row} - self._pieces.keys())
+        self._pieces.update(zip(new, self.tokenizer.encode_batch(new), strict=True))
         found: list[dict[int, list[str]]] = [{} for _ in unique]
         queries, rare = [], []
         for sentence, row in enumerate(tokens):
@@ -396,11 +377,6 @@ class DataAugmentor:
                     words.append(row[index])
         results = dict(zip(unique, zip(tokens, found, strict=True), strict=True))
         return [results[sentence] for sentence in sentences]
-
-    def _look_up(self, words: Iterable[str]) -> None:
-        """Look up the word pieces of words not met before."""
-        new = [word for word in sorted(words) if word not in self._pieces]
-        self._pieces.update(zip(new, self.tokenizer.encode_batch(new), strict=True))
 
     def _query(self, sentence: int, token: int, pieces: list[int], start: int) -> Query:
         """Return the model's input that masks the piece at `start`, with the original beside it.

@@ -5,7 +5,6 @@ A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `py
 """
 
 import hashlib
-import io
 import logging
 import re
 import shutil
@@ -101,6 +100,11 @@ def weights_path(model_dir: Path | str) -> Path:
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
 
 
+def first_line(error: Exception) -> str:
+    """Return the beginning of an error's message, or what kind of error it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def read_tensors(path: Path) -> Any:
     """Read what `torch.save` wrote, onto the CPU; a damaged file raises, whatever is wrong."""
     if zipfile.is_zipfile(path):  # PyTorch's older format is none, and has no check sums
@@ -130,22 +134,17 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     except Exception as error:  # a damaged pickle raises almost anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged, or not a file of weights ({reason[:120]})") from error
+        raise UserError(f"{path}: damaged, or not a file of weights ({first_line(error)})"
+                        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise UserError(f"{path}: expected a dictionary of tensors")
-    if any(key.endswith(".weight_scale") for key in state):
-        raise UserError(f"{path}: int8 weights of an older quantize.py; expected the model that"
-                        " they were made from (quantize.py --format onnx makes int8 models)")
     named = {canonical_key(key): tensor for key, tensor in state.items()
              if not key.endswith(BUFFERS)}
     # Newer Hugging Face models store the bias of the MLM decoder twice.
-    if "cls.predictions.bias" in named:
-        named.pop("cls.predictions.decoder.bias", None)
-    elif "cls.predictions.decoder.bias" in named:
-        named["cls.predictions.bias"] = named.pop("cls.predictions.decoder.bias")
+    if (bias := named.pop("cls.predictions.decoder.bias", None)) is not None:
+        named.setdefault("cls.predictions.bias", bias)
     return named
 
 
@@ -196,7 +195,7 @@ def load_weights(
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:
             raise UserError(f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"
-                            f" {list(tensor.shape)} in the model that config.json describes")
+                            f" {list(tensor.shape)} in the model")
     with torch.no_grad():
         for key, tensor in own.items():
             if key in state:
@@ -269,30 +268,18 @@ def save_training_state(output_dir: Path | str, step: int, state: dict[str, Any]
     path = Path(output_dir, STATE_FOLDER, f"step_{step:010}.pt")
     with atomic_path(path) as temporary:
         write_tensors(state, temporary)
-        with temporary.open("r+b") as file:  # its own check sum, at its end
-            file.write(hashlib.file_digest(file, "sha256").digest())
     for old in _states(output_dir)[KEPT_STATES:]:
         old.unlink()
     return path
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a state, whatever byte of it has changed: a damaged one raises."""
-    content = path.read_bytes()
-    length = hashlib.sha256().digest_size
-    if hashlib.sha256(content[:-length]).digest() != content[-length:]:
-        raise ValueError("its check sum does not agree")
-    return torch.load(io.BytesIO(content[:-length]), map_location="cpu", weights_only=True)
 
 
 def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
     """Read the newest sound state of a run; None if there is none. Damaged ones are warned of."""
     for path in _states(output_dir):
         try:
-            state = read_state(path)
+            state = read_tensors(path)
         except Exception as error:  # a damaged file raises almost anything
-            logger.warning("%s: damaged (%s); taking the one before it", path,
-                           str(error).strip().split("\n")[0][:120])
+            logger.warning("%s: damaged (%s); taking the one before it", path, first_line(error))
             path.unlink()  # so that it does not count as newest
             continue
         logger.info("going on from %s", path)

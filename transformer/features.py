@@ -15,23 +15,12 @@ import torch
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
 from transformer.tasks import Example, GlueTask, get_task, iterate_examples, split_path
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, flat_indices, offsets_of
 
 logger = logging.getLogger(__name__)
 
 ENCODING_CHUNK = 8192  # examples read and handed to the tokenizer at once
 UNKNOWN_SHARE_LIMIT = 0.10
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Return where each of consecutive slices starts, and the end: [slices + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """List the indices of consecutive slices of a flat array: [sum of lengths]."""
-    shifts = starts - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
 
 
 @dataclass
@@ -151,8 +140,6 @@ def encode_examples(
         targets = [float(example.label) if regression else class_ids[example.label]
                    for example in chunk]
         chunks.append((*encode_rows(chunk, tokenizer, max_seq_length), np.array(targets, dtype)))
-    if not chunks:
-        raise UserError("no examples to encode; expected at least one")
     ids, lengths, first_lengths, targets = map(np.concatenate, zip(*chunks, strict=True))
     features = Features(ids, offsets_of(lengths), first_lengths, torch.from_numpy(targets),
                         () if regression else tuple(labels), tokenizer.pad_id)

@@ -360,21 +360,19 @@ class BertPreTrainedModel(nn.Module):
         new_head: bool = False, **kwargs: Any,
     ) -> "BertPreTrainedModel":
         """Build a model of `config` from weights that `load_state` read, as `from_pretrained`."""
-        model = cls(config, **cls.constructor_arguments(config, state, source, kwargs))
+        stored = cls.stored_sizes(state)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        labels, wanted = stored.get("num_labels"), given.get("num_labels")
+        if None not in (labels, wanted) and labels != wanted:
+            raise UserError(f"{source}: its classifier has {labels} labels; expected {wanted}")
+        model = cls(config, **{**stored, **given})
         load_weights(model, state, source, cls.optional + (cls.head if new_head else ()))
         return model
 
     @classmethod
-    def constructor_arguments(
-        cls, config: BertConfig, state: dict[str, Tensor], source: Path | str, kwargs: dict
-    ) -> dict[str, Any]:
-        """Return `kwargs` completed by what only the checkpoint tells."""
-        return kwargs
-
-
-def has_pooler(state: dict[str, Tensor]) -> bool:
-    """Say whether a checkpoint, read by `load_state`, holds a pooler."""
-    return "bert.pooler.dense.weight" in state
+    def stored_sizes(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of the class that the checkpoint tells and the config does not."""
+        return {}
 
 
 class BertModel(BertPreTrainedModel):
@@ -388,8 +386,8 @@ class BertModel(BertPreTrainedModel):
         self.init_weights(self)
 
     @classmethod
-    def constructor_arguments(cls, config, state, source, kwargs):
-        return {"add_pooler": has_pooler(state), **kwargs}
+    def stored_sizes(cls, state):
+        return {"add_pooler": "bert.pooler.dense.weight" in state}
 
     def forward(
         self,
@@ -398,10 +396,7 @@ class BertModel(BertPreTrainedModel):
         attention_mask: Tensor | None = None,  # [batch, length], 1 for real tokens
         score_layers: Collection[int] | None = None,  # whose scores to return; None: all
     ) -> BertModelOutput:
-        limit = self.config.max_position_embeddings
-        if input_ids.shape[1] > limit:
-            raise UserError(f"a sequence of {input_ids.shape[1]} tokens; the model has {limit}"
-                            " positions (lower --max_seq_length)")
+        self.config.check_length(input_ids.shape[1], "the model")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if attention_mask is None:
@@ -427,8 +422,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         self.init_weights(self.cls["predictions"].transform)
 
     @classmethod
-    def constructor_arguments(cls, config, state, source, kwargs):
-        return {"add_pooler": has_pooler(state), **kwargs}
+    def stored_sizes(cls, state):
+        return BertModel.stored_sizes(state)
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None,
@@ -480,17 +475,10 @@ class _FittedModel(BertPreTrainedModel):
         return [self.fit_dense(h) for h in hidden_states]
 
     @classmethod
-    def constructor_arguments(cls, config, state, source, kwargs):
+    def stored_sizes(cls, state):
         per_layer = "fit_denses.0.weight" in state
         stored = state.get("fit_denses.0.weight" if per_layer else "fit_dense.weight")
-        kwargs = {"per_layer_fit": per_layer, **kwargs}
-        if stored is not None:
-            wanted = kwargs.get("fit_size")
-            if wanted is not None and wanted != stored.shape[0]:
-                raise UserError(f"{source}: its fit_dense maps to width {stored.shape[0]},"
-                                f" the teacher is {wanted} wide")
-            kwargs["fit_size"] = stored.shape[0]
-        return kwargs
+        return {"per_layer_fit": per_layer, "fit_size": None if stored is None else len(stored)}
 
 
 class TinyBertForPreTraining(_FittedModel):
@@ -541,15 +529,10 @@ class TinyBertForSequenceClassification(_FittedModel):
         self.init_weights(self.classifier)
 
     @classmethod
-    def constructor_arguments(cls, config, state, source, kwargs):
-        kwargs = super().constructor_arguments(config, state, source, kwargs)
-        if "classifier.weight" in state:
-            stored = state["classifier.weight"].shape[0]
-            wanted = kwargs.get("num_labels")
-            if wanted is not None and wanted != stored:
-                raise UserError(f"{source}: its classifier has {stored} labels; expected {wanted}")
-            kwargs["num_labels"] = stored
-        return kwargs
+    def stored_sizes(cls, state):
+        stored = state.get("classifier.weight")
+        labels = None if stored is None else len(stored)
+        return {"num_labels": labels, **super().stored_sizes(state)}
 
     def renew_classifier(self, num_labels: int) -> None:
         """Replace the classifier by a random one of `num_labels` outputs without names."""

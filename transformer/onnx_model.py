@@ -28,6 +28,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from transformer.checkpoint import first_line
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import ONNX_NAME, UserError
 from transformer.modeling import (
@@ -72,16 +73,13 @@ class Graph:
         return name
 
     def scalar(self, value: float) -> str:
-        """Add a constant number, once."""
-        return self.weight(f"scalar_{value!r}", np.array(value, dtype=np.float32))
+        """Add a constant, once: a whole number is an index, int64, others are float32."""
+        dtype = np.int64 if isinstance(value, int) else np.float32
+        return self.weight(f"scalar_{value!r}", np.array(value, dtype))
 
     def vector(self, *values: int) -> str:
         """Add a constant vector of sizes or indices, once."""
         return self.weight("_".join(map(str, ("vector", *values))), np.array(values, np.int64))
-
-    def index(self, value: int) -> str:
-        """Add a constant index, once."""
-        return self.weight(f"index_{value}", np.array(value, np.int64))
 
     def add(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output of its own name; returns the name."""
@@ -135,8 +133,9 @@ class Graph:
 
 def add_embeddings(graph: Graph, part: nn.Module) -> str:
     """Add the sum of the three embeddings, normalised: [batch, length, hidden]."""
-    length = graph.add("Gather", "length", graph.add("Shape", "shape", "input_ids"), graph.index(1))
-    numbers = graph.add("Range", "positions.range", graph.index(0), length, graph.index(1))
+    shape = graph.add("Shape", "shape", "input_ids")
+    length = graph.add("Gather", "length", shape, graph.scalar(1))
+    numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
     positions, segments = (
         graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
         for name, embedding, index in (
@@ -145,13 +144,12 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
     weight = part.word_embeddings.weight.detach()
     if graph.scale_rows:
         size = weight.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
-        words = graph.add("Gather", WORDS, graph.weight(f"{WORDS}.weight", weight / size),
-                          "input_ids")
+        weight = weight / size
+    words = graph.add("Gather", WORDS, graph.weight(f"{WORDS}.weight", weight), "input_ids")
+    if graph.scale_rows:
         sizes = graph.add("Gather", f"{WORDS}.size", graph.weight(f"{WORDS}.sizes", size),
                           "input_ids")
         words = graph.add("Mul", f"{WORDS}.product", words, sizes)
-    else:
-        words = graph.add("Gather", WORDS, graph.weight(f"{WORDS}.weight", weight), "input_ids")
     total = graph.add("Add", "embeddings.part", words, positions)
     total = graph.add("Add", "embeddings.sum", total, segments)
     return graph.layer_norm("embeddings", total, part.LayerNorm)
@@ -221,7 +219,7 @@ def build(model: nn.Module, scale_rows: bool = False) -> onnx.ModelProto:
     for number, layer in enumerate(model.bert.encoder.layer):
         hidden = add_layer(graph, f"{INNER}{number}", hidden, mask, layer, config.hidden_act,
                            number == last)
-    first = graph.add("Gather", "first", hidden, graph.index(0), axis=1)  # [batch, hidden]
+    first = graph.add("Gather", "first", hidden, graph.scalar(0), axis=1)  # [batch, hidden]
     pooled = graph.activate("pooled", graph.linear("pooler", first, model.bert.pooler.dense),
                             config.pooler_act)
     if config.classifier_relu:
@@ -402,8 +400,7 @@ def open_session(path: Path, device: torch.device | None = None) -> onnxruntime.
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # its classes have no common one of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: damaged, or not an ONNX model ({reason[:120]})") from error
+        raise UserError(f"{path}: damaged, or not an ONNX model ({first_line(error)})") from error
 
 
 def check_session(

@@ -83,11 +83,6 @@ def saved_lower_case(model_dir: Path) -> bool | None:
     return next((setting for setting in settings if isinstance(setting, bool)), None)
 
 
-def has_capitals(vocab: Iterable[str]) -> bool:
-    """Whether any piece, the bracketed special ones aside, has an upper-case letter."""
-    return any(piece != piece.lower() for piece in vocab if not piece.startswith("["))
-
-
 class BasicTokenizer:
     """Text to words and punctuation marks; a special token that stands alone is kept whole."""
 
@@ -138,6 +133,17 @@ class BasicTokenizer:
         return re.sub(r"\S+", lower, text)
 
 
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Return where each of consecutive slices starts, and the end: [slices + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """List the indices of consecutive slices of a flat array: [sum of lengths]."""
+    shifts = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+
 class ChunkTable(dict[bytes, int]):
     """Maps chunks of text to indices, in the order in which they are first looked up.
 
@@ -176,9 +182,7 @@ class ChunkTable(dict[bytes, int]):
         ends = np.frombuffer(self.ends, dtype=np.int64)
         starts = ends[indices]
         counts = ends[indices + 1] - starts
-        # Index of each piece in `ids`: its index in the result, shifted by its chunk's move.
-        shifts = np.repeat(starts - np.cumsum(counts) + counts, counts)
-        return np.frombuffer(self.ids, dtype=np.int32)[np.arange(counts.sum()) + shifts], counts
+        return np.frombuffer(self.ids, dtype=np.int32)[flat_indices(starts, counts)], counts
 
 
 class BertTokenizer:
@@ -224,8 +228,9 @@ class BertTokenizer:
                 "%s was made with do_lower_case=%s, but %s was asked for; words in the wrong case "
                 "become [UNK]", model_dir, saved, do_lower_case,
             )
-        if do_lower_case is None:
-            do_lower_case = not has_capitals(load_vocab(vocab_file))
+        if do_lower_case is None:  # special tokens aside
+            do_lower_case = all(piece == piece.lower() for piece in load_vocab(vocab_file)
+                                if not piece.startswith("["))
         return cls(vocab_file, do_lower_case)
 
     def __len__(self) -> int:
@@ -238,9 +243,8 @@ class BertTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Word-piece ids of each text, without special tokens and without truncation."""
         ids, lengths = self.encode_flat(texts)
-        ends = [0, *np.cumsum(lengths).tolist()]
         flat = ids.tolist()
-        return [flat[start:end] for start, end in pairwise(ends)]
+        return [flat[start:end] for start, end in pairwise(offsets_of(lengths).tolist())]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of one text and the character span of each in the text.
@@ -279,7 +283,7 @@ class BertTokenizer:
             self.table.add(self._encode_chunks(self.table.new))
         ids, counts = self.table.gather(indices)
         line_ends = np.flatnonzero(indices == self.table[LINE_END])
-        ends = np.concatenate([[0], np.cumsum(counts)])[[*line_ends, len(counts)]]
+        ends = offsets_of(counts)[[*line_ends, len(counts)]]
         return ids, np.diff(ends, prepend=0).astype(np.int32)
 
     def _chunks(self, block: bytes) -> list[bytes]:
