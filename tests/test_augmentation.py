@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, run
+from helpers import GOLDEN, SHARED, error_line, run, write_vocab
 
 import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
@@ -18,10 +16,6 @@ from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
 from transformer.tasks import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
-
-REPO = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
 
 WORD_LIST = """
 cat dog bird fish tree house river road stone cloud rain snow wind fire night day moon star
@@ -32,13 +26,16 @@ RARE = ["riverbank", "stonecold", "snowwhite"]  # several word pieces each
 PIECES = ["##bank", "##cold", "##white", "[unused7]", "!", ".", ",", '"', "'", "the", "a", "is"]
 
 
+def write_vectors(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     """A tiny BERT with random weights and a vocabulary of its own, saved with its head."""
     folder = tmp_path_factory.mktemp("model")
-    vocab = folder / "source.txt"
-    vocab.write_text("".join(f"{piece}\n" for piece in [*SPECIAL_TOKENS, *PIECES, *WORDS]))
-    tokenizer = BertTokenizer(vocab)
+    tokenizer = write_vocab(folder, [*SPECIAL_TOKENS, *PIECES, *WORDS])
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -52,13 +49,9 @@ def model_dir(tmp_path_factory) -> Path:
 def vector_file(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("vectors") / "glove.txt"
-    path.write_text(
-        "".join(
-            f"{word} {' '.join(f'{x:.4f}' for x in generator.standard_normal(6))}\n"
-            for word in [*WORDS, *RARE]
-        )
-    )
-    return path
+    return write_vectors(path, *(
+        f"{word} {' '.join(f'{x:.4f}' for x in generator.standard_normal(6))}"
+        for word in [*WORDS, *RARE]))
 
 
 @pytest.fixture
@@ -92,12 +85,12 @@ def golden():
 def script(model_dir, vector_file, tmp_path):
     """Write a task's train.tsv and run the script on it; returns the file that it wrote."""
 
-    def call(task: str, rows: list[list[str]], *flags: object, overwrite: bool = True) -> Path:
+    def call(task: str, rows: list[list[str]], *flags: object) -> Path:
         folder = tmp_path / get_task(task).folder
         write_tsv(folder / "train.tsv", rows)
         run(data_augmentation, "--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
-            "--glue_dir", tmp_path, "--task_name", task, "--precision", "fp32", *flags,
-            *(["--overwrite"] if overwrite else []))
+            "--glue_dir", tmp_path, "--task_name", task, "--precision", "fp32", "--overwrite",
+            *flags)
         return folder / "train_aug.tsv"
 
     return call
@@ -253,11 +246,6 @@ def test_bf16_gives_the_same_kind_of_output(make_augmentor):
 
 
 # ------------------------------------------------------------------ word vectors
-
-
-def write_vectors(path: Path, *lines: str) -> Path:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def test_the_last_fields_are_the_vector_and_words_may_contain_spaces(tmp_path):
@@ -438,18 +426,6 @@ def test_bad_rows_are_named_and_nothing_is_written(script, tmp_path, capsys, tas
     error = capsys.readouterr().err
     assert message in error and "train.tsv" in error and error.count("\n") == 1
     assert [path.name for path in (tmp_path / task).iterdir()] == ["train.tsv"]
-
-
-def test_an_existing_output_file_is_only_replaced_with_overwrite(script, tmp_path, capsys):
-    target = tmp_path / "deep" / "aug.tsv"
-    call = partial(script, "RTE", [PAIR_HEADER, *PAIRS], "--output_file", target)
-    assert not call("--N", 1, overwrite=False).exists()
-    before = target.read_bytes()
-    with pytest.raises(SystemExit):
-        call("--N", 1, overwrite=False)
-    assert f"{target}: exists" in capsys.readouterr().err and target.read_bytes() == before
-    call("--N", 2)
-    assert target.read_bytes() != before
 
 
 def test_the_closing_line_counts_rows_and_words(script, caplog):

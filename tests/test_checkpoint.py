@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from transformer import checkpoint
 from transformer.checkpoint import (
-    fetch_model,
     load_state,
     load_training_state,
     remove_training_states,
@@ -80,15 +79,6 @@ def test_a_body_without_prefix_loads_into_the_bare_encoder(tmp_path):
                         BertModel.from_pretrained(tmp_path / "m").state_dict())
     assert same_weights(classifier.bert.state_dict(),
                         BertModel.from_pretrained(tmp_path / "c").state_dict())
-
-
-def test_safetensors_are_read(tmp_path):
-    saved = make_model(tmp_path / "m")
-    save_file({k: v.contiguous() for k, v in saved.state_dict().items()},
-              tmp_path / "m" / "model.safetensors")
-    (tmp_path / "m" / "pytorch_model.bin").unlink()
-    loaded = TinyBertForSequenceClassification.from_pretrained(tmp_path / "m")
-    assert same_weights(saved.state_dict(), loaded.state_dict())
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path):
@@ -325,11 +315,6 @@ def test_equal_models_are_saved_as_equal_bytes(tmp_path):
     assert [first, first] == others
 
 
-def test_a_local_path_is_fetched_as_it_is(tmp_path):
-    assert fetch_model(tmp_path) == tmp_path
-    assert fetch_model(str(tmp_path)) == tmp_path
-
-
 # ------------------------------------------------------------------ config.json
 
 
@@ -383,13 +368,3 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, caplog):
     assert load_training_state(tmp_path)["step"] == 1
     remove_training_states(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
-    make_model(tmp_path)
-    path = tmp_path / "pytorch_model.bin"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
-        load_state(tmp_path)

@@ -254,12 +254,6 @@ def test_every_row_of_the_published_files_is_read(name, rows):
 
 
 @real_data
-def test_the_first_row_of_cola_is_not_taken_for_a_header():
-    first = load_examples("cola", GLUE_DATA / "CoLA", "train")[0]
-    assert first.text_a.startswith("Our friends won't buy this analysis") and first.label == "1"
-
-
-@real_data
 @pytest.mark.parametrize(
     "path", sorted(GLUE_DATA.glob("*/*.tsv")), ids=lambda path: str(path)[-15:]
 )
@@ -344,14 +338,6 @@ def test_labels_count_in_the_order_given_and_scores_stay_numbers(tokenizer):
     scores = [Example("0", "a", "b", "3.25")]
     labels = encode_examples(scores, tokenizer, 8, (), regression=True).labels
     assert labels.dtype == torch.float32 and labels.tolist() == [3.25]
-
-
-def test_many_unknown_words_are_warned_about(tokenizer, caplog):
-    with caplog.at_level(logging.WARNING):
-        encode_examples([Example("0", "a b c d e a b c d e", None, "0")], tokenizer, 32, ("0", "1"))
-        assert not caplog.records
-        encode_examples([Example("0", "a b zebra", None, "0")], tokenizer, 32, ("0", "1"))
-    assert "33 % of the word pieces are [UNK]" in caplog.text
 
 
 word_lists = st.lists(st.sampled_from("abcde"), max_size=9).map(" ".join)

@@ -64,17 +64,11 @@ def random_model(config, seed=0):
     return model
 
 
-def random_batches(rows, length, vocab_size, size=32):
-    """Return batches of random rows of half to the whole of `length`."""
-    batches = []
-    for start in range(0, rows, size):
-        count = min(size, rows - start)
-        ids = torch.randint(5, vocab_size, (count, length))
-        lengths = torch.randint(max(1, length // 2), length + 1, (count, 1))
-        mask = (torch.arange(length) < lengths).long()
-        batches.append({"input_ids": ids * mask, "token_type_ids": torch.zeros_like(ids),
-                        "attention_mask": mask})
-    return batches
+def random_batches(rows, size=32):
+    """Return batches of random rows."""
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    return [dict(zip(names, random_batch(min(size, rows - start), seed=start), strict=True))
+            for start in range(0, rows, size)]
 
 
 class Masked(torch.nn.Module):
@@ -208,8 +202,7 @@ def test_no_tuned_weight_of_the_golden_file_fits_better_than_ours():
     sample = [prune.start_batch(golden.model, batch) for batch in golden.batches]
     pairs = zip(prune.sub_layers(theirs), prune.sub_layers(golden.model), strict=True)
     for part, reference in pairs:
-        errors = []
-        features, aims = [], []
+        errors, features, aims = [], [], []
         with torch.no_grad():
             for batch in sample:
                 x = part.features(batch.hidden, batch.added_mask)
@@ -300,7 +293,7 @@ def test_least_squares_with_fewer_tokens_than_features_is_the_smallest_solution(
 
 def test_features_that_are_not_finite_are_reported_and_leave_the_weight(caplog):
     model = random_model(tiny_config())
-    sample = [prune.start_batch(model, batch) for batch in random_batches(4, 8, 20)]
+    sample = [prune.start_batch(model, batch) for batch in random_batches(4)]
     sample[0].reference = sample[0].reference * float("inf")
     part, reference = prune.sub_layers(model)[0], prune.sub_layers(random_model(tiny_config()))[0]
     before = part.output.dense.weight.clone()
@@ -312,7 +305,7 @@ def test_features_that_are_not_finite_are_reported_and_leave_the_weight(caplog):
 @pytest.mark.parametrize("labels", [1, 2, 3])
 def test_the_straightforward_procedure_gives_the_same_masks(labels):
     model = random_model(tiny_config(num_labels=labels, num_hidden_layers=3), seed=labels)
-    batches = random_batches(24, 9, 20, size=8)
+    batches = random_batches(24, size=8)
     found = prune.kprune(model, batches, **{**SETTINGS, "sublayerwise_tuning": False})
     heads, neurons = straightforward(model, batches)
     assert torch.equal(found.head_masks, heads)
@@ -349,7 +342,7 @@ def as_masked(model, found):
 def test_a_pruned_model_computes_what_masking_would(tmp_path, constraint, mu):
     model = random_model(tiny_config(num_labels=3))
     settings = {**SETTINGS, "constraint": constraint, "mu": mu, "sublayerwise_tuning": False}
-    found = prune.kprune(model, random_batches(16, 9, 20), **settings)
+    found = prune.kprune(model, random_batches(16), **settings)
     expected = as_masked(model, found)(*random_batch())[0]
     torch.testing.assert_close(found.model(*random_batch())[0], expected, atol=1e-5, rtol=1e-4)
     assert found.flops_after < (1 - constraint) * found.flops_before
@@ -367,14 +360,14 @@ def test_all_heads_and_all_neurons_of_layers_can_go():
                      model.bert.encoder.layer[1].output.dense,
                      model.bert.encoder.layer[2].output.dense):
             part.weight.zero_()
-    found = prune.kprune(model, random_batches(16, 9, 20), **{**SETTINGS, "constraint": 0.5})
+    found = prune.kprune(model, random_batches(16), **{**SETTINGS, "constraint": 0.5})
     assert found.model.config.heads[1] == found.model.config.neurons[1] == 0
     assert found.model.config.neurons[2] == 0
     assert all(torch.isfinite(x).all() for x in found.model(*random_batch())[1:][1])
 
 
 def test_tuning_brings_the_logits_nearer_to_the_unpruned_models():
-    model, batches = random_model(tiny_config(), seed=1), random_batches(64, 9, 20)
+    model, batches = random_model(tiny_config(), seed=1), random_batches(64)
     errors = []
     for tuning in (False, True):
         found = prune.kprune(model, batches, **{**SETTINGS, "sublayerwise_tuning": tuning})
@@ -385,7 +378,7 @@ def test_tuning_brings_the_logits_nearer_to_the_unpruned_models():
 
 
 def test_a_pruned_model_can_be_pruned_again_and_the_one_that_is_given_stays_as_it_was():
-    model, batches = random_model(tiny_config()), random_batches(16, 9, 20)
+    model, batches = random_model(tiny_config()), random_batches(16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     once = prune.kprune(model.train(), batches, **SETTINGS)
     assert same_weights(before, model.state_dict())
@@ -400,15 +393,15 @@ def test_a_pruned_model_can_be_pruned_again_and_the_one_that_is_given_stays_as_i
 def test_a_constraint_that_cannot_be_met_or_a_broken_model_is_one_clear_error(constraint):
     model = random_model(tiny_config())
     with pytest.raises(UserError, match=rf"--constraint {constraint}"):
-        prune.kprune(model, random_batches(4, 9, 20), **{**SETTINGS, "constraint": constraint})
+        prune.kprune(model, random_batches(4), **{**SETTINGS, "constraint": constraint})
     with torch.no_grad():
         model.bert.encoder.layer[2].output.dense.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        prune.kprune(model, random_batches(4, 9, 20), **SETTINGS)
+        prune.kprune(model, random_batches(4), **SETTINGS)
 
 
 def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(caplog):
-    model, batches = random_model(tiny_config()), random_batches(16, 9, 20)
+    model, batches = random_model(tiny_config()), random_batches(16)
     prune.kprune(model, batches, **SETTINGS)
     assert not caplog.records
     found = prune.kprune(model, batches, **{**SETTINGS, "lam_rep": 0.0})
@@ -420,16 +413,10 @@ def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(
 # ------------------------------------------------------------------ the sample
 
 
-def glue_rows(folder, task="SST-2"):
-    make_model(folder / "m", labels=("0", "1"))
-    make_glue(folder / "g", task, rows=50)
-    return kprune_main.load_data(
-        "sst2", folder / "g", kprune_main.BertTokenizer.from_pretrained(folder / "m"), 32,
-        {0: "0", 1: "1"}, torch.device("cpu")).train
-
-
 def test_the_sample_takes_each_row_at_most_once_until_the_tokens_are_reached(tmp_path):
-    rows = glue_rows(tmp_path)
+    tokenizer = write_vocab(tmp_path / "vocabulary")
+    rows = kprune_main.load_data("sst2", make_glue(tmp_path / "glue", rows=50), tokenizer, 32,
+                                 {0: "0", 1: "1"}, torch.device("cpu")).train
     sample = draw_sample(rows, 100, seed=0)
     tokens = sample.lengths
     assert tokens.sum() >= 100 > tokens[:-1].sum()

@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from helpers import GOOD, NEUTRAL, error_line, make_glue, make_model, run
-from kill import Process, run_whole, script, survive, torchrun
+from kill import Process, script, survive, torchrun
 
 import data_augmentation
 import prepare_data
@@ -235,16 +235,11 @@ def test_too_small_a_disk_is_an_error_before_the_work(setups, tmp_path, capsys, 
 # ------------------------------------------------------------------ several processes
 
 
-def test_two_processes_under_torchrun_write_what_one_does(setups, expected, tmp_path):
-    run_whole(torchrun(2, "data_augmentation.py", *setups["augment"].arguments(tmp_path)))
-    assert written(tmp_path) == expected["augment"]
-
-
 def children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-def test_torchrun_restarts_a_run_whose_process_was_killed(setups, expected, tmp_path):
+def test_torchrun_restarts_a_killed_run_and_writes_what_one_does(setups, expected, tmp_path):
     process = Process(torchrun(2, "data_augmentation.py", *setups["augment"].arguments(tmp_path),
                                restarts=1))
     process.wait_until(lambda log: len(finished_shards(tmp_path)) >= 1)

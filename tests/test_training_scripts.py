@@ -39,7 +39,7 @@ import finetune_teacher
 import general_distill
 import task_distill
 from transformer import checkpoint
-from transformer.checkpoint import load_state, load_training_state, read_state
+from transformer.checkpoint import load_state, load_training_state, read_tensors
 from transformer.file_utils import UserError, write_json
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForPreTraining
 
@@ -485,7 +485,7 @@ def damaged(data: bytes, rng: random.Random) -> list[bytes]:
 def test_a_damaged_state_is_never_used(stopped, caplog):
     stopped.copy("stopped", "damaged")
     *_, older, newest = states(stopped, "damaged")
-    data, previous, last = newest.read_bytes(), read_state(older), read_state(newest)
+    data, previous, last = newest.read_bytes(), read_tensors(older), read_tensors(newest)
     taken = []
     for version in damaged(data, random.Random(0)):
         newest.write_bytes(version)
@@ -760,7 +760,7 @@ def test_a_disk_that_fills_up_in_any_write_of_tensors_costs_nothing(
     monkeypatch.undo()
     [folder] = case.folders("quota")
     for state in states(case, "quota"):
-        read_state(state)
+        read_tensors(state)
     if (folder / "pytorch_model.bin").exists():
         load_state(folder)
     case.run("quota", "--resume")
