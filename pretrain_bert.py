@@ -132,7 +132,6 @@ def measure(
     model: BertForMaskedLM, batches: list[Batch], device: torch.device, dtype: torch.dtype | None
 ) -> tuple[float, float]:
     """Return (loss in nats, accuracy) over the masked tokens of all batches."""
-    was_training = model.training
     model.eval()
     loss, correct, count = 0.0, 0, 0
     for batch in batches:
@@ -144,7 +143,6 @@ def measure(
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         correct += int((logits.argmax(dim=-1) == labels).sum())
         count += len(labels)
-    model.train(was_training)
     return loss / count, correct / count
 
 

@@ -3,7 +3,6 @@
 import bz2
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import helpers
 import nltk
 import numpy as np
 import pytest
+from helpers import GOLDEN, SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -27,11 +27,9 @@ from transformer.corpus import (
 )
 from transformer.tokenization import BertTokenizer
 
-REPO = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
 DUMP = SHARED / "data" / "enwiki-sample-pages-articles.xml.bz2"
-STATS = REPO / "tests" / "golden" / "pregenerate_stats.json"
-VOCAB = SHARED / "golden" / "bert_base_uncased_vocab.txt"
+STATS = GOLDEN / "pregenerate_stats.json"
+VOCAB = GOLDEN / "bert_base_uncased_vocab.txt"
 EXPECTED_SENTENCES = 20304
 SEEDS = 20
 

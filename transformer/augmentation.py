@@ -17,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from transformer.checkpoint import load_state
 from transformer.file_utils import UserError, atomic_path
-from transformer.modeling import BertForMaskedLM
+from transformer.modeling import BertForMaskedLM, BertModel
 from transformer.tokenization import BertTokenizer
 
 # Kept from the original: the usual English function words without the question words (what,
@@ -242,11 +241,8 @@ def compose_vectors(
     words = list(count_words(_lines(files)))[:vocab_size]
     if not words:
         raise UserError(f"{files[0]}: no words; expected English text")
-    state = load_state(model_dir)
-    names = [name for name in state if name.endswith("embeddings.word_embeddings.weight")]
-    if not names:
-        raise UserError(f"{model_dir}: no word embeddings; expected a BERT checkpoint")
-    table = state[names[0]].float().numpy()  # [vocabulary, hidden]
+    model = BertModel.from_pretrained(model_dir)
+    table = model.embeddings.word_embeddings.weight.detach().numpy()  # [vocabulary, hidden]
     pieces = BertTokenizer.from_pretrained(model_dir).encode_batch(words)
     return words, np.stack([table[ids].mean(axis=0) for ids in pieces])
 

@@ -294,18 +294,6 @@ class _Calibration:
             name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
 
 
-def name_types(proto: onnx.ModelProto) -> None:
-    """Say that the linear layers' inputs and outputs are float32.
-
-    The quantizer asks for it, and shape inference stops at ONNX Runtime's own nodes.
-    """
-    graph = proto.graph
-    names = {value for node in quantized_products(proto) for value in (node.input[0],
-                                                                       node.output[0])}
-    graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-                            for name in sorted(names))
-
-
 def quantized_products(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Return the inner linear layers' matrix products."""
     weights = {weight.name for weight in proto.graph.initializer}
@@ -340,10 +328,14 @@ def quantize(
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    name_types(proto)
+    products = quantized_products(proto)
+    # The quantizer asks for their types, and shape inference stops at ONNX Runtime's own nodes.
+    names = {value for node in products for value in (node.input[0], node.output[0])}
+    proto.graph.value_info.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(names))
     options = {
         "per_channel": True, "reduce_range": reduce_range, "weight_type": QuantType.QInt8,
-        "nodes_to_quantize": [WORDS, *(node.name for node in quantized_products(proto))],
+        "nodes_to_quantize": [WORDS, *(node.name for node in products)],
         "op_types_to_quantize": ["MatMul", "Gather"],
     }
     extra = {"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT}
