@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transformer.batching import batches
-from transformer.features import encode_examples, truncate_pair
+from transformer.features import encode_examples
 from transformer.file_utils import UserError
 from transformer.tasks import (
     GLUE_TASKS,
@@ -22,7 +22,7 @@ from transformer.tasks import (
     task_rows,
     write_tsv,
 )
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, truncate_pair
 
 GLUE_DATA = SHARED / "data" / "glue_data"
 real_data = pytest.mark.skipif(not GLUE_DATA.is_dir(), reason=f"no GLUE data at {GLUE_DATA}")

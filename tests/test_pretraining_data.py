@@ -28,7 +28,6 @@ from transformer.corpus import (
     mask_tokens,
     random_spans,
     tokenize_block,
-    truncation,
     write_corpus,
 )
 from transformer.file_utils import UserError
@@ -296,16 +295,6 @@ def test_the_share_of_short_documents_and_their_targets_are_as_asked_for():
 
 
 # ------------------------------------------------------------------ cutting to length
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 300), st.integers(2, 200))
-def test_the_longer_span_loses_tokens_until_both_fit(first, second, max_tokens):
-    cut = [0, 0]
-    while (first - cut[0]) + (second - cut[1]) > max_tokens:
-        cut[0 if first - cut[0] > second - cut[1] else 1] += 1
-    found = truncation(np.array([first]), np.array([second]), max_tokens)
-    assert [int(values[0]) for values in found] == cut
 
 
 def test_truncation_takes_from_both_ends():

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from transformer.file_utils import UserError
-from transformer.tokenization import BLOCK_BYTES, BertTokenizer
+from transformer.tokenization import BLOCK_BYTES, BertTokenizer, truncate_pair
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"
@@ -315,13 +315,13 @@ def _cut_instances(
         corpus, random, plan.sentences[chosen], plan.documents[chosen],
         plan.targets[chosen] - first_lengths[chosen],
     )
-    first_cut, second_cut = truncation(first_lengths, second_lengths, settings.max_tokens)
+    first_kept, second_kept = truncate_pair(first_lengths, second_lengths, settings.max_tokens)
     return Instances(
         plan.sentences,
-        first_starts + random.heads("first", plan.sentences, first_cut),
-        first_lengths - first_cut,
-        second_starts + random.heads("second", plan.sentences, second_cut),
-        second_lengths - second_cut,
+        first_starts + random.heads("first", plan.sentences, first_lengths - first_kept),
+        first_kept,
+        second_starts + random.heads("second", plan.sentences, second_lengths - second_kept),
+        second_kept,
         plan.is_random,
     )
 
@@ -345,20 +345,6 @@ def random_spans(
     stops = np.searchsorted(corpus.sentence_starts, starts + np.maximum(lengths, 1))
     stops = np.minimum(stops, corpus.document_starts[others])
     return starts, corpus.sentence_starts[stops] - starts
-
-
-def truncation(
-    first_lengths: np.ndarray, second_lengths: np.ndarray, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many tokens to cut off each first and second span, so that both fit together.
-
-    The longer one loses tokens until both are equally long; then they take turns, the second
-    first. So each may keep half, and what the other leaves of its half.
-    """
-    half = max_tokens // 2
-    first_kept = np.maximum(max_tokens - second_lengths, max_tokens - half)
-    second_kept = np.maximum(max_tokens - first_lengths, half)
-    return np.maximum(first_lengths - first_kept, 0), np.maximum(second_lengths - second_kept, 0)
 
 
 # ------------------------------------------------------------------ masking

@@ -15,7 +15,7 @@ import torch
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
 from transformer.tasks import Example, GlueTask, get_task, iterate_examples, split_path
-from transformer.tokenization import BertTokenizer, flat_indices, offsets_of
+from transformer.tokenization import BertTokenizer, flat_indices, offsets_of, truncate_pair
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,6 @@ class Features:
             self.ids[flat_indices(self.offsets[indices], lengths)], offsets_of(lengths),
             self.first_lengths[indices], self.labels[torch.from_numpy(indices)],
             self.label_names, self.pad_id)
-
-
-def truncate_pair(
-    length_a: np.ndarray, length_b: np.ndarray, budget: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Say how much of two sentences to keep so that both fit into `budget` positions, [rows].
-
-    The same as BERT's loop that drops the last piece of the longer sentence (of the second, if
-    they are equal) until they fit.
-    """
-    keep_a = np.minimum(length_a, np.maximum(budget - budget // 2, budget - length_b))
-    return keep_a, np.minimum(length_b, budget - keep_a)
 
 
 def encode_rows(

@@ -144,6 +144,18 @@ def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
 
 
+def truncate_pair(
+    length_a: np.ndarray, length_b: np.ndarray, budget: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say how much of two sentences to keep so that both fit into `budget` positions, [rows].
+
+    The same as BERT's loop that drops a piece of the longer sentence (of the second, if
+    they are equal) until they fit.
+    """
+    keep_a = np.minimum(length_a, np.maximum(budget - budget // 2, budget - length_b))
+    return keep_a, np.minimum(length_b, budget - keep_a)
+
+
 class ChunkTable(dict[bytes, int]):
     """Maps chunks of text to indices, in the order in which they are first looked up.
 
