@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import REPO, same_weights
 
 import pretrain_bert
 from demo import glue_tasks
@@ -22,14 +23,12 @@ from transformer.modeling import BertConfig, BertForMaskedLM
 from transformer.tasks import GLUE_TASKS, load_examples
 from transformer.tokenization import BertTokenizer
 
-REPO = Path(__file__).resolve().parent.parent
-
 
 def start_script(name: str, *flags: object, hash_seed: str = "0") -> subprocess.Popen:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"demo/{name}", *map(str, flags)]
     return subprocess.Popen(command, cwd=REPO, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -43,7 +42,7 @@ def two_runs(tmp_path_factory):
     """Two runs of make_inputs.py with different hash seeds."""
     folders = [tmp_path_factory.mktemp("inputs") / name for name in "ab"]
     runs = [start_script("make_inputs.py", "--output_dir", folder, hash_seed=str(i))
-            for i, folder in enumerate(folders)]  # fmt: skip
+            for i, folder in enumerate(folders)]
     for run in runs:
         finish(run)
     return folders
@@ -109,7 +108,7 @@ def test_dev_sentences_are_not_in_train(inputs, folder):
 def test_wikiextractor_extracts_the_dump(inputs, tmp_path):
     pytest.importorskip("wikiextractor")
     command = [sys.executable, "-m", "wikiextractor.WikiExtractor", str(inputs / DUMP_NAME),
-               "--json", "-q", "--processes", "1", "-o", str(tmp_path)]  # fmt: skip
+               "--json", "-q", "--processes", "1", "-o", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     files = sorted(path for path in tmp_path.rglob("wiki_*"))
     articles = [json.loads(line) for path in files for line in path.read_text().splitlines()]
@@ -124,7 +123,7 @@ def test_wikiextractor_extracts_the_dump(inputs, tmp_path):
 def test_dump_has_the_parts_of_a_real_one(inputs):
     dump = bz2.decompress((inputs / DUMP_NAME).read_bytes()).decode("utf-8")
     for part in ("<siteinfo>", "<namespace key=\"10\"", "<redirect title=", "[[Category:",
-                 "{{Infobox", "&lt;ref name=", "== References ==", "<ns>1</ns>"):  # fmt: skip
+                 "{{Infobox", "&lt;ref name=", "== References ==", "<ns>1</ns>"):
         assert part in dump, part
 
 
@@ -166,7 +165,7 @@ def test_text_is_prose():
 
 
 TINY = BertConfig(vocab_size=4000, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
-                  intermediate_size=32, max_position_embeddings=40)  # fmt: skip
+                  intermediate_size=32, max_position_embeddings=40)
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +182,13 @@ def tiny_text(inputs, tmp_path_factory):
 def pretrain(tiny_text: Path, output: Path, *flags: object) -> None:
     parser = pretrain_bert.get_args_parser()
     common = ["--train_corpus", tiny_text / "corpus.txt", "--output_dir", output,
-              "--max_seq_length", 40, "--train_batch_size", 8, "--precision", "fp32"]  # fmt: skip
+              "--max_seq_length", 40, "--train_batch_size", 8, "--precision", "fp32"]
     pretrain_bert.main(parser.parse_args([str(flag) for flag in [*common, *flags]]))
 
 
 def test_pretraining_lowers_the_held_out_loss_and_saves_the_head(tiny_text, tmp_path):
     pretrain(tiny_text, tmp_path / "m", "--config", tiny_text, "--steps", 30,
-             "--shallow_layers", 2, "--shallow_steps", 30)  # fmt: skip
+             "--shallow_layers", 2, "--shallow_steps", 30)
     result = json.loads((tmp_path / "m" / "args.json").read_text())["masked_lm"]
     assert result["loss"] < result["loss_before"] - 0.5
     model = BertForMaskedLM.from_pretrained(tmp_path / "m")  # strict: the head is there
@@ -199,18 +198,17 @@ def test_pretraining_lowers_the_held_out_loss_and_saves_the_head(tiny_text, tmp_
 def test_pretraining_repeats_with_its_seed(tiny_text, tmp_path):
     for name in "ab":
         pretrain(tiny_text, tmp_path / name, "--config", tiny_text, "--steps", 3)
-    first, second = (load_state(tmp_path / name) for name in "ab")
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert same_weights(*(load_state(tmp_path / name) for name in "ab"))
 
 
 def test_head_only_leaves_every_other_weight_as_it_was(tiny_text, tmp_path):
     pretrain(tiny_text, tmp_path / "base", "--config", tiny_text, "--steps", 2)
     pretrain(tiny_text, tmp_path / "head", "--bert_model", tmp_path / "base", "--head_only",
-             "--steps", 5)  # fmt: skip
+             "--steps", 5)
     before, after = load_state(tmp_path / "base"), load_state(tmp_path / "head")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if key.startswith("cls.predictions.")
-                       and not key.endswith("decoder.weight")}  # fmt: skip
+                       and not key.endswith("decoder.weight")}
 
 
 def test_stacking_copies_the_trained_layers():
@@ -222,7 +220,7 @@ def test_stacking_copies_the_trained_layers():
     pretrain_bert.stack_layers(model, 2)
     for low, high in ((0, 2), (1, 3)):
         pairs = zip(model.bert.encoder.layer[low].parameters(),
-                    model.bert.encoder.layer[high].parameters(), strict=True)  # fmt: skip
+                    model.bert.encoder.layer[high].parameters(), strict=True)
         assert all(torch.equal(a, b) and a is not b for a, b in pairs)
 
 
@@ -248,7 +246,7 @@ def test_masking_hides_only_real_words(inputs):
     (["--config", "{tiny}", "--max_seq_length", "64"], "40 positions"),
     (["--config", "{tiny}", "--shallow_layers", "4", "--shallow_steps", "1"], "fewer than"),
     (["--config", "{tiny}", "--shallow_layers", "2"], "belong together"),
-])  # fmt: skip
+])
 def test_mistakes_of_the_user_are_named(tiny_text, tmp_path, flags, message):
     flags = [flag.format(tiny=tiny_text) for flag in flags]
     with pytest.raises(UserError, match=message):

@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(tmp_path, model, capsys, monkeypatch):
     for text, arguments, expected in (
         (b"a\tb\tc", ["--model", model], "standard input, line 1: 3 columns"),
         (b"a", ["--model", tmp_path / "general"], "holds no trained classifier"),
-        (b"a", ["--model", tmp_path / "none"], "no such model directory"),
+        (b"a", ["--model", tmp_path / "none"], "none/config.json: no such file"),
         (b"a", ["--model", model, "--max_seq_length", "1000"], "128 positions"),
         (b"a", ["--model", model, "--batch_size", "0"], "--batch_size 0"),
         (b"a", ["--model", model, "--input_file", tmp_path / "none"], "no such file"),

@@ -279,19 +279,6 @@ def output(tmp_path) -> ShardedFile:
     return output
 
 
-def test_a_shard_is_there_when_it_is_finished_and_not_before(output):
-    def write(shard, file, counts) -> None:
-        assert [path.name for path in output.folder.glob("*.shard")] == ["0.shard"][: shard.begin]
-        file.write(b"half")
-        if shard.begin == 4:
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        output.make(cut(8, 4), write, "row")
-    assert {path.name for path in output.folder.iterdir()} == {
-        "0.shard", "0.json", output.manifest.name}
-
-
 def test_shards_are_merged_in_order_with_separators_and_removed(output):
     contents = [b"one", b"", b"two" * 10**6]
 

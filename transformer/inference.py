@@ -32,8 +32,6 @@ def load_classifier(
             ONNX file that does not fit `config.json`.
     """
     folder = Path(model_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model directory")
     has_torch_weights = any((folder / name).is_file() for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME))
     if (folder / ONNX_NAME).is_file() and not has_torch_weights:
         from transformer.onnx_model import OnnxClassifier  # here: a second to load
