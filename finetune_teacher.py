@@ -48,35 +48,28 @@ def get_args_parser() -> argparse.ArgumentParser:
         "finetune_teacher.py", description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--data_dir", required=True, help="the task's folder of TSV files")
-    parser.add_argument("--bert_model", required=True, help="model folder to start from")
-    parser.add_argument("--output_dir", required=True, help="folder to write the model to")
-    parser.add_argument("--task_name", default=None,
-                        help=f"one of {', '.join(GLUE_TASKS)}; without it, data_dir's name")
-    parser.add_argument("--max_seq_length", type=int, default=128,
-                        help="longest input in word pieces; longer ones are cut")
-    parser.add_argument("--train_batch_size", type=int, default=32, help="rows a step")
-    parser.add_argument("--eval_batch_size", type=int, default=32, help="rows a batch on dev")
-    parser.add_argument("--learning_rate", type=float, default=2e-5, help="peak learning rate")
-    parser.add_argument("--num_train_epochs", type=float, default=3.0,
-                        help="passes over the rows; 0 only measures")
-    parser.add_argument("--warmup_proportion", type=float, default=0.1,
-                        help="share of the steps over which the learning rate rises")
-    parser.add_argument("--weight_decay", "--wd", type=float, default=0.01,
-                        help="decoupled weight decay, per unit of learning rate")
-    parser.add_argument("--max_train_rows", type=int, default=0,
-                        help="train on the first rows only; 0: all")
-    parser.add_argument("--aug_train", action="store_true",
-                        help="train on train_aug.tsv (data_augmentation.py writes it)")
-    parser.add_argument("--do_lower_case", action="store_true",
-                        help="lower-case the text; without it the model's own setting holds")
-    parser.add_argument("--new_classifier", action="store_true",
-                        help="fresh classifier: bert_model has none, or another task's")
-    parser.add_argument("--from_scratch", action="store_true",
-                        help="random weights in the shape of bert_model's config.json")
-    parser.add_argument("--vocab_dir", default=None,
-                        help="model folder whose vocabulary to use; without it, bert_model's")
-    add_training_arguments(parser)
+    add = parser.add_argument
+    add("--data_dir", required=True, help="the task's folder of TSV files")
+    add("--bert_model", required=True, help="model folder to start from")
+    add("--output_dir", required=True, help="folder to write the model to")
+    add("--task_name", default=None,
+        help=f"one of {', '.join(GLUE_TASKS)}; without it, data_dir's name")
+    add("--max_seq_length", type=int, default=128,
+        help="longest input in word pieces; longer ones are cut")
+    add("--train_batch_size", type=int, default=32, help="rows a step")
+    add("--learning_rate", type=float, default=2e-5, help="peak learning rate")
+    add("--num_train_epochs", type=float, default=3.0,
+        help="passes over the rows; 0 only measures")
+    add("--max_train_rows", type=int, default=0, help="train on the first rows only; 0: all")
+    add("--aug_train", action="store_true",
+        help="train on train_aug.tsv (data_augmentation.py writes it)")
+    add("--new_classifier", action="store_true",
+        help="fresh classifier: bert_model has none, or another task's")
+    add("--from_scratch", action="store_true",
+        help="random weights in the shape of bert_model's config.json")
+    add("--vocab_dir", default=None,
+        help="model folder whose vocabulary to use; without it, bert_model's")
+    add_training_arguments(parser, weight_decay=0.01)
     return parser
 
 

@@ -49,7 +49,7 @@ from transformer.pretraining_data import PregeneratedDataset, count_epochs, read
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
-    add_training_arguments,
+    add_distillation_arguments,
     check_numbers,
     compile_models,
     format_values,
@@ -87,33 +87,19 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="map an epoch's files, load nothing; a JSON epoch takes 13 GB of TMPDIR for Wikipedia")
     add("--do_eval", action="store_true",
         help="only measure the losses of student_model on the first epoch's data")
-    add("--do_lower_case", action="store_true",
-        help="lower-case the text; without it the teacher's own setting holds")
     add("--train_batch_size", default=32, type=int, nargs="+",
         help="instances a step, all micro-batches; one for each student or one for all, each a"
              " multiple of the smallest")
-    add("--eval_batch_size", default=8, type=int, help="instances a batch with --do_eval")
     add("--learning_rate", default=5e-5, type=float, nargs="+",
         help="peak learning rate; one for each student or one for all")
-    add("--weight_decay", "--wd", default=1e-4, type=float,
-        help="decoupled weight decay, per unit of learning rate")
     add("--num_train_epochs", default=3.0, type=float, help="passes over the corpus")
-    add("--warmup_proportion", default=0.1, type=float,
-        help="share of the steps over which the learning rate rises")
     add("--local_rank", "--local-rank", type=int, default=-1,
         help="number of the GPU to use; -1: the first; under torchrun each process has its own")
-    add("--gradient_accumulation_steps", type=int, default=1,
-        help="micro-batches a step (of the smallest batch size); the step's result does not depend"
-             " on it")
     add("--fp16", action="store_true", help="float16 with loss scaling, for GPUs without bf16")
     add("--continue_train", action="store_true",
         help="start from the weights in student_model instead of random ones")
     add("--eval_step", type=int, default=1000, help="steps between log lines and checkpoints")
-    add("--data_url", type=str, default="",
-        help="s3://bucket/prefix to copy checkpoints, logs and results to, every eval_step")
-    add("--match_original", action="store_true",
-        help="the original's losses: padding counts, batches padded to max_seq_length")
-    add_training_arguments(parser)
+    add_distillation_arguments(parser, eval_batch_size=8)
     return parser
 
 

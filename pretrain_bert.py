@@ -260,11 +260,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--train_batch_size", type=int, default=32, help="rows a step")
     add("--learning_rate", type=float, default=2e-3,
         help="peak learning rate, of the shallow layers where they are trained first")
-    add("--warmup_proportion", type=float, default=0.1, help="share of the steps that warm up")
-    add("--weight_decay", type=float, default=0.01, help="decoupled weight decay")
     add("--masked_lm_prob", type=float, default=0.15, help="share of the tokens to predict")
     add("--log_step", type=int, default=50, help="steps between lines of log.jsonl")
-    runtime.add_training_arguments(parser)
+    add("--warmup_proportion", type=float, default=0.1, help="share of the steps that warm up")
+    add("--weight_decay", type=float, default=0.01, help="decoupled weight decay")
+    add("--overwrite_output_dir", action="store_true",
+        help="write into an output folder that is not empty")
+    add("--seed", type=int, default=42, help="seed of every random choice")
+    add("--no_cuda", action="store_true", help="compute on the CPU")
+    runtime.add_precision_argument(parser)
     return parser
 
 

@@ -63,7 +63,7 @@ from transformer.optimization import BertAdam, param_groups
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RESULTS_NAME, RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
-    add_training_arguments,
+    add_distillation_arguments,
     as_list,
     check_numbers,
     compile_models,
@@ -108,23 +108,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max_seq_length", default=128, type=int,
         help="longest input in word pieces; not given: the task's (64 for single sentences)")
     add("--do_eval", action="store_true", help="only evaluate the student on the dev set")
-    add("--do_lower_case", action="store_true",
-        help="lower-case the text; without it the model's own setting holds")
     add("--train_batch_size", default=32, type=int, nargs="+",
         help="rows a step, over all micro-batches; several with --sweep")
-    add("--eval_batch_size", default=32, type=int, help="rows a batch on dev")
     add("--learning_rate", default=5e-5, type=float, nargs="+",
         help="intermediate stage: constant rate; prediction stage: peak of the schedule; one for"
              " each student, one for all, or with --sweep those to try")
-    add("--weight_decay", "--wd", default=1e-4, type=float,
-        help="decoupled weight decay, per unit of learning rate")
     add("--num_train_epochs", default=3.0, type=float,
         help="passes over the rows; not given: the task's in the intermediate stage (20; CoLA 50;"
              " MNLI, QQP, QNLI 10)")
-    add("--warmup_proportion", default=0.1, type=float,
-        help="prediction stage: share of the steps over which the learning rate rises")
-    add("--gradient_accumulation_steps", type=int, default=1,
-        help="micro-batches a step; the step's result does not depend on it")
     add("--aug_train", action="store_true",
         help="train on train_aug.tsv (data_augmentation.py writes it)")
     add("--eval_step", type=int, default=50,
@@ -133,14 +124,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true",
         help="prediction stage: train every combination of the rates and batch sizes, each in a"
              " subfolder, and keep each student's best on dev in its output folder")
-    add("--data_url", type=str, default="",
-        help="s3://bucket/prefix to copy checkpoints, logs and results to, after each epoch")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
     add("--max_train_rows", type=int, default=0, help="train on the first rows only; 0: all")
-    add("--match_original", action="store_true",
-        help="the original's losses: padding counts, soft cross-entropy divided by the number of"
-             " labels, ReLU before the classifier")
-    add_training_arguments(parser)
+    add_distillation_arguments(parser, eval_batch_size=32)
     return parser
 
 

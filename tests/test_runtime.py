@@ -141,12 +141,12 @@ def test_auto_takes_bf16_only_where_the_cpu_has_it(monkeypatch, able):
 
 
 def test_fp16_needs_a_gpu_and_no_other_precision():
-    with pytest.raises(UserError, match=r"--fp16 needs a GPU"):
+    with pytest.raises(UserError, match=r"float16 needs a GPU"):
         resolve_precision("auto", CPU, fp16=True)
     with pytest.raises(UserError, match=r"contradict"):
         resolve_precision("bf16", torch.device("cuda"), fp16=True)
     assert resolve_precision("auto", torch.device("cuda"), fp16=True) is torch.float16
-    with pytest.raises(UserError, match=r"--precision fp16 needs a GPU"):
+    with pytest.raises(UserError, match=r"float16 needs a GPU"):
         resolve_precision("fp16", CPU)
     assert resolve_precision("fp16", torch.device("cuda")) is torch.float16
 
@@ -160,19 +160,17 @@ def test_compile_is_off_on_a_cpu_unless_asked_for():
     assert compile_models(False, torch.device("cuda"), module) is False
 
 
-def test_compile_without_a_compiler_is_one_clear_line(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"--compile: there is no C\+\+ compiler \(no-such-comp"):
-        compile_models(True, CPU, torch.nn.Linear(2, 2))
+def test_what_cannot_be_compiled_runs_uncompiled_unless_compiling_was_asked_for(
+        monkeypatch, caplog):
+    def fail(function):
+        raise RuntimeError("no compiler\nmore")
 
-
-def test_a_gpu_without_triton_runs_uncompiled_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch, "compile", fail)
     with caplog.at_level(logging.INFO):
         assert compile_models(None, torch.device("cuda"), torch.nn.Linear(2, 2)) is False
-    assert "compile off: the package triton is not installed" in caplog.text
-    with pytest.raises(UserError, match="--compile: the package triton"):
-        compile_models(True, torch.device("cuda"), torch.nn.Linear(2, 2))
+    assert "compile off: no compiler" in caplog.text
+    with pytest.raises(UserError, match="^--compile: no compiler; leave the flag out"):
+        compile_models(True, CPU, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -394,6 +392,6 @@ def test_a_resumed_run_keeps_its_states_and_clears_what_was_being_written(tmp_pa
 def test_too_little_disk_is_an_error_before_work_starts(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         check_disk("training", tmp_path / "not" / "there", 1000)
-    assert "training needs about 1 kB of disk" in caplog.text
-    with pytest.raises(UserError, match=r"free; training needs about 1000000000.0 GB"):
+    assert "training needs about 0.00 GB of disk" in caplog.text
+    with pytest.raises(UserError, match=r"training needs about 1000000000.00 GB of disk"):
         check_disk("training", tmp_path, 10**18)

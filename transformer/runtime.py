@@ -7,7 +7,6 @@ import argparse
 import copy
 import ctypes
 import errno
-import importlib.util
 import json
 import logging
 import math
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}  # names of torch's types
 COMPILED_SHAPES = 64  # 8 padded lengths, each with the few numbers of rows that occur
 
 # glibc's parameters of mallopt: how much freed memory it keeps, and from which size on it maps.
@@ -157,27 +155,50 @@ def setup_logging() -> None:
 
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """Add --precision, which every script that runs a model has."""
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto",
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                         help="precision to compute in; auto: bf16 where the device has it; fp16"
                              " (training scales the loss): on a GPU")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every training script has."""
+def add_training_arguments(
+    parser: argparse.ArgumentParser, eval_batch_size: int = 32, weight_decay: float = 1e-4
+) -> None:
+    """Add the flags that every training script has; their defaults are the arguments."""
     add_precision_argument(parser)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="compile the models with torch.compile; not given: on a GPU, where"
-                             " it can")
-    parser.add_argument("--overwrite_output_dir", action="store_true",
-                        help="write into an output folder that is not empty")
+    add = parser.add_argument
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="compile the models with torch.compile; not given: on a GPU, where it can")
+    add("--do_lower_case", action="store_true",
+        help="lower-case the text; without it the model's own setting holds")
+    add("--eval_batch_size", type=int, default=eval_batch_size, help="rows a batch in evaluation")
+    add("--weight_decay", "--wd", type=float, default=weight_decay,
+        help="decoupled weight decay, per unit of learning rate")
+    add("--warmup_proportion", type=float, default=0.1,
+        help="share of the steps over which the learning rate rises")
+    add("--overwrite_output_dir", action="store_true",
+        help="write into an output folder that is not empty")
     add_resume_argument(parser)
-    parser.add_argument("--save_steps", type=int, default=0,
-                        help="steps between saved states, which --resume continues from; 0: by"
-                             " --save_minutes alone")
-    parser.add_argument("--save_minutes", type=float, default=15.0,
-                        help="minutes between saved states; 0: by --save_steps alone")
-    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
-    parser.add_argument("--no_cuda", action="store_true", help="compute on the CPU")
+    add("--save_steps", type=int, default=0,
+        help="steps between saved states, which --resume continues from; 0: by --save_minutes")
+    add("--save_minutes", type=float, default=15.0,
+        help="minutes between saved states; 0: by --save_steps alone")
+    add("--seed", type=int, default=42, help="seed of every random choice")
+    add("--no_cuda", action="store_true", help="compute on the CPU")
+
+
+def add_distillation_arguments(parser: argparse.ArgumentParser, eval_batch_size: int) -> None:
+    """Add the flags that both distillations have."""
+    add_training_arguments(parser, eval_batch_size)
+    add = parser.add_argument
+    add("--gradient_accumulation_steps", type=int, default=1,
+        help="micro-batches a step (of the smallest batch size); the step's result does not depend"
+             " on it")
+    add("--data_url", type=str, default="",
+        help="s3://bucket/prefix to copy checkpoints, logs and results to, as they come")
+    add("--match_original", action="store_true",
+        help="the original's losses: padding counts, batches padded to max_seq_length; in the"
+             " prediction stage soft cross-entropy divided by the number of labels, ReLU before the"
+             " classifier")
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
@@ -255,9 +276,8 @@ def get_device(no_cuda: bool = False, local_rank: int = -1) -> "torch.device":
         several = distributed.world_size() > 1
         index = distributed.local_rank() if several else max(local_rank, 0)
         if index >= torch.cuda.device_count():
-            what = f"process {index} of this machine" if several else f"--local_rank {local_rank}"
-            raise UserError(
-                f"{what}: there are {torch.cuda.device_count()} GPUs; expected one each")
+            raise UserError(f"GPU {index} of this machine: there are {torch.cuda.device_count()},"
+                            " numbered from 0; each process needs one of its own")
         torch.cuda.set_device(index)
     else:
         keep_freed_memory()
@@ -303,33 +323,17 @@ def resolve_precision(
     """
     import torch
 
+    if fp16 and name not in ("auto", "fp16"):
+        raise UserError(f"--fp16 and --precision {name} contradict each other")
     if fp16 or name == "fp16":
         if device.type != "cuda":
-            flag = "--fp16" if fp16 else "--precision fp16"
-            raise UserError(f"{flag} needs a GPU; on a CPU use --precision bf16 or fp32")
-        if name not in ("auto", "fp16"):
-            raise UserError(f"--fp16 and --precision {name} contradict each other")
+            raise UserError("float16 needs a GPU; on a CPU use --precision bf16 or fp32")
         return torch.float16
     if name == "auto":
         able = (torch.cuda.is_bf16_supported(including_emulation=False)
                 if device.type == "cuda" else cpu_has_bf16())
         name = "bf16" if able else "fp32"
-    return getattr(torch, PRECISIONS[name]) if PRECISIONS[name] else None
-
-
-def missing_for_compile(device: "torch.device") -> str | None:
-    """Say what torch.compile lacks on this machine, or None; compiles a line to find out."""
-    import torch
-
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return "the package triton is not installed"
-    if device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
-        return f"there is no C++ compiler ({compiler})"
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
-        return first_line(error)
-    return None
+    return torch.bfloat16 if name == "bf16" else None
 
 
 def compile_models(
@@ -347,11 +351,13 @@ def compile_models(
 
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
-    missing = missing_for_compile(device)
-    if missing and wanted:
-        raise UserError(f"--compile: {missing}; leave the flag out to run without")
-    if missing:
-        logger.info("compile off: %s", missing)
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler, a driver or a cache folder complains of
+        if wanted:
+            raise UserError(
+                f"--compile: {first_line(error)}; leave the flag out to run without") from error
+        logger.info("compile off: %s", first_line(error))
         return False
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     for module in modules:
@@ -381,19 +387,10 @@ def check_disk(stage: str, folder: Path | str, needed: float) -> None:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    logger.info("%s needs about %s of disk (%s free)", stage, size_text(needed), size_text(free))
+    message = f"{stage} needs about {needed / 1e9:.2f} GB of disk ({free / 1e9:.2f} GB free)"
+    logger.info("%s", message)
     if needed > free:
-        raise UserError(
-            f"{folder}: {size_text(free)} of disk free; {stage} needs about {size_text(needed)}")
-
-
-def size_text(size: float) -> str:
-    """Return a number of bytes as a person would say it, such as `1.3 GB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+        raise UserError(f"{folder}: {message}")
 
 
 # ------------------------------------------------------------------ the record of a start
