@@ -160,14 +160,6 @@ def write_rows(
     counts.update(augmentor.counts)
 
 
-def output_path(args: argparse.Namespace, data_dir: Path) -> Path:
-    """Return the file to write; a folder of that name is a `UserError`."""
-    path = Path(args.output_file) if args.output_file else data_dir / "train_aug.tsv"
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a file to write with --output_file")
-    return path
-
-
 def fingerprints(
     args: argparse.Namespace, source: Path, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, str]:
@@ -226,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     # What to augment
     task = get_task(args.task_name)
     data_dir = Path(args.glue_dir) / task.folder
-    output_file = output_path(args, data_dir)
+    output_file = Path(args.output_file or data_dir / "train_aug.tsv")
     check_args(args)
     table = task_rows(task, data_dir)
     if args.max_train_rows:

@@ -226,8 +226,6 @@ def main(args: argparse.Namespace) -> None:
     # Check what was asked for before anything slow happens.
     check_args(args)
     output = args.output_file
-    if output.is_dir():
-        raise UserError(f"--output_file {output}: is a folder; expected a file")
     files = find_input_files(args.input_dir)
     distributed.connect()
 

@@ -395,18 +395,6 @@ def open_session(path: Path, device: torch.device | None = None) -> onnxruntime.
         raise UserError(f"{path}: damaged, or not an ONNX model ({first_line(error)})") from error
 
 
-def check_session(
-    path: Path, session: onnxruntime.InferenceSession, config: BertConfig
-) -> None:
-    """Raise a `UserError` unless the sizes in the graph are those of `config.json`."""
-    stored = {"labels": session.get_outputs()[0].shape[-1],
-              **json.loads(session.get_modelmeta().custom_metadata_map.get("shape", "{}"))}
-    for name, wanted in graph_shape(config).items():
-        if stored.get(name) != wanted:
-            raise UserError(f"{path}: its {name} is {stored.get(name, 'not told')}; its config.json"
-                            f" has {wanted}; expected the pair that quantize.py wrote")
-
-
 class OnnxClassifier(nn.Module):
     """A classifier that ONNX Runtime computes from the `model.onnx` of a model directory.
 
@@ -428,7 +416,12 @@ class OnnxClassifier(nn.Module):
         path = folder / ONNX_NAME
         config = BertConfig.from_json_file(find_config(folder))
         session = open_session(path, device)
-        check_session(path, session, config)
+        stored = json.loads(session.get_modelmeta().custom_metadata_map.get("shape", "{}"))
+        for name, size in graph_shape(config).items():
+            if stored.get(name) != size:
+                raise UserError(
+                    f"{path}: its {name} is {stored.get(name, 'not told')}; its config.json has"
+                    f" {size}; expected the pair that quantize.py wrote")
         if num_labels is not None and num_labels != config.num_labels:
             raise UserError(
                 f"{path}: its classifier has {config.num_labels} labels; expected {num_labels}")

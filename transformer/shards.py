@@ -90,8 +90,9 @@ class ShardedFile:
             size: bytes of the output, about.
 
         Raises:
-            UserError: an output that exists without --overwrite, --resume with other arguments or
-                inputs, or a disk that does not hold the output twice: in shards, and merged.
+            UserError: an output that is a folder or exists without --overwrite, --resume with
+                other arguments or inputs, or a disk that does not hold the output twice: in
+                shards, and merged.
         """
         args.resume = should_resume(args, self.manifest, self.metadata)
         finished = distributed.is_main() and self._begin(args, inputs, size)
@@ -109,6 +110,8 @@ class ShardedFile:
                         self.output)
             self._remove_folder()  # what a kill has left of it
             return True
+        if self.output.is_dir():
+            raise UserError(f"{self.output}: is a folder; expected a file to write")
         if self.output.exists() and not args.overwrite:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
         check_disk(str(self.output), self.folder, 2 * size)
