@@ -384,7 +384,3 @@ def test_the_batch_that_is_not_full_can_be_kept_last(rows):
     *full, _ = as_lists(batches(lengths, 64, generator, short_last=True))
     assert all(len(batch) == 64 for batch in full)
     assert len(full) == -(-rows // 64) - 1
-
-
-def test_fewer_rows_than_a_batch_make_one_batch():
-    assert as_lists(batches([3, 9, 5], 32)) == [[1, 2, 0]]

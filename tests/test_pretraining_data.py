@@ -644,7 +644,7 @@ def test_folders_without_epochs_another_vocabulary_and_longer_rows_are_refused(
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
-    ({"tokens": None}, "tokens"),
+    ({"tokens": None}, "line 2"),
     ({"tokens": ["w1"] * 33, "segment_ids": [0] * 33}, "33 tokens; expected 1 to 32"),
     ({"segment_ids": [0]}, "segment ids"),
     ({"tokens": ["w1"] * 4, "segment_ids": [0] * 4}, "expected the tokens [CLS], text, [SEP]"),

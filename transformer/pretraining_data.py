@@ -354,8 +354,6 @@ def parse_row(line: bytes, max_length: int, vocab: dict[str, int]) -> tuple[list
     """
     row = json.loads(line)
     tokens, segments = row.get("tokens"), row.get("segment_ids")
-    if not isinstance(tokens, list) or not isinstance(segments, list):
-        raise ValueError('expected lists "tokens" and "segment_ids"')
     length, first = len(tokens), segments.count(0)
     if not 0 < length <= max_length:
         raise ValueError(f"{length} tokens; expected 1 to {max_length}")
