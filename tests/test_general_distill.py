@@ -162,7 +162,7 @@ def test_each_epoch_is_read_once_and_one_at_a_time(tmp_path, monkeypatch):
     (("--student_model", "a", "b"), ["--output_dir: 1 folders for 2 students"]),
     (("--student_model", "a", "b", "--output_dir", "out", "./out"), ["a folder of its own"]),
     (("--learning_rate", 1e-3, 1e-4), ["--learning_rate: 2 values for 1 students"]),
-    (("--precision", "fp16"), ["--precision fp16 needs a GPU"]),
+    (("--precision", "fp16"), ["float16 needs a GPU"]),
 ])
 def test_flags_that_do_not_fit_together_are_one_line(setup, capsys, more, contains):
     setup.expect_error(capsys, *more, contains=contains)
@@ -232,7 +232,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss(setup):
 
 
 @pytest.mark.parametrize(("more", "contains"), [
-    (("--fp16",), ["--fp16 needs a GPU"]),
+    (("--fp16",), ["float16 needs a GPU"]),
     (("--pregenerated_data", "no/such"), ["no/such"]),
     (("--teacher_model", "no/such"), ["no/such"]),
     (("--student_model", "no/such"), ["no/such"]),

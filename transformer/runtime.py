@@ -323,11 +323,11 @@ def resolve_precision(
     """
     import torch
 
-    if fp16 and name not in ("auto", "fp16"):
-        raise UserError(f"--fp16 and --precision {name} contradict each other")
     if fp16 or name == "fp16":
         if device.type != "cuda":
             raise UserError("float16 needs a GPU; on a CPU use --precision bf16 or fp32")
+        if name not in ("auto", "fp16"):
+            raise UserError(f"--fp16 and --precision {name} contradict each other")
         return torch.float16
     if name == "auto":
         able = (torch.cuda.is_bf16_supported(including_emulation=False)
