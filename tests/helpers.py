@@ -103,14 +103,6 @@ def random_batch(rows: int = 3, length: int = 9, vocab: int = len(PIECES), seed:
 # ------------------------------------------------------------------ GLUE
 
 
-def task_labels(task: GlueTask, count: int, rng: random.Random) -> list[str]:
-    if task.is_regression:
-        return [f"{rng.uniform(0, 5):.2f}" for _ in range(count)]
-    labels = [task.labels[row % len(task.labels)] for row in range(count)]
-    rng.shuffle(labels)
-    return labels
-
-
 def sentence(rng: random.Random, mood: list[str]) -> str:
     words = rng.choices(NEUTRAL, k=rng.randint(1, 5)) + rng.choices(mood, k=rng.randint(1, 2))
     rng.shuffle(words)
@@ -120,22 +112,22 @@ def sentence(rng: random.Random, mood: list[str]) -> str:
 def make_rows(task: GlueTask, count: int, seed: int) -> list[list[str]]:
     """Rows in the task's own columns; the label can be seen from the words."""
     rng = random.Random(seed)
-    rows = [] if task.columns else [_header(task)]
-    for label in task_labels(task, count, rng):
+    columns = task.columns or ["id", *filter(None, (task.text_a, task.text_b)), task.label]
+    if task.is_regression:
+        labels = [f"{rng.uniform(0, 5):.2f}" for _ in range(count)]
+    else:
+        labels = [task.labels[row % len(task.labels)] for row in range(count)]
+        rng.shuffle(labels)
+    rows = [] if task.columns else [columns]
+    for label in labels:
         place = 0 if task.is_regression else task.labels.index(label)
-        cells = dict.fromkeys(_header(task), "x")
+        cells = dict.fromkeys(columns, "x")
         cells[task.text_a] = sentence(rng, (BAD, GOOD, NEUTRAL)[place])
         if task.text_b is not None:
             cells[task.text_b] = sentence(rng, NEUTRAL)
         cells[task.label] = label
         rows.append(list(cells.values()))
     return rows
-
-
-def _header(task: GlueTask) -> list[str]:
-    if task.columns:
-        return list(task.columns)
-    return ["id", task.text_a, *([task.text_b] if task.text_b else []), task.label]
 
 
 def make_glue(folder: Path, name: str = "SST-2", rows: int = 24, dev_rows: int = 12,

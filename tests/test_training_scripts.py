@@ -1,6 +1,7 @@
 """What the training scripts promise alike: folders, seeds, several students, kills and resume."""
 
 import errno
+import io
 import logging
 import os
 import random
@@ -139,6 +140,8 @@ def test_the_log_says_what_runs_and_how_long_it_will_take(setup, caplog):
         setup.run("out", *setup.flags, "--num_train_epochs", 2, "--train_batch_size", 4)
     for word in ("commit", "device cpu", "precision fp32", "train_batch_size=", "eta 00:00"):
         assert word in caplog.text
+    start = read_json(setup.root / "out" / "args.json")
+    assert start["arguments"]["train_batch_size"] in (4, [4]) and start["commit"]
 
 
 def test_the_first_model_is_read_strictly_and_fits_the_rows(setup, capsys):
@@ -347,7 +350,8 @@ def cases(tmp_path_factory) -> Callable[[str], Case]:
 
     def get(name: str) -> Case:
         if name not in made:
-            made[name] = case = CASES[name](tmp_path_factory.mktemp(name), DROPOUT)
+            root = tmp_path_factory.mktemp(f"a {name} run")  # a space, as commands quote it
+            made[name] = case = CASES[name](root, DROPOUT)
             began = time.monotonic()
             case.run("whole")
             case.seconds = time.monotonic() - began
@@ -404,12 +408,13 @@ def test_resume_with_nothing_there_starts_from_the_beginning(cases):
 
 @pytest.mark.parametrize(("name", "number", "code"), [
     ("intermediate", signal.SIGTERM, 143), ("general", signal.SIGINT, 130),
-])  # fmt: skip
+])
 def test_a_signal_writes_a_state_and_prints_the_command_that_continues(cases, name, number, code):
     case = cases(name)
     case.remove("signalled")
     # No state but the signal's; how often they are saved may change from call to call.
-    process = kill.Process(case.command("signalled", "--save_steps", 0, "--save_minutes", 0))
+    process = kill.Process(case.command(
+        "signalled", "--save_steps", 0, "--save_minutes", 0, "--overwrite_output_dir"))
     assert process.wait_until(lambda log: "step 14 " in log or "step 15 " in log)
     os.killpg(process.popen.pid, number)  # as a terminal does: every process of the group
     assert process.end() == code, process.output()
@@ -418,8 +423,8 @@ def test_a_signal_writes_a_state_and_prints_the_command_that_continues(cases, na
     assert "Traceback" not in process.output()
     assert len(states(case, "signalled")) == 1
     words = shlex.split(lines[-1].partition("this continues: ")[2])
-    assert words[0] == "python"
-    assert words[-1] == "--resume"
+    assert words[0] == "python" and words[-1] == "--resume"
+    assert "--overwrite_output_dir" not in words
     resumed = kill.Process([*case.command("signalled")[:1], *words[1:]])
     assert resumed.end() == 0, resumed.output()
     assert "going on from" in resumed.output()
@@ -429,24 +434,17 @@ def test_a_signal_writes_a_state_and_prints_the_command_that_continues(cases, na
 # ------------------------------------------------------------------ other arguments
 
 
-def test_resume_with_other_arguments_names_those_that_differ_and_changes_nothing(stopped, capsys):
-    stopped.copy("stopped", "other")
+@pytest.mark.parametrize("begun", ["stopped", "whole"])
+def test_resume_with_other_arguments_names_those_that_differ_and_changes_nothing(
+        stopped, capsys, begun):
+    stopped.copy(begun, "other")
     [folder] = stopped.folders("other")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     message = error_line(capsys, stopped.module, *stopped.arguments(
         "other", "--resume", "--learning_rate", "0.5", "--seed", "7"))
-    assert "learning_rate" in message
-    assert "0.5" in message
-    assert "0.001" in message
-    assert "--seed 7 (was 42)" in message
+    assert "--learning_rate 0.5 (was 0.001), --seed 7 (was 42)" in message
     assert "train_batch_size" not in message
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-
-
-def test_a_finished_run_with_other_arguments_is_no_finished_run(cases, capsys):
-    case = cases("intermediate")
-    message = error_line(capsys, case.module, *case.arguments("whole", "--resume", "--seed", "7"))
-    assert "--seed 7 (was 42)" in message
 
 
 def test_how_often_states_are_saved_may_change(stopped):
@@ -458,17 +456,11 @@ def test_how_often_states_are_saved_may_change(stopped):
 # ------------------------------------------------------------------ damaged states and models
 
 
-def same_state(first, second) -> bool:
-    """Say whether two states are equal, down to the bits of their tensors."""
-    if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(
-            first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(
-            same_state(value, second[key]) for key, value in first.items())
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same_state, first, second))
-    return first == second
+def saved_bytes(state: dict) -> bytes:
+    """Return a state as it is saved: equal bytes are equal states."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
 
 
 def damaged(data: bytes, rng: random.Random) -> list[bytes]:
@@ -485,20 +477,21 @@ def damaged(data: bytes, rng: random.Random) -> list[bytes]:
 def test_a_damaged_state_is_never_used(stopped, caplog):
     stopped.copy("stopped", "damaged")
     *_, older, newest = states(stopped, "damaged")
-    data, previous, last = newest.read_bytes(), read_tensors(older), read_tensors(newest)
+    data, step = newest.read_bytes(), read_tensors(older)["step"]
+    previous, last = saved_bytes(read_tensors(older)), saved_bytes(read_tensors(newest))
     taken = []
     for version in damaged(data, random.Random(0)):
         newest.write_bytes(version)
         caplog.clear()
         state = load_training_state(stopped.folders("damaged")[0])
-        if same_state(state, last):
+        if saved_bytes(state) == last:
             assert version != data[: len(version)]  # a change that no byte of the content has
         else:
-            assert same_state(state, previous)
+            assert saved_bytes(state) == previous
             assert f"{newest}: damaged" in caplog.text
         taken.append(state["step"])
-    assert taken[:10] == [previous["step"]] * 10
-    assert taken.count(previous["step"]) > 50
+    assert taken[:10] == [step] * 10
+    assert taken.count(step) > 50
 
 
 def test_after_a_damaged_state_the_run_ends_with_the_same_bytes(stopped, caplog):
@@ -526,7 +519,6 @@ def test_with_every_state_damaged_the_run_starts_again(stopped, caplog):
 
 def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_state(tmp_path, capsys):
     case = task(tmp_path, DROPOUT, rows=120)
-    case.run("whole")
     teacher = tmp_path / "teacher" / "pytorch_model.bin"
     good = teacher.read_bytes()
     # One word is poison, and one sentence has it.
@@ -538,7 +530,6 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_state
     row = lines[30].split("\t")
     lines[30] = "\t".join(["lovelyly film ." if " " in cell else cell for cell in row])
     train.write_text("\n".join(lines) + "\n")
-    case.remove("whole")
     case.run("whole")
     torch.save(state, teacher)
     message = error_line(capsys, case.module, *case.arguments("bad", "--eval_step", 1,
@@ -586,14 +577,6 @@ def close(first, second, tolerance: float) -> bool:
     return first == second
 
 
-def largest_difference(case: Case, name: str, whole: str = "whole") -> float:
-    """Return the largest difference of any weight between two runs' students."""
-    return max(
-        (value - weights(found)[key]).abs().max().item()
-        for expected, found in zip(case.folders(whole), case.folders(name), strict=True)
-        for key, value in weights(expected).items())
-
-
 SMALLER = {
     "general": partial(general, rows=400),
     "one general": partial(general, rows=400, students=1),
@@ -612,11 +595,9 @@ def test_two_processes_end_with_the_student_of_one(tmp_path, name):
     case.run("whole")
     process = kill.Process(case.torchrun("two"))
     assert process.end() == 0, process.output()
-    assert largest_difference(case, "two") <= 1e-5
     for one, two in zip(case.folders("whole"), case.folders("two"), strict=True):
+        torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-5)
         assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-        assert [line["step"] for line in read_log(one)] == [
-            line["step"] for line in read_log(two)]
         assert close(without_times(one), without_times(two), 1e-4)
         assert read_json(two / "args.json")["processes"] == 2
 
@@ -645,25 +626,16 @@ def expect_same_student(case: Case, name: str) -> None:
                  1e-6)
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_resume_mends_it(pair):
+@pytest.mark.parametrize("restarts", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_run_that_lost_a_process_ends_and_goes_on_by_torchrun_or_by_resume(pair, restarts):
     pair.remove("killed")
-    process = kill.Process(pair.torchrun("killed"))
+    process = kill.Process(pair.torchrun("killed", restarts=restarts))
     assert process.wait_until(lambda log: log.count("state saved") > 3), process.output()
     kill_worker(process)
-    assert process.end() != 0
-    assert not (pair.folders("killed")[0] / "eval_results.json").exists()
-    again = kill.Process(pair.torchrun("killed", "--resume"))
-    assert again.end() == 0, again.output()
-    assert "going on from" in again.output()
-    expect_same_student(pair, "killed")
-
-
-def test_torchrun_restarts_a_run_that_lost_a_process(pair):
-    pair.remove("killed")
-    process = kill.Process(pair.torchrun("killed", restarts=1))
-    assert process.wait_until(lambda log: log.count("state saved") > 3), process.output()
-    kill_worker(process)
+    if not restarts:
+        assert process.end() != 0
+        assert not (pair.folders("killed")[0] / "eval_results.json").exists()
+        process = kill.Process(pair.torchrun("killed", "--resume"))
     assert process.end() == 0, process.output()
     assert "going on from" in process.output()
     expect_same_student(pair, "killed")
