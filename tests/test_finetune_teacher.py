@@ -24,7 +24,6 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
-from transformer.tasks import write_tsv
 
 
 @pytest.fixture
@@ -144,14 +143,6 @@ def test_the_task_may_be_named_by_its_folder_only_where_that_is_a_task(sst2, cap
     assert "mine" in message and "--task_name" in message
 
 
-def test_rows_can_be_bounded_and_augmented(tmp_path):
-    setup = FinetuneSetup(tmp_path, rows=9, augmented=14)
-    few = setup.run("few", "--max_train_rows", 4, "--num_train_epochs", 1)
-    assert read_json(few / "eval_results.json")["train_rows"] == 4
-    more = setup.run("more", "--aug_train", "--num_train_epochs", 1)
-    assert read_json(more / "eval_results.json")["train_rows"] == 14
-
-
 # ------------------------------------------------------------------ mistakes
 
 
@@ -159,8 +150,6 @@ def test_rows_can_be_bounded_and_augmented(tmp_path):
     (("--task_name", "nope"), ["nope", *ALL_TASKS]),
     (("--bert_model", "no/such"), ["no/such"]),
     (("--data_dir", "no/such"), ["no/such"]),
-    (("--aug_train",), ["train_aug.tsv"]),
-    (("--num_train_epochs", -1), ["--num_train_epochs -1"]),
     (("--vocab_dir", "no/such"), ["no/such"]),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_written(sst2, capsys, more, contains):
@@ -171,10 +160,3 @@ def test_a_vocabulary_that_does_not_fit_is_named(sst2, capsys):
     write_vocab(sst2.root / "words", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
                                       *(f"w{i}" for i in range(90))])
     sst2.expect_error(capsys, "--vocab_dir", sst2.root / "words", contains=["95 word pieces"])
-
-
-def test_bad_rows_are_named(sst2, capsys):
-    write_tsv(sst2.data / "dev.tsv", [["id", "sentence", "label"], ["1", "a film"]])
-    sst2.expect_error(capsys, contains=["dev.tsv, line 2"])
-
-

@@ -25,7 +25,7 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
-from transformer.tasks import label_order, load_examples, write_tsv
+from transformer.tasks import label_order, load_examples
 from transformer.tokenization import BertTokenizer
 
 FILES = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json",
@@ -339,25 +339,3 @@ def test_a_student_of_another_teachers_width_is_named_with_both_widths(sst2, cap
     make_model(sst2.student, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12,
                model_arguments={"fit_size": 20})
     sst2.expect_error(capsys, contains=["fit_dense.weight is [20, 12]", "[16, 12]"])
-
-
-@pytest.mark.parametrize(("file", "rows", "contains"), [
-    ("train.tsv", [["id", "sentence", "label"], ["1", "a film", "7"]], ["line 2", "'7'"]),
-    ("dev.tsv", [["id", "sentence", "label"], ["1", "a film", "yes"]], ["dev.tsv", "'yes'"]),
-])
-def test_a_bad_data_file_is_named_with_line_and_value(sst2, capsys, file, rows, contains):
-    write_tsv(sst2.data / file, rows)
-    sst2.expect_error(capsys, contains=contains)
-
-
-def test_rows_can_be_bounded_and_augmented(tmp_path):
-    setup = TaskSetup(tmp_path, rows=9, augmented=14)
-    for name, rows, flags in (("few", 4, ("--max_train_rows", 4)), ("more", 14, ("--aug_train",))):
-        output = setup.run(name, *flags, "--num_train_epochs", 1)
-        assert read_json(output / "eval_results.json")["train_rows"] == rows
-
-
-def test_a_missing_augmented_file_names_the_script_that_writes_it(sst2, capsys):
-    sst2.expect_error(capsys, "--aug_train", contains=["train_aug.tsv", "data_augmentation.py"])
-
-

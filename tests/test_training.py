@@ -137,19 +137,6 @@ def test_micro_batches_hold_every_row_once():
 # ------------------------------------------------------------------ several students
 
 
-@pytest.mark.parametrize("prediction", [False, True])
-def test_a_student_learns_the_same_alone_and_beside_others(prediction):
-    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
-    other = {"num_hidden_layers": 4, "hidden_size": 8, **dropout}
-    alone = [distil(2, prediction, steps=3, trainers=[make_trainer(prediction, **shape)])[0]
-             for shape in (dropout, other)]
-    together = [make_trainer(prediction, **dropout), make_trainer(prediction, **other)]
-    distil(2, prediction, steps=3, trainers=together)
-    for expected, trainer in zip(alone, together, strict=True):
-        for name, tensor in trainer.student.state_dict().items():
-            assert torch.equal(tensor, expected[name]), name
-
-
 def test_a_student_may_accumulate_several_of_the_shared_steps():
     torch.manual_seed(0)
     model = nn.Linear(1, 1, bias=False)

@@ -43,6 +43,7 @@ from transformer import checkpoint
 from transformer.checkpoint import load_state, load_training_state, read_tensors
 from transformer.file_utils import UserError, write_json
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForPreTraining
+from transformer.tasks import write_tsv
 
 MAY_DIFFER = ("args.json", "log.jsonl")  # from run to run
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -214,6 +215,25 @@ def test_equal_widths_start_from_the_identity(setup):
 ], indirect=["setup"])
 def test_flags_of_training_are_refused_with_do_eval(setup, capsys, flag):
     setup.expect_error(capsys, "--do_eval", flag, contains=[flag, "leave it out"])
+
+
+@pytest.mark.parametrize("setup", ["intermediate", "finetune"], indirect=True)
+def test_rows_of_a_task_can_be_bounded_and_augmented(setup, capsys):
+    setup.expect_error(capsys, *setup.flags, "--aug_train",
+                       contains=["train_aug.tsv", "data_augmentation.py"])
+    make_glue(setup.data, augmented=14)
+    for name, rows, more in (("few", 4, ("--max_train_rows", 4)), ("more", 14, ("--aug_train",))):
+        output = setup.run(name, *setup.flags, *more, "--num_train_epochs", 1)
+        assert read_json(output / "eval_results.json")["train_rows"] == rows
+
+
+@pytest.mark.parametrize("setup", ["intermediate", "finetune"], indirect=True)
+def test_a_bad_row_of_a_task_is_named_with_file_line_and_value(setup, capsys):
+    header = ["id", "sentence", "label"]
+    write_tsv(setup.data / "dev.tsv", [header, ["1", "a film"]])
+    setup.expect_error(capsys, *setup.flags, contains=["dev.tsv, line 2"])
+    write_tsv(setup.data / "train.tsv", [header, ["1", "a film", "7"]])
+    setup.expect_error(capsys, *setup.flags, contains=["train.tsv, line 2", "'7'"])
 
 
 # ------------------------------------------------------------------ runs to be killed
@@ -442,7 +462,7 @@ def test_resume_with_other_arguments_names_those_that_differ_and_changes_nothing
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     message = error_line(capsys, stopped.module, *stopped.arguments(
         "other", "--resume", "--learning_rate", "0.5", "--seed", "7"))
-    assert "--learning_rate 0.5 (was 0.001), --seed 7 (was 42)" in message
+    assert "--learning_rate [0.5] (was [0.001]), --seed 7 (was 42)" in message
     assert "train_batch_size" not in message
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
