@@ -353,13 +353,16 @@ def test_the_newest_two_states_are_kept_and_the_newest_is_read(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, caplog):
+@pytest.mark.parametrize("where", ["tensor", "archive's directory"])
+def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, caplog, where):
     for step in (1, 2):
         save_training_state(tmp_path, step, {"step": step, "weight": torch.ones(100)})
     newest = tmp_path / "training_state" / "step_0000000002.pt"
     content = bytearray(newest.read_bytes())
-    place = content.index(b"\x00\x00\x80\x3f" * 20) + 40
-    content[place] ^= 4  # within the tensor: torch.load itself would not see it
+    # Neither would torch.load itself see: within the tensor, or one part called a folder.
+    place = (content.index(b"\x00\x00\x80\x3f" * 20) + 40 if where == "tensor"
+             else content.index(b"PK\x01\x02") + 38)
+    content[place] ^= 16
     newest.write_bytes(content)
     assert load_training_state(tmp_path)["step"] == 1
     assert "step_0000000002.pt: damaged" in caplog.text

@@ -5,6 +5,7 @@ A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `py
 """
 
 import hashlib
+import io
 import logging
 import re
 import shutil
@@ -268,16 +269,27 @@ def save_training_state(output_dir: Path | str, step: int, state: dict[str, Any]
     path = Path(output_dir, STATE_FOLDER, f"step_{step:010}.pt")
     with atomic_path(path) as temporary:
         write_tensors(state, temporary)
+        with temporary.open("r+b") as file:  # its own check sum, at its end
+            file.write(hashlib.file_digest(file, "sha256").digest())
     for old in _states(output_dir)[KEPT_STATES:]:
         old.unlink()
     return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a state; one of which any byte has changed raises."""
+    content = path.read_bytes()
+    length = hashlib.sha256().digest_size
+    if hashlib.sha256(content[:-length]).digest() != content[-length:]:
+        raise ValueError("its check sum does not agree")
+    return torch.load(io.BytesIO(content[:-length]), map_location="cpu", weights_only=True)
 
 
 def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
     """Read the newest sound state of a run; None if there is none. Damaged ones are warned of."""
     for path in _states(output_dir):
         try:
-            state = read_tensors(path)
+            state = read_state(path)
         except Exception as error:  # a damaged file raises almost anything
             logger.warning("%s: damaged (%s); taking the one before it", path, first_line(error))
             path.unlink()  # so that it does not count as newest
