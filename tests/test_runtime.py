@@ -189,19 +189,6 @@ def test_a_flag_has_one_value_for_each_student_or_one_for_all():
         per_student("learning_rate", [0.1, 0.2], 3)
 
 
-def test_every_student_needs_an_output_folder_of_its_own(tmp_path):
-    def open_folders(*folders):
-        return RunFolder.open(argparse.Namespace(
-            output_dir=list(map(str, folders)), resume=False, overwrite_output_dir=False),
-            ["student"] * 2)
-
-    assert open_folders(tmp_path / "a", tmp_path / "b").state == "new"
-    with pytest.raises(UserError, match=r"--output_dir: 1 folders for 2 students"):
-        open_folders(tmp_path / "a")
-    with pytest.raises(UserError, match=r"a folder of its own"):
-        open_folders(tmp_path / "a", f"{tmp_path}/./a")
-
-
 def test_a_log_line_shows_four_digits_of_each_number():
     record = {"step": 123456, "lr": 2.2222222222222227e-05, "loss": 3.0236825561523437,
               "metrics": {"acc": 0.7647058823529411, "f1": 1.0}, "compiled": False}
