@@ -235,15 +235,6 @@ def test_a_mistake_is_one_line_and_nothing_is_written(setup, capsys, more, conta
     setup.expect_error(capsys, *more, contains=contains)
 
 
-def test_depths_heads_and_vocabularies_that_disagree_are_named_with_both_numbers(setup, capsys):
-    config_folder(setup.student, num_hidden_layers=3, hidden_size=12)
-    setup.expect_error(capsys, contains=["4 layers", "student 3"])
-    config_folder(setup.student, num_hidden_layers=2, hidden_size=12, num_attention_heads=3)
-    setup.expect_error(capsys, contains=["2 attention heads", "student 3"])
-    config_folder(setup.student, num_hidden_layers=2, hidden_size=12, vocab_size=999)
-    setup.expect_error(capsys, contains=["word pieces", "999"])
-
-
 def test_a_truncated_corpus_is_refused_before_anything_is_written(setup, capsys):
     path = setup.corpus / "epoch_0.json"
     lines = path.read_text().splitlines(keepends=True)

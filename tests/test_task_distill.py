@@ -319,20 +319,9 @@ def test_a_teacher_of_another_task_is_an_error(sst2, capsys):
     sst2.expect_error(capsys, contains=["3 labels; expected 2"])
 
 
-def test_depths_that_do_not_divide_are_named(sst2, capsys):
-    make_model(sst2.student, BertModel, num_hidden_layers=3)
-    sst2.expect_error(capsys, contains=["4 layers", "3"])
-
-
-def test_heads_that_differ_are_named_and_do_not_matter_for_the_logits(sst2, capsys):
+def test_heads_that_differ_do_not_matter_for_the_logits(sst2):
     make_model(sst2.student, BertModel, num_hidden_layers=2, num_attention_heads=4)
-    sst2.expect_error(capsys, contains=["2 attention heads", "student 4"])
     sst2.run("out", "--pred_distill", "--num_train_epochs", 1)
-
-
-def test_a_vocabulary_that_does_not_fit_is_named_with_both_sizes(sst2, capsys):
-    make_model(sst2.student, BertModel, num_hidden_layers=2, vocab_size=400)
-    sst2.expect_error(capsys, contains=["word pieces", "400"])
 
 
 def test_a_student_of_another_teachers_width_is_named_with_both_widths(sst2, capsys):

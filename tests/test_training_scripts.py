@@ -209,6 +209,17 @@ def test_equal_widths_start_from_the_identity(setup):
     assert torch.equal(weights(output)["fit_dense.weight"], torch.eye(16))
 
 
+@pytest.mark.parametrize("setup", ["general", "intermediate"], indirect=True)
+@pytest.mark.parametrize(("changes", "contains"), [
+    ({"num_hidden_layers": 3}, ["4 layers", "student 3"]),
+    ({"num_attention_heads": 4}, ["2 attention heads", "student 4"]),
+    ({"vocab_size": 400}, ["word pieces", "400"]),
+])
+def test_sizes_that_disagree_are_named_with_both_numbers(setup, capsys, changes, contains):
+    make_model(setup.trained, BertModel, **{"num_hidden_layers": 2, **changes})
+    setup.expect_error(capsys, contains=contains)
+
+
 @pytest.mark.parametrize(("setup", "flag"), [
     ("general", "--resume"), *(("intermediate", flag) for flag in (
         "--aug_train", "--pred_distill", "--compile", "--resume", "--sweep")),
