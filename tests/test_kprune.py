@@ -463,7 +463,6 @@ def test_the_script_prunes_every_kind_of_task_and_others_evaluate_what_it_wrote(
     written = read_json(output / "kprune.json")
     assert 0.3 < written["flops_removed"] < 0.4
     assert written["after"]["parameters"] < written["before"]["parameters"]
-    assert written["before"]["latency_ms"] > 0
     config = read_json(output / "config.json")
     assert config["heads_per_layer"] == written["heads_per_layer"]
     assert config["neurons_per_layer"] == written["neurons_per_layer"]
@@ -508,7 +507,7 @@ def test_the_scripts_own_folder_and_the_repository_root_both_serve(pruned, monke
         result = run_process(REPO / "K-prune" / "src" / "main.py", *arguments)
         assert result.returncode == 0, result.stderr
         assert not (pruned.root / "by_process" / "model.onnx").exists()
-    for line in ("dev acc", "MFLOPs a row", "million parameters", "latency of 32 rows",
+    for line in ("dev acc", "MFLOPs a row", "million parameters",
                  "layer 4: ", "of 2 heads"):
         assert line in result.stderr
 

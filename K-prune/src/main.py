@@ -2,7 +2,7 @@
 
 The pruned model is written as a model directory like any other, which task_distill.py --do_eval,
 further distillation, quantize.py and predict.py take; kprune.json beside it says what was removed
-and what that did to the score, the operations and the latency.
+and what that did to the score and the operations (latency: benchmarks/inference.py).
 
 Example:
     cd K-prune
@@ -31,7 +31,6 @@ from dataset.sample import draw_sample, sample_batches
 from dataset.tasks import TASKS, data_folder, default_length, load_data, model_arguments
 from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
 from utils.checkpoint import is_distilbert, load_model
-from utils.latency import ROWS, measure_latency
 
 from transformer.checkpoint import clear_model, save_pretrained
 from transformer.file_utils import VOCAB_NAME, UserError, write_json
@@ -136,12 +135,11 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
 
 
 def figures(
-    model: nn.Module, metrics: dict[str, dict[str, float]], flops: float, milliseconds: float
+    model: nn.Module, metrics: dict[str, dict[str, float]], flops: float
 ) -> dict[str, Any]:
     """Return what is printed and saved of a model, before or after."""
     return {"metrics": metrics["dev"], "all_metrics": metrics, "flops": round(flops),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "latency_ms": round(milliseconds, 3)}
+            "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> None:
@@ -153,9 +151,6 @@ def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> Non
     for name, unit in (("flops", "MFLOPs a row"), ("parameters", "million parameters")):
         logger.info("%.3f %s before, %.3f after (%.1f %% less)", before[name] / 1e6, unit,
                     after[name] / 1e6, 100 * (1 - after[name] / before[name]))
-    logger.info("latency of %d rows: %.2f ms before, %.2f ms after (%.2f times as fast)", ROWS,
-                before["latency_ms"], after["latency_ms"],
-                before["latency_ms"] / after["latency_ms"])
     config = pruned.model.config
     for layer, (heads, neurons) in enumerate(zip(config.heads, config.neurons, strict=True)):
         logger.info("layer %d: %d of %d heads, %d of %d neurons", layer + 1, heads,
@@ -202,9 +197,8 @@ def main(args: argparse.Namespace) -> None:
 
     # After
     smaller = freeze(copy.deepcopy(pruned.model))
-    latency = measure_latency({"before": model, "after": smaller}, max(3, round(seq_len)), device)
-    before = figures(model, score_before, encoder_flops(model.config, seq_len), latency["before"])
-    after = figures(smaller, data.score(smaller), pruned.flops_after, latency["after"])
+    before = figures(model, score_before, encoder_flops(model.config, seq_len))
+    after = figures(smaller, data.score(smaller), pruned.flops_after)
     report(before, after, pruned)
 
     # Results
@@ -215,7 +209,6 @@ def main(args: argparse.Namespace) -> None:
         "constraint": args.constraint, "flops_removed": 1 - after["flops"] / before["flops"],
         "seq_len": seq_len, "sample_rows": len(sample),
         "sample_tokens": int(sample.lengths.sum()), "seconds": round(seconds, 2),
-        "latency_rows": ROWS, "latency_length": max(3, round(seq_len)),
         "before": before, "after": after,
         "heads_per_layer": pruned.model.config.heads,
         "neurons_per_layer": pruned.model.config.neurons,

@@ -1,1 +1,1 @@
-"""What K-prune's script needs around its work: checkpoints of either kind, and latency."""
+"""What K-prune's script needs around its work: checkpoints of either kind."""
