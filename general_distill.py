@@ -45,7 +45,7 @@ from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.optimization import BertAdam, param_groups
-from transformer.pretraining_data import PregeneratedDataset, count_epochs, read_metrics
+from transformer.pretraining_data import PregeneratedDataset, find_epochs, read_metrics
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
@@ -115,18 +115,18 @@ class EpochReader:
                  reduce_memory: bool) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.max_seq_length, self.reduce_memory = max_seq_length, reduce_memory
+        self.epochs, _ = find_epochs(folder)
         self.loaded: PregeneratedDataset | None = None
 
     def rows(self, number: int) -> int:
         """Return the number of instances in the epoch that pass `number` (from 0) reads."""
-        return read_metrics(self.folder, number % count_epochs(self.folder)).num_training_examples
+        return read_metrics(self.folder, number % self.epochs).num_training_examples
 
     def load(self, number: int) -> PregeneratedDataset:
         """Return the data that pass `number` (from 0) reads; only one epoch is kept."""
-        epoch = number % count_epochs(self.folder)
-        if self.loaded is None or self.loaded.epoch != epoch:
+        if self.loaded is None or self.loaded.epoch != number % self.epochs:
             self.loaded = None  # frees the old epoch's memory first
-            self.loaded = PregeneratedDataset(self.folder, epoch, self.tokenizer,
+            self.loaded = PregeneratedDataset(self.folder, number, self.tokenizer,
                                               self.max_seq_length, self.reduce_memory)
         return self.loaded
 

@@ -176,15 +176,6 @@ def make_candidates(name: str, engines: list[str], folder: Path,
                         load=partial(load_classifier, model_dir, None, device))
 
 
-def usable_engines(engines: list[str], device: torch.device) -> list[str]:
-    """Return the engines that run on the device: few ONNX Runtimes have CUDA."""
-    import onnxruntime
-
-    providers = onnxruntime.get_available_providers()
-    return [engine for engine in engines if device.type == "cpu" or engine.startswith("torch")
-            or "CUDAExecutionProvider" in providers]
-
-
 # ------------------------------------------------------------------ inputs
 
 
@@ -328,13 +319,12 @@ def main(args: argparse.Namespace) -> None:
     check_arguments(args)
     device = torch.device(args.device)
     args.threads = args.threads if args.device == "cpu" else args.threads[:1]
-    engines = usable_engines(args.engines, device)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
 
     # Measurements
     with TemporaryDirectory(prefix="inference_") as folder:
         candidates = [candidate for name in args.models
-                      for candidate in make_candidates(name, engines, Path(folder), device)]
+                      for candidate in make_candidates(name, args.engines, Path(folder), device)]
         settings = make_settings(args, min(candidate.vocab_size for candidate in candidates))
         began = time.monotonic()
         measured = list(measure(candidates, args, settings, device))

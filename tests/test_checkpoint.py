@@ -13,7 +13,6 @@ from transformer import checkpoint
 from transformer.checkpoint import (
     load_state,
     load_training_state,
-    remove_training_states,
     save_pretrained,
     save_training_state,
 )
@@ -24,6 +23,7 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
+from transformer.run_folder import remove_training_states
 
 ALL_CLASSES = [BertModel, BertForMaskedLM, TinyBertForPreTraining,
                TinyBertForSequenceClassification]

@@ -31,11 +31,7 @@ from transformer.corpus import (
     write_corpus,
 )
 from transformer.file_utils import UserError
-from transformer.pretraining_data import (
-    PregeneratedDataset,
-    count_epochs,
-    read_metrics,
-)
+from transformer.pretraining_data import PregeneratedDataset, find_epochs, read_metrics
 from transformer.tokenization import BertTokenizer
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -372,7 +368,7 @@ def test_rows_have_the_originals_keys_and_layout(tmp_path, tokenizer):
     folder = generate_json(tmp_path, "--masked_lm_prob", "0.2", "--do_lower_case")
     rows = read_rows(folder)
     assert read_metrics(folder, 0) == (len(rows), 32)
-    assert count_epochs(folder) == 2
+    assert find_epochs(folder)[0] == 2
     lines = (folder / "epoch_0.json").read_text().splitlines()
     for line, row in zip(lines, rows, strict=True):
         assert list(row) == ["tokens", "segment_ids", "is_random_next", "masked_lm_positions",
@@ -477,7 +473,7 @@ def test_a_killed_call_leaves_nothing_that_passes_for_an_output_and_the_next_sta
     assert process.popen.returncode == -signal.SIGKILL
     assert [path.name[:11] for path in (tmp_path / "out").iterdir()] == [".unfinished"]
     with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
-        count_epochs(tmp_path / "out")
+        find_epochs(tmp_path / "out")
     assert Process(command).end() == 0
     text = (tmp_path / "corpus.txt").read_text()
     assert contents(tmp_path / "out") == contents(generate(tmp_path, name="fresh", text=text))
@@ -630,9 +626,9 @@ def test_folders_without_epochs_another_vocabulary_and_longer_rows_are_refused(
     epochs, tokenizer, tmp_path
 ):
     with pytest.raises(FileNotFoundError, match="missing"):
-        count_epochs(tmp_path / "missing")
+        find_epochs(tmp_path / "missing")
     with pytest.raises(UserError, match="no epoch_0.json and no epoch_0.bin"):
-        count_epochs(tmp_path)
+        find_epochs(tmp_path)
     swapped = write_vocab(tmp_path / "swapped", [*PIECES[:-2], PIECES[-1], PIECES[-2]])
     with pytest.raises(UserError, match="corpus.json: of the vocabulary with SHA-256 [0-9a-f]{12}"):
         PregeneratedDataset(epochs["binary"], 0, swapped)

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import re
-import shutil
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,6 +33,7 @@ from transformer.file_utils import (
     download,
     write_json,
 )
+from transformer.run_folder import STATE_FOLDER
 
 if TYPE_CHECKING:
     from transformer.tokenization import BertTokenizer
@@ -249,7 +249,6 @@ def clear_model(folder: Path | str) -> None:
 
 # ------------------------------------------------------------------ states of a run
 
-STATE_FOLDER = "training_state"
 KEPT_STATES = 2
 
 
@@ -297,8 +296,3 @@ def load_training_state(output_dir: Path | str) -> dict[str, Any] | None:
         logger.info("going on from %s", path)
         return state
     return None
-
-
-def remove_training_states(output_dir: Path | str) -> None:
-    """Delete the states of a run that has ended."""
-    shutil.rmtree(Path(output_dir, STATE_FOLDER), ignore_errors=True)

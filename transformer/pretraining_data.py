@@ -246,11 +246,6 @@ def find_epochs(data_dir: Path | str) -> tuple[int, str]:
     return count, suffix
 
 
-def count_epochs(data_dir: Path | str) -> int:
-    """Return how many epochs were generated; the errors are those of `find_epochs`."""
-    return find_epochs(data_dir)[0]
-
-
 def _read_fields(path: Path, kind: type) -> Any:
     """Read a JSON object with these fields; None if one of them is not of its type."""
     content = read_json(path)

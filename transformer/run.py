@@ -21,16 +21,14 @@ from tqdm import tqdm
 from transformer import distributed
 from transformer.batching import Batch, Pass
 from transformer.checkpoint import (
-    STATE_FOLDER,
     load_training_state,
-    remove_training_states,
     save_pretrained,
     save_training_state,
     save_weights,
 )
 from transformer.evaluation import Selection, write_results
 from transformer.file_utils import UserError
-from transformer.run_folder import JsonLog, RunningMean
+from transformer.run_folder import STATE_FOLDER, JsonLog, RunningMean, remove_training_states
 from transformer.runtime import Stopped, check_disk, format_values
 from transformer.tokenization import BertTokenizer
 from transformer.training import Step, StudentTrainer, train

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,11 +75,9 @@ def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
     return path
 
 
-def remove_states(path: Path) -> None:
-    """Delete a run's saved states."""
-    from transformer.checkpoint import remove_training_states  # here, as it imports torch
-
-    remove_training_states(path)
+def remove_training_states(path: Path) -> None:
+    """Delete the saved states of a run that has ended, or is to start again."""
+    shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)
 
 
 def save_arguments(output_dir: Path, start: Mapping[str, Any]) -> None:
@@ -204,7 +203,7 @@ class RunFolder:
                 lock_folder(path)  # before anything of it is removed
                 prepare_output_dir(path, self.overwrite or self.state == "resume")
                 if self.state == "new":
-                    remove_states(path)
+                    remove_training_states(path)
                 (path / RESULTS_NAME).unlink(missing_ok=True)
             save_arguments(path, {**record, "student": source})
         self.upload(strict=True)  # a wrong address is an error now, not after days
@@ -245,7 +244,7 @@ def _earlier_state(
         return "new"
     if not all((path / RESULTS_NAME).is_file() for path in paths):
         return "resume"
-    remove_states(paths[0])
+    remove_training_states(paths[0])
     logger.info("%s: finished by an earlier call; nothing to resume", " ".join(map(str, paths)))
     return "finished"
 
