@@ -79,7 +79,7 @@ def read_plan(text: str) -> tuple[dict[str, str], list[Step]]:
         if kind == "stage":
             stages[name] = words[0]
             continue
-        paths, command = words[: words.index("--")], words[words.index("--") + 1 :]
+        paths, command = [*map(tidy, words[: words.index("--")])], words[words.index("--") + 1 :]
         update = paths[:1] == ["--update"]
         split = paths.index("--reads") if "--reads" in paths else len(paths)
         steps.append(Step([*stages][-1], name, update, tuple(paths[update:split]),
@@ -96,9 +96,13 @@ def with_parents(path: str) -> list[str]:
     return [str(place) for place in (Path(path), *Path(path).parents) if place.name]
 
 
+def tidy(path: str) -> str:
+    return str(Path(path))  # data/ and ./data are data, to tell whether an output is named
+
+
 def without_free_flags(command: tuple[str, ...]) -> list[str]:
     """Return a command without the flags (each with one value) that results do not depend on."""
-    return [word for before, word in zip(["", *command], command, strict=False)
+    return [tidy(word) for before, word in zip(["", *command], command, strict=False)
             if word not in FREE_FLAGS and before not in FREE_FLAGS]
 
 
@@ -394,7 +398,8 @@ def main(args: argparse.Namespace) -> None:
     driver = Driver(args, keys, [])
     if args.mode == "run" and any(step.stage in chosen for step in {*steps} - finished):
         check(steps)
-        driver.locks += [take_lock(folder, steps) for folder in dict.fromkeys(args.folders)]
+        folders = {os.path.realpath(folder): tidy(folder) for folder in args.folders}
+        driver.locks += [take_lock(folder, steps) for folder in folders.values()]
         for folder in (args.log_dir, os.environ["TMPDIR"]):
             Path(folder).mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(stages, start=1):

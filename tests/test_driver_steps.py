@@ -167,6 +167,14 @@ def test_the_key_holds_nothing_that_only_one_machine_knows(plan):
         assert "1 finished earlier" in plan.run(*arguments, **variables)
 
 
+def test_a_folder_is_the_same_however_it_is_written(plan):
+    for folder in ("m/", "./m", "m"):
+        plan.entries[1:] = []
+        plan.step("one", f"{folder}/a")
+        plan.step("two", f"{folder}/b", flags=f"--input {folder}/a/part")
+        assert ("2 finished earlier" in plan.run("--folders", folder, "m/.")) == (folder != "m/")
+
+
 def test_what_the_driver_did_not_make_is_never_touched(plan):
     plan.step("one", "m/a")
     plan.step("two", "m/new", "m/b")
