@@ -32,7 +32,7 @@ stage glue "GLUE tasks"
 for task in $TASKS; do
   given=$DATA_DIR/glue_data/$task name=glue_${SLUG[$task]} file=$GLUE_DIR/$task/train.tsv
   if [[ $GLUE_DIR != "$DATA_DIR/glue_data" && ($INPUTS == demo || -f $given/train.tsv) ]]; then
-    step "$name" --update "$file" -- find "$given" -type f ! -name 'train_aug*' \
+    step "$name" --update "$file" -- find "$given" -maxdepth 1 -type f ! -name 'train_aug*' \
       -exec cp '{}' "$GLUE_DIR/$task/" ';'
   elif [[ $INPUTS != demo ]]; then
     step "$name" --update "$file" -- python download_glue.py --data_dir "$GLUE_DIR" --tasks "$task"
