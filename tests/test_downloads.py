@@ -22,7 +22,6 @@ from transformer.file_utils import (
     MissingError,
     UnreachableError,
     UserError,
-    cached_path,
     download,
     s3_address,
     upload_folder,
@@ -159,28 +158,11 @@ def test_a_killed_process_leaves_a_part_that_the_next_goes_on_with(server, tmp_p
 def test_a_file_that_is_there_is_checked_and_kept(server, tmp_path):
     path = tmp_path / "data.bin"
     path.write_bytes(OTHER)
-    assert fetch(server, tmp_path) == cached_path(path) == cached_path(str(path)) == path
+    assert fetch(server, tmp_path) == path
     assert path.read_bytes() == OTHER
     with pytest.raises(UserError, match=f"data.bin, already there; .*expected {SHA256}"):
         fetch(server, tmp_path, SHA256)
-    with pytest.raises(UserError, match=f"data.bin: SHA-256 is .*expected {SHA256}"):
-        cached_path(path, sha256=SHA256)
-    with pytest.raises(UserError, match="absent.txt: no such file"):
-        cached_path(tmp_path / "absent.txt")
     assert server.requests == []
-
-
-def test_an_address_is_downloaded_once_and_equal_names_are_kept_apart(
-    server, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("TINYBERT_CACHE", str(tmp_path))
-    server.files["/folder/data.bin"] = OTHER
-    for _ in range(2):
-        first = cached_path(f"{server.url}/data.bin")
-        second = cached_path(f"{server.url}/folder/data.bin")
-    assert first.read_bytes() == CONTENT and second.read_bytes() == OTHER
-    assert first.parent == tmp_path and first.name.endswith("-data.bin")
-    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
@@ -220,7 +202,7 @@ def stored(client) -> dict[str, bytes]:
 def test_an_object_is_downloaded_and_a_missing_one_is_named(s3, tmp_path):
     s3.put_object(Bucket="bucket", Key="folder/data.bin", Body=CONTENT)
     url = "s3://bucket/folder/data.bin"
-    assert cached_path(url, tmp_path, SHA256).read_bytes() == CONTENT
+    assert download(url, tmp_path / "data.bin", SHA256, **QUICK).read_bytes() == CONTENT
     for url in ("s3://bucket/absent", "s3://absent/data.bin"):
         with pytest.raises(MissingError, match=f"{url}: the server answered 404"):
             download(url, tmp_path / "absent", **QUICK)

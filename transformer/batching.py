@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +19,6 @@ Batch = dict[str, torch.Tensor]
 Collate = Callable[[Sequence[int]], Batch]  # from row numbers to tensors [rows, length]
 # A pass over the data: of each optimizer step the micro-batches, and of each of those the rows.
 Pass = tuple[Collate, Sequence[Sequence[Sequence[int]]]]
-
-
-class Rows(Protocol):
-    """Encoded rows: `Features` or `pretraining_data.PregeneratedDataset`."""
-
-    lengths: np.ndarray  # [rows]
-
-    def collate(self, rows: Sequence[int], pad_to: int | None = None) -> Batch:
-        """Return the rows as tensors [rows, length]."""
-
 
 
 def bucket_lengths(
@@ -69,7 +59,7 @@ def padding_multiple(device: torch.device) -> int:
 
 
 def padded_collate(
-    data: Rows, multiple: int = 1, pad_to: int | None = None, limit: int | None = None
+    data: Any, multiple: int = 1, pad_to: int | None = None, limit: int | None = None
 ) -> Collate:
     """Return what makes batches of `data`, padded to one of few lengths, or all to `pad_to`.
 

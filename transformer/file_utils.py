@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
@@ -129,29 +128,6 @@ def _check_sha256(path: Path, expected: str | None, what: str) -> None:
 def cache_root() -> Path:
     """Return the folder for what can be had again: `$TINYBERT_CACHE`, else `~/.cache/tinybert`."""
     return Path(os.environ.get("TINYBERT_CACHE") or Path.home() / ".cache" / "tinybert")
-
-
-def cached_path(
-    url_or_path: Path | str, cache_dir: Path | str | None = None, sha256: str | None = None
-) -> Path:
-    """Return a local path for a file that is local, on the web or in S3.
-
-    A path without a scheme is returned as it is when it exists. `http://`, `https://` and `s3://`
-    are downloaded once into `cache_dir` (default: `$TINYBERT_CACHE`, else `~/.cache/tinybert`);
-    delete the cached file to fetch it again. `sha256`, 64 hexadecimal digits, is checked in every
-    case. Raises `UserError` for a missing file and a failed download.
-    """
-    text = str(url_or_path)
-    if "://" not in text:
-        path = Path(text).expanduser()
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; expected a local path or an URL")
-        _check_sha256(path, sha256, str(path))
-        return path
-    # The digest keeps apart files of the same name, the name lets a reader see what is cached.
-    prefix = hashlib.sha256(text.encode()).hexdigest()[:16]
-    name = PurePosixPath(urlsplit(text).path).name or "index"
-    return download(text, Path(cache_dir or cache_root()) / f"{prefix}-{name}", sha256)
 
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:
