@@ -33,7 +33,7 @@ for task in $TASKS; do
   given=$DATA_DIR/glue_data/$task name=glue_${SLUG[$task]} file=$GLUE_DIR/$task/train.tsv
   if [[ $GLUE_DIR != "$DATA_DIR/glue_data" && ($INPUTS == demo || -f $given/train.tsv) ]]; then
     step "$name" --update "$file" -- find "$given" -maxdepth 1 -type f ! -name 'train_aug*' \
-      -exec cp '{}' "$GLUE_DIR/$task/" ';'
+      -exec sh -c 'cp "$@" "$0"' "$GLUE_DIR/$task/" '{}' + # "+": a failure of cp fails the step
   elif [[ $INPUTS != demo ]]; then
     step "$name" --update "$file" -- python download_glue.py --data_dir "$GLUE_DIR" --tasks "$task"
   fi

@@ -62,14 +62,6 @@ def test_two_runs_give_the_same_bytes(two_runs):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_a_folder_that_is_not_empty_is_refused(inputs):
-    process = start_script("make_inputs.py", "--output_dir", inputs)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert errors.strip().count("\n") == 0
-    assert str(inputs) in errors
-
-
 @pytest.mark.parametrize("folder", ROWS)
 def test_tasks_load_with_the_reader_of_published_files(inputs, folder):
     task = next(t for t in GLUE_TASKS.values() if t.folder == folder)

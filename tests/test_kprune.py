@@ -424,8 +424,6 @@ def test_the_sample_takes_each_row_at_most_once_until_the_tokens_are_reached(tmp
     assert np.array_equal(everything.ids, draw_sample(rows, 10**6, seed=1).ids)
     batches = sample_batches(sample)
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == tokens.sum()
-    with pytest.raises(UserError, match="--num_tokens 0"):
-        draw_sample(rows, 0, seed=0)
 
 
 # ------------------------------------------------------------------ the script
@@ -644,13 +642,3 @@ def test_a_pruned_distilbert_is_a_model_directory_like_any_other(tmp_path):
         "--precision", "fp32", "--no_cuda")
     assert read_json(tmp_path / "eval" / "eval_results.json")["metrics"] == pytest.approx(
         read_json(tmp_path / "out" / "kprune.json")["after"]["metrics"])
-
-
-def test_a_distilbert_with_a_weight_missing_is_refused(tmp_path, capsys):
-    theirs = distilbert(tmp_path / "distil", transformers.DistilBertForSequenceClassification)
-    state = theirs.state_dict()
-    del state["distilbert.transformer.layer.1.ffn.lin2.bias"]
-    (tmp_path / "distil" / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "distil" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"encoder\.layer\.1\.output\.dense\.bias"):
-        load_model(TinyBertForSequenceClassification, tmp_path / "distil")

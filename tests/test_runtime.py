@@ -27,9 +27,7 @@ from transformer.runtime import (
     check_numbers,
     compile_models,
     format_values,
-    get_device,
     given_flags,
-    parameter_count,
     per_student,
     resolve_precision,
     run_script,
@@ -118,10 +116,6 @@ def test_a_number_that_makes_no_sense_is_an_error_that_names_flag_and_value(name
 
 
 # ------------------------------------------------------------------ device and precision
-
-
-def test_no_cuda_means_the_cpu():
-    assert get_device(no_cuda=True) == CPU
 
 
 def test_precision_names_become_types():
@@ -259,10 +253,6 @@ def test_a_log_that_lost_its_end_is_not_filled_with_nothing(tmp_path, caplog):
     size = log.size
     log.cut(size + 100)
     assert log.size == size and "expected at least" in caplog.text
-
-
-def test_parameters_are_counted_in_millions():
-    assert parameter_count(torch.nn.Linear(1000, 1000, bias=False)) == "1.0M"
 
 
 # ------------------------------------------------------------------ stopping and going on

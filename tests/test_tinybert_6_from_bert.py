@@ -185,9 +185,3 @@ def test_a_checkpoint_with_other_layers_than_its_config_is_refused(source, tmp_p
                              "--output_dir", tmp_path / "s", "--num_layers", 2)
         assert "layer" in message
         assert not (tmp_path / "s").exists()
-
-
-def test_a_full_folder_is_refused(source, capsys):
-    message = error_line(capsys, tinybert_6_from_bert, "--bert_model", source,
-                         "--output_dir", source, "--num_layers", 2)
-    assert "not empty" in message

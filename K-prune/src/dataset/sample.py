@@ -5,7 +5,6 @@ import torch
 
 from transformer.batching import batches
 from transformer.features import Features
-from transformer.file_utils import UserError
 
 BATCH_TOKENS = 4096  # in one batch of the sample, padding included
 BATCH_ROWS = 32
@@ -16,8 +15,6 @@ def draw_sample(features: Features, num_tokens: int, seed: int) -> Features:
 
     All rows, where they hold fewer.
     """
-    if num_tokens < 1:
-        raise UserError(f"--num_tokens {num_tokens}; expected at least 1")
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).numpy()
     tokens = np.cumsum(features.lengths[order])
     rows = 1 + int(np.searchsorted(tokens, num_tokens))
