@@ -70,7 +70,6 @@ class ComposeVectors(argparse.Action):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="data_augmentation.py",
         description=__doc__.split("\n\n")[0],

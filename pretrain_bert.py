@@ -239,7 +239,6 @@ def train(
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

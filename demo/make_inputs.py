@@ -114,7 +114,6 @@ def train_vocabulary(lines: list[str], size: int) -> list[str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

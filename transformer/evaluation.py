@@ -193,14 +193,6 @@ class Selection:
         self.best_score, self.best = score, metrics
         return True
 
-    def state(self) -> dict[str, Any]:
-        """Return what `load_state` takes."""
-        return dict(vars(self))
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        vars(self).update(state)
-
     def results(self) -> dict[str, Any]:
         """Return what `write_results` should say of the run."""
         return {

@@ -90,7 +90,7 @@ class StudentOutput:
         """Return what `load_state` takes; all processes call it together."""
         return {
             "trainer": self.trainer.state(), "means": self.means.state(), "losses": self.losses,
-            "selection": self.selection and self.selection.state(), "log_bytes": self.log.size,
+            "selection": self.selection and dict(vars(self.selection)), "log_bytes": self.log.size,
         }
 
     def load_state(self, state: dict[str, Any], random_state: list[Tensor] | None) -> None:
@@ -99,7 +99,7 @@ class StudentOutput:
         self.means.load_state(state["means"], self.trainer.device)
         self.losses = state["losses"]
         if self.selection is not None:
-            self.selection.load_state(state["selection"])
+            vars(self.selection).update(state["selection"])
         self.log.cut(state["log_bytes"])
 
 
