@@ -190,7 +190,7 @@ def test_a_read_only_glue_folder_is_copied_and_never_written(tmp_path):
     task.mkdir(parents=True)
     (task / "train.tsv").touch()
     commands = dry_run("--profile", "minilm", "--only", "glue", DATA_DIR=str(tmp_path), TASKS="RTE")
-    assert [(*c[:2], c[-2]) for c in commands] == [
+    assert [(*c[:2], c[-3]) for c in commands] == [
         ("find", str(task), "data/minilm/glue_data/RTE/")]
 
 

@@ -229,7 +229,7 @@ def test_a_full_disk_keeps_what_is_finished(setups, expected, tmp_path, capsys, 
 def test_too_small_a_disk_is_an_error_before_the_work(setups, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     message = error_line(capsys, prepare_data, *setups["prepare"].arguments(tmp_path))
-    assert "100 kB of disk free" in message and list(tmp_path.iterdir()) == []
+    assert "(0.0001 GB free)" in message and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------ several processes

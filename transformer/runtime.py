@@ -387,7 +387,7 @@ def check_disk(stage: str, folder: Path | str, needed: float) -> None:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    message = f"{stage} needs about {needed / 1e9:.2f} GB of disk ({free / 1e9:.2f} GB free)"
+    message = f"{stage} needs about {needed / 1e9:.3g} GB of disk ({free / 1e9:.3g} GB free)"
     logger.info("%s", message)
     if needed > free:
         raise UserError(f"{folder}: {message}")
