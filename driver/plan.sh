@@ -93,7 +93,7 @@ carry_out_plan() {
   [[ $profile == full ]] || call+=" --profile $(printf %q "$profile")"
   [[ $recipe == original ]] || call+=" --recipe $recipe"
   [[ $mode != run ]] || echo "Profile $profile, recipe $recipe; logs in $RESULTS_DIR/logs"
-  export PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000}
+  export PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=${GOMP_SPINCOUNT-10000}
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT-110} # to write a state
   # Large temporary files, such as an epoch of Wikipedia, go where the models go.
   export TMPDIR=${TMPDIR:-$(realpath -m "$MODELS_DIR")/tmp}

@@ -19,6 +19,6 @@ done
 python=$(bash reproduction.sh --python </dev/null)
 # One thread for each of two test processes: the models are tiny, and threads would only compete.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_OFFLINE=1 MPLBACKEND=Agg GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000}
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg GOMP_SPINCOUNT=${GOMP_SPINCOUNT-10000}
 exec "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" \
   "${arguments[@]}" </dev/null
