@@ -1,8 +1,9 @@
 """Label sentences, or pairs of sentences, with any trained classifier: PyTorch or ONNX.
 
-Reads one input a line, pairs separated by a tab, from standard input as it comes or from a file;
-JSON lines hold {"sentence": ...} or {"sentence1": ..., "sentence2": ...}. Writes one line for each:
-the label and the probability of every label, or the score of a regression task.
+Reads one input a line, from standard input as it comes or from a file: a text, or two with a tab
+between; columns that a header or --columns names; JSON lines such as {"text": ...} or
+{"sentence1": ..., "sentence2": ...}. Writes one line for each: the label and the probability of
+every label, all labels above one half of a multi-label model, or the score of a regression.
 
 Examples:
     echo "a charming film" | python predict.py --model models/distilled_tinybert_4l_sst2
@@ -13,35 +14,49 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 from transformer.checkpoint import fetch_model
+from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, read_json
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
+from transformer.run_folder import RESULTS_NAME
 from transformer.runtime import (
     add_precision_argument,
     get_device,
     resolve_precision,
     run_script,
 )
-from transformer.tasks import BYTE_ORDER_MARK, Example
-from transformer.tokenization import BertTokenizer
+from transformer.tasks import BYTE_ORDER_MARK, GLUE_TASKS, Example, GlueTask, get_task
+from transformer.tokenization import BertTokenizer, truncate_pair
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 16
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+JSON_START = re.compile(r'\s*(\[\s*$|\[?\s*\{\s*(["}]|$))')  # of an object, or a list of them
 UNLABELLED = "0"  # stands for the label that encoding asks for
+
+# The columns, or JSON keys, that hold the texts: GLUE's, and those of Hugging Face's data sets.
+TEXT_COLUMNS = (("text",), ("text", "text_pair"), ("premise", "hypothesis"), *dict.fromkeys(
+    tuple(filter(None, (task.text_a, task.text_b))) for task in GLUE_TASKS.values()))
+TEXT_NAMES = {*chain.from_iterable(TEXT_COLUMNS)}
+# Cells that are not one of two texts; numbers are none either.
+NO_TEXTS = TEXT_NAMES.union(
+    *((task.label, *task.labels, *task.aliases) for task in GLUE_TASKS.values()))
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 
 class Row(NamedTuple):
@@ -52,10 +67,20 @@ class Row(NamedTuple):
     text_b: str | None
 
 
+class Layout(NamedTuple):
+    """How the lines of an input are read."""
+
+    is_json: bool
+    columns: tuple[Any, ...]  # JSON keys, or numbers from 0; empty: by the keys, or all there are
+    width: int = 0  # columns of the header; 0: there is none
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "predict.py", description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="With --precision fp32 the answers are those of Hugging Face's pipeline to five"
+               " digits; in bf16, faster and auto's choice where the device has it, to two.",
     )
     add = parser.add_argument
     add("--model", type=str, required=True,
@@ -63,11 +88,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input_file", type=Path, default=None,
         help="tab-separated lines, or JSON lines (.jsonl); not given: standard input")
     add("--input_format", choices=["auto", "tsv", "jsonl"], default="auto",
-        help="auto: by the suffix of --input_file, tab-separated otherwise")
+        help="auto: by the suffix of --input_file or the first line, tab-separated otherwise")
+    add("--columns", nargs="+", default=[], metavar="NAME_OR_NUMBER",
+        help="the columns (from 1, or by the header's names) or JSON keys of the one text or the"
+             " two; not given: those of GLUE and Hugging Face by name, else all there are")
     add("--format", choices=["text", "tsv", "jsonl"], default="text",
         help="a table to read, or tab-separated with a header, or JSON lines")
-    add("--max_seq_length", type=int, default=128,
-        help="longest input in word pieces; longer ones are cut, with a note")
+    add("--max_seq_length", type=int, default=None,
+        help="longest input in word pieces, longer ones are cut, with a note; not given: what the"
+             " model takes (a batch is only as long as its longest row)")
     add("--batch_size", type=int, default=32, help="inputs that are computed at once")
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
@@ -81,61 +110,176 @@ def get_args_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------ reading
 
 
-def arriving_lines(stream: BinaryIO) -> Iterator[list[bytes]]:
+def arriving_lines(stream: BinaryIO, name: str) -> Iterator[list[bytes]]:
     """Yield the lines of a stream as they arrive: all that are there, then wait for more."""
     rest = b""
-    while chunk := stream.read1(CHUNK_BYTES):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if lines:
-            yield lines
+    try:
+        while chunk := stream.read1(CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if lines:
+                yield lines
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     if rest:
         yield [rest]
 
 
-def parse_json(name: str, number: int, text: str) -> tuple[str, str | None]:
-    """Read one JSON line; returns its one text or two."""
+def decode(where: str, raw: bytes, is_first: bool) -> str:
+    """Return the text of a line; bytes that are not UTF-8 are replaced, with a note."""
+    if is_first and b"\0" in raw:
+        raise UserError(f"{where}: {raw[:20]!r}, not a text (UTF-16, packed?); expected UTF-8")
+    text = raw.rstrip(b"\r").decode("utf-8", errors="replace")
+    if "\ufffd" in text and "\ufffd".encode() not in raw:
+        logger.warning("%s: is not UTF-8; what cannot be read is replaced", where)
+    text = text.removeprefix(BYTE_ORDER_MARK) if is_first else text
+    if not text.strip():
+        logger.warning("%s: empty, passed over", where)
+    return text
+
+
+def known_columns(names: Collection[str]) -> tuple[str, ...]:
+    """Return which of these columns or keys hold the texts; () where that is not certain."""
+    known = TEXT_NAMES.intersection(names)
+    return next((columns for columns in TEXT_COLUMNS if known == {*columns}), ())
+
+
+def find_layout(where: str, first: str, args: argparse.Namespace) -> Layout:
+    """Say from the flags, the file's name and its first line how all lines are read."""
+    is_auto, suffix = args.input_format == "auto", getattr(args.input_file, "suffix", "")
+    if args.input_format == "jsonl" or (
+            is_auto and (suffix in JSON_SUFFIXES or JSON_START.match(first))):
+        return Layout(True, tuple(args.columns))
+    cells = first.split("\t")
+    if is_auto and (suffix == ".csv" or (
+            len(cells) == 1 and "," in first
+            and known_columns([cell.strip(' "') for cell in first.split(",")]))):
+        raise UserError(f"{where}: {first[:60]!r} is comma-separated; expected tabs or JSON lines"
+                        " (--input_format tsv takes each line as a text)")
+    known = known_columns(cells)
+    wanted = args.columns or known
+    names = [name for name in wanted if not name.isdecimal()]
+    if unknown := [name for name in names if name not in cells]:
+        raise UserError(f"{where}: no column {unknown[0]!r} in {first[:60]!r}; expected --columns"
+                        " with names of a header, or numbers from 1")
+    if is_header := bool(known or names):
+        logger.info("%s: a header; what is read: %s", where, ", ".join(wanted))
+    return Layout(False, tuple(int(name) - 1 if name.isdecimal() else cells.index(name)
+                               for name in wanted), len(cells) if is_header else 0)
+
+
+def json_texts(where: str, text: str, layout: Layout) -> list[str]:
+    """Return the one text or two of a JSON line: an object, or a string."""
     try:
         value = json.loads(text)
-        keys = ["sentence"] if "sentence" in value else ["sentence1", "sentence2"]
-        # JSON can spell half a surrogate pair, which UTF-8 can not.
-        first, *second = (value[key].encode("utf-8", "replace").decode() for key in keys)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{name}, line {number}: {text[:60]!r}; expected {{"sentence": "..."}} or'
-                        ' {"sentence1": "...", "sentence2": "..."}') from None
-    return first, second[0] if second else None
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, str) and not layout.columns:
+        value = {"text": value}
+    value = value if isinstance(value, dict) else {}
+    keys = layout.columns or known_columns(value)
+    texts = [value.get(key) for key in keys]
+    if len(texts) == 2 and value.get(keys[1], "") is None:
+        texts.pop()
+    if not texts or not all(isinstance(each, str) for each in texts):
+        expected = "; ".join(map(" and ".join, [keys] if keys else TEXT_COLUMNS))
+        raise UserError(f"{where}: {text[:60]!r}; expected a JSON object with one text or two under"
+                        f" {expected} (--columns names others)")
+    # JSON can spell half a surrogate pair, which UTF-8 can not.
+    return [each.encode("utf-8", "replace").decode() for each in texts]
 
 
-def parse_line(name: str, number: int, raw: bytes, is_json: bool) -> Row | None:
-    """Read one line; None for an empty one. Bytes that are not UTF-8 are replaced, with a note."""
-    text = raw.removesuffix(b"\r").decode("utf-8", errors="replace")
-    if number == 1:
-        text = text.removeprefix(BYTE_ORDER_MARK)
-    if not text.strip():
-        logger.warning("%s, line %d: empty, passed over", name, number)
-        return None
-    if "\ufffd" in text and "\ufffd".encode() not in raw:
-        logger.warning("%s, line %d: is not UTF-8; what cannot be read is replaced", name, number)
-    if is_json:
-        return Row(number, *parse_json(name, number, text))
-    text_a, *others = text.split("\t")
-    if len(others) > 1:
-        raise UserError(f"{name}, line {number}: {len(others) + 1} columns; expected a sentence,"
-                        " or two with a tab between")
-    return Row(number, text_a, others[0] if others else None)
+def cell_texts(where: str, text: str, layout: Layout) -> list[str]:
+    """Return the one text or two of a tab-separated line."""
+    cells, columns = text.split("\t"), layout.columns
+    if columns and max(columns) >= len(cells):
+        raise UserError(f"{where}: {len(cells)} columns; expected at least {max(columns) + 1}")
+    if not columns and len(cells) > 2:
+        raise UserError(f"{where}: {len(cells)} columns; expected a text, or two with a tab"
+                        " between (--columns chooses)")
+    if 0 < layout.width < len(cells):
+        logger.warning("%s: %d columns; the header has %d", where, len(cells), layout.width)
+    return [cells[column] for column in columns] if columns else cells
 
 
-def read_rows(stream: BinaryIO, name: str, is_json: bool) -> Iterator[list[Row]]:
-    """Yield the rows of a stream as they arrive."""
-    first = 1
-    for lines in arriving_lines(stream):
-        rows = [parse_line(name, number, raw, is_json)
-                for number, raw in enumerate(lines, start=first)]
-        first += len(lines)
-        if rows := [row for row in rows if row is not None]:
+def check_no_label(where: str, texts: list[str], labels: Collection[str]) -> None:
+    """Raise a `UserError` where one of two columns does not hold texts."""
+    for cell in (text.strip(' "') for text in texts):
+        if len(texts) == 2 and (cell in labels or cell in NO_TEXTS or NUMBER.fullmatch(cell)):
+            raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected two"
+                            " texts (--columns says which columns are)")
+
+
+def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
+              labels: Collection[str]) -> Iterator[list[Row]]:
+    """Yield the rows of a stream as they arrive; `labels` are the model's."""
+    layout, line, unchecked = None, 0, 2  # a header of other names may stand above the labels
+    for lines in arriving_lines(stream, name):
+        rows = []
+        for raw in lines:
+            line += 1
+            where = f"{name}, line {line}"
+            text = decode(where, raw, line == 1)
+            if not text.strip():
+                continue
+            if layout is None:
+                layout = find_layout(where, text, args)
+                if layout.width:
+                    continue
+            texts = (json_texts if layout.is_json else cell_texts)(where, text, layout)
+            if unchecked and not (layout.is_json or layout.columns):
+                check_no_label(where, texts, labels)
+                unchecked -= 1
+            rows.append(Row(line, *texts, *[None] * (2 - len(texts))))
+        if rows:
             yield rows
 
 
 # ------------------------------------------------------------------ predicting
+
+
+def answer_kind(config: BertConfig) -> str:
+    """Return what the outputs say: a label (softmax), labels (sigmoid), a score or scores."""
+    problem = getattr(config, "problem_type", config.other.get("problem_type"))
+    if problem == "multi_label_classification":
+        return "labels"
+    if config.num_labels == 1:  # whatever the model calls it: a softmax of one says nothing
+        return "score"
+    return "scores" if problem == "regression" else "label"
+
+
+def trained_task(folder: Path, config: BertConfig) -> GlueTask | None:
+    """Return the task that training, ours or Hugging Face's, noted beside the model."""
+    results = folder / RESULTS_NAME
+    noted = read_json(results) if results.is_file() else {}
+    try:
+        return get_task(str(noted.get("task") or config.other.get("finetuning_task")))
+    except UserError:
+        return None
+
+
+def check_pairs(rows: list[Row], name: str, config: BertConfig, task: GlueTask | None) -> None:
+    """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse."""
+    why = ("has one type of segments" if config.type_vocab_size == 1 else
+           f"was trained on {task.name}" if task is not None and task.text_b is None else "")
+    for row in rows:
+        if why and row.text_b is not None:
+            raise UserError(f"{name}, line {row.line}: two texts; the model takes one, it {why}"
+                            " (--columns chooses)")
+    if task is not None and task.text_b is not None and rows[0].text_b is None:
+        logger.warning("%s, line %d: one text; the model was trained on pairs (%s)",
+                       name, rows[0].line, task.name)
+
+
+def cut_pair(length_a: np.ndarray, length_b: np.ndarray,
+             budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut as `truncate_pair`, but as Hugging Face's fast tokenizers do where both texts are cut.
+
+    They give an odd last piece to the longer text, to the second if they are equal; BERT, and so
+    training and evaluation, to the first.
+    """
+    keep_a, keep_b = truncate_pair(length_a, length_b, budget)
+    moved = (length_a <= length_b) & (keep_a > keep_b)
+    return keep_a - moved, keep_b + moved
 
 
 def note_cut_rows(rows: list[Row], tokenizer: BertTokenizer, longest: int) -> None:
@@ -148,52 +292,62 @@ def note_cut_rows(rows: list[Row], tokenizer: BertTokenizer, longest: int) -> No
             logger.warning("line %d: %d word pieces, cut to %d", row.line, total, longest)
 
 
-def predict(model: torch.nn.Module, tokenizer: BertTokenizer, rows: list[Row],
-            args: argparse.Namespace, device: torch.device,
-            dtype: torch.dtype | None) -> torch.Tensor:
-    """Return the logits [rows, labels] that evaluation would see."""
-    note_cut_rows(rows, tokenizer, args.max_seq_length)
+def predict(model: torch.nn.Module, tokenizer: BertTokenizer, rows: list[Row], longest: int,
+            batch_size: int, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return the logits [rows, labels] of texts cut to `longest` word pieces."""
+    note_cut_rows(rows, tokenizer, longest)
     examples = (Example(f"line {row.line}", row.text_a, row.text_b, UNLABELLED) for row in rows)
-    features = encode_examples(examples, tokenizer, args.max_seq_length, (), regression=True)
-    return predict_logits(model, features, device, args.batch_size, dtype)
+    features = encode_examples(examples, tokenizer, longest, (), regression=True, cut=cut_pair)
+    return predict_logits(model, features, device, batch_size, dtype)
 
 
-def predictions(rows: list[Row], logits: torch.Tensor, names: dict[int, str]) -> Iterator[dict]:
-    """Yield the label and probabilities, or the score, of each row."""
-    all_probabilities = logits.softmax(dim=1).tolist()
-    for row, scores, probabilities in zip(rows, logits.tolist(), all_probabilities, strict=True):
+def predictions(
+    rows: list[Row], logits: torch.Tensor, kind: str, names: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the label or labels and the probabilities, or the score or scores, of each row."""
+    values = {"label": logits.softmax(dim=1), "labels": logits.sigmoid()}.get(kind, logits)
+    for row, numbers in zip(rows, values.tolist(), strict=True):
+        named = dict(zip(names, numbers, strict=True))
+        answer = {
+            "score": numbers[0], "scores": named, "label": max(names, key=named.get),
+            "labels": [name for name in names if named[name] > 0.5],
+        }[kind]
         texts = ({"sentence": row.text_a} if row.text_b is None else
                  {"sentence1": row.text_a, "sentence2": row.text_b})
-        if len(names) == 1:  # regression
-            yield {"line": row.line, "score": scores[0], **texts}
-            continue
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        yield {"line": row.line, "label": names[best], "probabilities": {
-            names[index]: value for index, value in enumerate(probabilities)}, **texts}
+        probabilities = {"probabilities": named} if kind.startswith("label") else {}
+        yield {"line": row.line, kind: answer, **probabilities, **texts}
 
 
 # ------------------------------------------------------------------ writing
+
+
+def one_line(text: str) -> str:
+    """Return a text without tabs and line breaks."""
+    return " ".join(text.split())
 
 
 def format_line(prediction: dict[str, Any], form: str) -> str:
     """Return one line of output."""
     if form == "jsonl":
         return json.dumps(prediction, ensure_ascii=False)
-    texts = [prediction[key] for key in ("sentence", "sentence1", "sentence2") if key in prediction]
-    numbers = prediction.get("probabilities", {"score": prediction.get("score")})
+    texts = [one_line(prediction[key]) for key in ("sentence", "sentence1", "sentence2")
+             if key in prediction]
+    labels = [one_line(each if isinstance(each, str) else ", ".join(each))
+              for each in (prediction.get("label"), prediction.get("labels")) if each is not None]
+    numbers = (prediction.get("probabilities") or prediction.get("scores")
+               or {"score": prediction["score"]})
     if form == "tsv":
-        label = [prediction["label"]] if "label" in prediction else []
-        cells = [str(prediction["line"]), *label, *(f"{number:.6f}" for number in numbers.values())]
-        return "\t".join([*cells, *(" ".join(text.split()) for text in (*texts, "")[:2])])
-    figures = "  ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-    label = f"{prediction['label']:<14}  " if "label" in prediction else ""
-    return f"{label}{figures}  {' | '.join(' '.join(text.split()) for text in texts)}"
+        figures = [f"{number:.6f}" for number in numbers.values()]
+        return "\t".join([str(prediction["line"]), *labels, *figures, *(*texts, "")[:2]])
+    figures = "  ".join(f"{one_line(name)} {number:.4f}" for name, number in numbers.items())
+    label = "".join(f"{each or '-':<14}  " for each in labels)
+    return f"{label}{figures}  {' | '.join(texts)}"
 
 
-def header(names: dict[int, str]) -> str:
+def header(kind: str, names: list[str]) -> str:
     """Return the first line of tab-separated output."""
-    numbers = ["score"] if len(names) == 1 else ["label", *names.values()]
-    return "\t".join(["line", *numbers, "sentence", "sentence2"])
+    numbers = {"score": ["score"], "scores": names}.get(kind, [kind, *names])
+    return "\t".join(["line", *map(one_line, numbers), "sentence", "sentence2"])
 
 
 def write_all(lines: Iterable[str]) -> None:
@@ -206,38 +360,57 @@ def write_all(lines: Iterable[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for values out of range and streams that are not there."""
+    for name, least in (("max_seq_length", 3), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}; expected at least {least}")
+    if len(args.columns) > 2 or "0" in args.columns:
+        raise UserError(f"--columns {' '.join(args.columns)}; expected one or two, from 1")
+    path = args.input_file
+    if path is not None and (path.is_dir() or not path.exists()):
+        raise UserError(f"--input_file {path}: {'a folder' if path.is_dir() else 'no such file'};"
+                        " expected a file of lines")
+    if path is None and sys.stdin is None:
+        raise UserError("standard input is closed; expected lines there, or --input_file")
+    if sys.stdout is None:
+        raise UserError("standard output is closed; expected a place for the predictions")
+
+
 def main(args: argparse.Namespace) -> None:
     # Settings and model
-    for name, least in (("max_seq_length", 3), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
-    path = args.input_file
-    if path is not None and not path.is_file():
-        raise UserError(f"--input_file {path}: no such file, or a folder; expected a file of lines")
+    check_args(args)
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's: the texts are
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     folder = fetch_model(args.model, args.cache_dir or None)
     model = load_classifier(folder, device=device)
+    config = model.config
     tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
-    model.config.check_vocabulary(len(tokenizer), folder)
-    model.config.check_length(args.max_seq_length, "the model")
+    config.check_vocabulary(len(tokenizer), folder)
+    longest = args.max_seq_length or min(
+        config.max_position_embeddings, getattr(tokenizer, "model_max_length", None) or sys.maxsize)
+    config.check_length(longest, "the model")
+    task = trained_task(folder, config)
     freeze(model, dtype, device)
 
     # Predictions, as the input comes
-    is_json = (path is not None and path.suffix in JSON_SUFFIXES
-               if args.input_format == "auto" else args.input_format == "jsonl")
-    name = "standard input" if path is None else str(path)
-    names = model.config.id2label
+    name = "standard input" if args.input_file is None else str(args.input_file)
+    kind = answer_kind(config)
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
 
     def lines() -> Iterator[str]:
         if args.format == "tsv":
-            yield header(names)
-        for rows in read_rows(stream, name, is_json):
-            logits = predict(model, tokenizer, rows, args, device, dtype)
-            yield from (format_line(each, args.format) for each in predictions(rows, logits, names))
+            yield header(kind, names)
+        for rows in read_rows(stream, name, args, names):
+            check_pairs(rows, name, config, task)
+            logits = predict(model, tokenizer, rows, longest, args.batch_size, device, dtype)
+            yield from (format_line(each, args.format)
+                        for each in predictions(rows, logits, kind, names))
 
-    with nullcontext(sys.stdin.buffer) if path is None else path.open("rb") as stream:
+    with (nullcontext(sys.stdin.buffer) if args.input_file is None
+          else args.input_file.open("rb")) as stream:
         write_all(lines())
 
 

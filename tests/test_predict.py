@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def ask(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         capsys.readouterr()
         run(predict, "--precision", "fp32", *arguments)
-        return capsys.readouterr().out.splitlines()
+        return capsys.readouterr().out.split("\n")[:-1]  # a text may hold other line ends
 
     return call
 
@@ -66,39 +67,183 @@ def test_the_scores_are_those_of_evaluation(tmp_path, ask, model, name, made):
         ("negative", "positive")[place] for place in expected.argmax(dim=1)]
 
 
-def test_every_output_format_says_the_same(ask, model):
-    text = b"a good film\nbad\tsad"
-    lines = as_json(ask(text, "--model", model, "--format", "jsonl"))
-    assert lines[1]["sentence1"] == "bad" and lines[1]["sentence2"] == "sad"
-    header, *rows = (line.split("\t") for line in ask(text, "--model", model, "--format", "tsv"))
-    assert header == ["line", "label", "negative", "positive", "sentence", "sentence2"]
-    for line, row in zip(lines, rows, strict=True):
-        assert row[:2] == [str(line["line"]), line["label"]]
-        assert float(row[2]) == pytest.approx(line["probabilities"]["negative"], abs=1e-6)
-        assert len(row) == len(header)
-    table = ask(text, "--model", model)
-    assert table[0].startswith(lines[0]["label"]) and table[0].endswith("a good film")
+# ------------------------------------------------------------------ Hugging Face's pipeline
+
+LONG = "good film , very bad story "
+TEXTS = [
+    {"text": "a good film"}, {"text": "we saw it ."}, {"text": LONG * 60}, {"text": "bad"},
+    {"text": "Caf\u00e9 \U0001f600 \u4e2d a\u0301 \u200b\u2028x\u00a0film \u0130"}, {"text": ""},
+    {"text": "a good film", "text_pair": "bad"}, {"text": "bad", "text_pair": "a good film"},
+    {"text": "film " * 99, "text_pair": "bad " * 99}, {"text": LONG * 60, "text_pair": "a book"},
+    {"text": "film " * 64, "text_pair": "bad " * 63}, {"text": "a " * 62, "text_pair": LONG * 60},
+]
+KINDS = {
+    "two labels": {"labels": ("negative", "positive")},
+    "three labels": {"labels": ("contradiction", "entailment", "neutral")},
+    "regression": {"labels": ("score",), "problem_type": "regression",
+                   "max_position_embeddings": 64},
+    "several scores": {"labels": ("x", "y"), "problem_type": "regression"},
+    "multi-label": {"labels": ("joy", "anger", "love"),
+                    "problem_type": "multi_label_classification"},
+}
 
 
-def test_files_are_read_by_their_suffix(tmp_path, ask, model):
-    (tmp_path / "in.jsonl").write_text(
-        '{"sentence": "a film"}\n{"sentence1": "a", "sentence2": "film"}\n')
-    (tmp_path / "in.tsv").write_text("\ufeffa film\r\na\tfilm\n", encoding="utf-8")
-    first, second = (ask(b"", "--model", model, "--input_file", tmp_path / name, "--format",
-                         "jsonl") for name in ("in.jsonl", "in.tsv"))
-    assert first == second and len(first) == 2
-    assert ask((tmp_path / "in.jsonl").read_bytes(), "--model", model, "--input_format", "jsonl",
-               "--format", "jsonl") == first
+def pipeline_answers(folder):
+    """The number of each label that Hugging Face gives for each of `TEXTS`."""
+    pipeline = pytest.importorskip("transformers").pipeline
+    classify = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    longest = classify.model.config.max_position_embeddings
+    return [{answer["label"]: answer["score"]
+             for answer in classify(dict(text), truncation=True, max_length=longest)}
+            for text in TEXTS]
 
 
-def test_regression_prints_the_score(tmp_path, ask):
-    model = make_model(tmp_path / "sts", num_labels=1)
-    tokenizer = BertTokenizer.from_pretrained(tmp_path / "sts")
-    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_batch(["good"])[0],
-                         tokenizer.sep_id]])
-    (prediction,) = as_json(ask(b"good", "--model", tmp_path / "sts", "--format", "jsonl"))
-    assert prediction["score"] == pytest.approx(float(model(ids)[0].detach()), abs=1e-5)
-    assert "label" not in prediction
+def numbers_of(line, names):
+    return line.get("probabilities") or line.get("scores") or {names[0]: line["score"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_answers_are_those_of_the_pipeline(tmp_path, ask, kind):
+    names = KINDS[kind]["labels"]
+    make_model(tmp_path / "model", **KINDS[kind])
+    run(quantize, "--model", tmp_path / "model", "--output_dir", tmp_path / "onnx", "--method",
+        "fp32", "--format", "onnx")
+    expected = pipeline_answers(tmp_path / "model")
+    text = "\n".join(map(json.dumps, TEXTS)).encode()
+    for folder, batch_size in (("model", 1), ("model", 2), ("model", 32), ("onnx", 32)):
+        lines = as_json(ask(text, "--model", tmp_path / folder, "--batch_size", batch_size,
+                            "--format", "jsonl"))
+        for line, answer in zip(lines, expected, strict=True):
+            found = numbers_of(line, names)
+            assert found == pytest.approx(answer, abs=1e-5)
+            assert list(found) == list(names)
+            if kind == "multi-label":
+                assert line["labels"] == [name for name in names if answer[name] > 0.5]
+            elif kind.endswith("labels"):
+                assert line["label"] == max(answer, key=answer.get)
+
+
+@pytest.mark.parametrize(("kind", "columns", "first"), [
+    ("three labels", "label contradiction entailment neutral", "label"),
+    ("multi-label", "labels joy anger love", "labels"),
+    ("regression", "score", "score"),
+    ("several scores", "x y", "scores"),
+])
+def test_every_format_says_the_same(tmp_path, ask, kind, columns, first):
+    make_model(tmp_path / "model", **KINDS[kind])
+    question = (b"a good\tbad film\nsad", "--model", tmp_path / "model", "--format")
+    lines, (header, *rows) = as_json(ask(*question, "jsonl")), ask(*question, "tsv")
+    assert header.split("\t") == ["line", *columns.split(), "sentence", "sentence2"]
+    for line, row, text, texts in zip(lines, rows, ask(*question, "text"),
+                                      (["a good", "bad film"], ["sad", ""]), strict=True):
+        label = line.get("label", ", ".join(line.get("labels", [])))
+        numbers = numbers_of(line, ["score"]).values()
+        assert row.split("\t") == [str(line["line"]), *([label] if "label" in first else []),
+                                   *(f"{number:.6f}" for number in numbers), *texts]
+        assert text.startswith(label) and text.endswith("  " + " | ".join(filter(None, texts)))
+        assert all(f" {number:.4f}" in text for number in numbers)
+        assert first in line
+
+
+# ------------------------------------------------------------------ reading
+
+
+ONE, TWO = ["a film"], ["a film", "bad"]
+READ = {
+    "one text a line": (b"a film", ONE),
+    "two with a tab": (b"a film\tbad", TWO),
+    "a mark at the start, carriage returns": (b"\xef\xbb\xbfa film\tbad\r\r\n", TWO),
+    "SST-2's file": (b"sentence\tlabel\na film\t1\n", ONE),
+    "RTE's file": (b"index\tsentence1\tsentence2\tlabel\n0\ta film\tbad\tentailment", TWO),
+    "MRPC's file": (b"Quality\t#1 String\t#2 String\n1\ta film\tbad", TWO),
+    "QNLI's file": (b"index\tquestion\tsentence\tlabel\n0\ta film\tbad\tentailment", TWO),
+    "a header of one column": (b"\xef\xbb\xbftext\na film\n", ONE),
+    "a column by number": (b"gj04\t1\t\ta film", ONE, "--columns", "4"),
+    "a number below a known header": (b"label\tsentence\n1\ta film", ONE, "--columns", "2"),
+    "columns by name": (b"b\tlabel\ta\nbad\t1\ta film", TWO, "--columns", "a", "b"),
+    "text": (b'{"text": "a film", "label": 1}', ONE),
+    "text and text_pair": (b'\n{"text": "a film", "text_pair": "bad"}', TWO),
+    "no second text": (b'{"text": "a film", "text_pair": null}', ONE),
+    "sentence": (b'\xef\xbb\xbf {"sentence": "a film"}', ONE),
+    "sentence1 and sentence2": (b'{"sentence2": "bad", "sentence1": "a film"}', TWO),
+    "question and sentence": (b'{"question": "a film", "sentence": "bad"}', TWO),
+    "question1 and question2": (b'{"question1": "a film", "question2": "bad"}', TWO),
+    "premise and hypothesis": (b'{"premise": "a film", "hypothesis": "bad", "idx": 3}', TWO),
+    "keys by name": (b'{"text": "x", "a": "a film", "b": "bad"}', TWO, "--columns", "a", "b"),
+    "strings": (b'"a film"', ONE, "--input_format", "jsonl"),
+    "an object as a text": (b'{"text": 1}', ['{"text": 1}'], "--input_format", "tsv"),
+    "nothing": (b"", None),
+    "a header alone": (b"sentence\tlabel\n", None),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_inputs_are_read_by_what_they_are(ask, model, name):
+    text, expected, *flags = READ[name]
+    lines = as_json(ask(text, "--model", model, "--format", "jsonl", *flags))
+    texts = [[line[key] for key in line if key.startswith("sentence")] for line in lines]
+    assert texts == ([] if expected is None else [expected])
+
+
+REFUSED = {
+    "three columns": (b"a\tb\tc", "line 1: 3 columns; expected a text, or two"),
+    "labels without a header": (b"a film\t1\nbad\t0", "line 1: a column holds '1'"),
+    "labels below another header": (b"x\ty\na film\tpositive", "line 2: a column holds 'positive'"),
+    "a column of labels by its name": (b"review\tlabel\na film\tneg", "line 1: a column holds"),
+    "a row that is too short": (b"sentence1\tsentence2\na\tb\na", "line 3: 1 columns"),
+    "an unknown name": (b"sentence\tlabel", "no column 'body' in 'sentence", "--columns", "body"),
+    "comma-separated": (b'"sentence","label"\n"a, b",1', "is comma-separated; expected tab"),
+    "UTF-16": ("a film".encode("utf-16"), "line 1: b'\\xff\\xfea\\x00 "),
+    "an array": (b"[1]", "expected a JSON object with", "--input_format", "jsonl"),
+    "an array of objects": (b'[{"text": "a"}]', "expected a JSON object with"),
+    "an object over several lines": (b'{\n"text": "a"}', "line 1: '{'; expected"),
+    "a question without an answer": (b"question\ttext\na\tb", "a column holds 'question'"),
+    "a number": (b'{"sentence": 1}', "line 1: '{\"sentence\": 1}'; expected a JSON object"),
+    "half a pair": (b'{"sentence1": "a"}', "sentence1 and sentence2"),
+    "two texts too many": (b'{"text": "a", "sentence": "b"}', "(--columns names others)"),
+    "a missing key": (b'{"text": "a"}', "one text or two under body", "--columns", "body"),
+    "three names": (b"a", "--columns 1 2 3; expected one or two", "--columns", "1", "2", "3"),
+    "column 0": (b"a", "--columns 0; expected one or two, from 1", "--columns", "0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_clear_is_refused(model, capsys, monkeypatch, name):
+    text, expected, *flags = REFUSED[name]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert expected in error_line(capsys, predict, "--model", model, *flags)
+
+
+@pytest.mark.parametrize("known", ["eval_results.json", "config.json", "one segment type"])
+def test_a_model_of_single_texts_is_given_no_pairs(tmp_path, capsys, monkeypatch, known):
+    changes = {"config.json": {"finetuning_task": "sst2"},
+               "one segment type": {"type_vocab_size": 1}}.get(known, {})
+    make_model(tmp_path / "model", labels=("0", "1"), **changes)
+    if known == "eval_results.json":
+        (tmp_path / "model" / known).write_text('{"task": "sst-2"}')
+    for text in (b"a film\tbad", b'{"text": "a film", "text_pair": "bad"}'):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        assert "line 1: two texts; the model takes one" in error_line(
+            capsys, predict, "--model", tmp_path / "model")
+
+
+def test_files_and_pipes_are_read(tmp_path, ask, capsys, model):
+    (tmp_path / "in.jsonl").write_text('"a film"\n')
+    (tmp_path / "in.tsv").write_text("a film\n")
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=["a film\n"], daemon=True).start()
+    answers = [ask(b"", "--model", model, "--input_file", tmp_path / name)
+               for name in ("in.jsonl", "in.tsv", "pipe")]
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 1
+    (tmp_path / "in.csv").write_text("a film\n")
+    assert "line 1: 'a film' is comma-separated" in error_line(
+        capsys, predict, "--model", model, "--input_file", tmp_path / "in.csv")
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_a_closed_stream_is_one_line(model, capsys, monkeypatch, stream):
+    monkeypatch.setattr(sys, stream, None)
+    assert f"standard {stream[3:]}put is closed" in error_line(capsys, predict, "--model", model)
 
 
 def test_lines_keep_their_order_and_odd_ones_are_noted(ask, model, caplog):
@@ -143,15 +288,12 @@ def test_a_reader_that_leaves_ends_it_quietly(model):
 
 def test_mistakes_are_one_line(tmp_path, model, capsys, monkeypatch):
     make_model(tmp_path / "general", TinyBertForPreTraining)
-    for text, arguments, expected in (
-        (b"a\tb\tc", ["--model", model], "standard input, line 1: 3 columns"),
-        (b"a", ["--model", tmp_path / "general"], "holds no trained classifier"),
-        (b"a", ["--model", tmp_path / "none"], "none/config.json: no such file"),
-        (b"a", ["--model", model, "--max_seq_length", "1000"], "128 positions"),
-        (b"a", ["--model", model, "--batch_size", "0"], "--batch_size 0"),
-        (b"a", ["--model", model, "--input_file", tmp_path / "none"], "no such file"),
-        (b"[1]", ["--model", model, "--input_format", "jsonl"], 'expected {"sentence"'),
-        (b'{"sentence": 1}', ["--model", model, "--input_format", "jsonl"], "line 1"),
+    for arguments, expected in (
+        (["--model", tmp_path / "general"], "holds no trained classifier"),
+        (["--model", model, "--max_seq_length", "1000"], "128 positions"),
+        (["--model", model, "--batch_size", "0"], "--batch_size 0"),
+        (["--model", model, "--input_file", tmp_path / "none"], "none: no such file"),
+        (["--model", model, "--input_file", tmp_path], "a folder; expected a file"),
     ):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
         assert expected in error_line(capsys, predict, *arguments)

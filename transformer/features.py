@@ -84,7 +84,8 @@ class Features:
 
 
 def encode_rows(
-    examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int
+    examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int,
+    cut: Callable = truncate_pair,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Encode rows: word pieces of all, [CLS] and [SEP] included, row lengths and first lengths."""
     # Each different text is tokenized once: augmented rows repeat the sentence they do not vary.
@@ -95,7 +96,7 @@ def encode_rows(
     a = np.array([index_of[example.text_a] for example in examples])  # [rows]
     b = np.array([index_of.get(example.text_b, -1) for example in examples])  # [rows]
     paired = b >= 0
-    keep_a, keep_b = truncate_pair(
+    keep_a, keep_b = cut(
         text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - paired)
 
     lengths = keep_a + 2 + keep_b + paired
@@ -111,13 +112,13 @@ def encode_rows(
 
 def encode_examples(
     examples: Iterable[Example], tokenizer: BertTokenizer, max_seq_length: int,
-    labels: Sequence[str], regression: bool = False,
+    labels: Sequence[str], regression: bool = False, cut: Callable = truncate_pair,
 ) -> Features:
     """Encode rows as "[CLS] a [SEP]" or "[CLS] a [SEP] b [SEP]" of at most `max_seq_length`.
 
-    `labels` are the class names in the order of the model's outputs (see `label_order`). Warns
-    when more than a tenth of the word pieces are unknown: then text and vocabulary do not fit,
-    often because of lower-casing.
+    `labels` are the class names in the order of the model's outputs (see `label_order`), `cut`
+    says how much to keep of two texts (see `truncate_pair`). Warns when more than a tenth of the
+    word pieces are unknown: then text and vocabulary do not fit, often because of lower-casing.
     """
     if max_seq_length < 3:
         raise UserError(f"maximum sequence length {max_seq_length}; expected at least 3 positions")
@@ -127,7 +128,8 @@ def encode_examples(
     while chunk := list(islice(examples, ENCODING_CHUNK)):
         targets = [float(example.label) if regression else class_ids[example.label]
                    for example in chunk]
-        chunks.append((*encode_rows(chunk, tokenizer, max_seq_length), np.array(targets, dtype)))
+        encoded = encode_rows(chunk, tokenizer, max_seq_length, cut)
+        chunks.append((*encoded, np.array(targets, dtype)))
     ids, lengths, first_lengths, targets = map(np.concatenate, zip(*chunks, strict=True))
     features = Features(ids, offsets_of(lengths), first_lengths, torch.from_numpy(targets),
                         () if regression else tuple(labels), tokenizer.pad_id)
