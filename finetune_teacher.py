@@ -158,7 +158,8 @@ def main(args: argparse.Namespace) -> None:
     folder.start(log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
-    output = StudentOutput(trainer, folder.paths[0], tokenizer, Selection(task))
+    output = StudentOutput(trainer, folder.paths[0], tokenizer, Selection(task),
+                           tensorboard=args.tensorboard)
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
     multiple = padding_multiple(device)

@@ -168,8 +168,9 @@ def check_args(args: argparse.Namespace) -> None:
     Batch sizes and rates become lists of one a student.
     """
     check_numbers(args, "num_train_epochs")
-    if args.do_eval and args.resume:
-        raise UserError("--resume is for training; leave it out with --do_eval")
+    for flag in ("resume", "tensorboard"):
+        if args.do_eval and getattr(args, flag):
+            raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     students = len(args.student_model)
     args.learning_rate = per_student("learning_rate", args.learning_rate, students)
     sizes = per_student("train_batch_size", args.train_batch_size, students)
@@ -287,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate_only(args, trainers, teacher, reader, folder.paths)
         folder.upload(strict=True)
         return
-    outputs = [StudentOutput(trainer, path, tokenizer)
+    outputs = [StudentOutput(trainer, path, tokenizer, tensorboard=args.tensorboard)
                for trainer, path in zip(trainers, folder.paths, strict=True)]
     for output in outputs:
         save_config(output.trainer.student, output.folder, tokenizer)

@@ -145,7 +145,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     check_numbers(args, "num_train_epochs")
     get_task(args.task_name)
-    for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep"):
+    for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep", "tensorboard"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     args.learning_rate, sizes = as_list(args.learning_rate), as_list(args.train_batch_size)
@@ -270,7 +270,8 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
         students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
     outputs = [
         StudentOutput(trainer, path, shared.tokenizer,
-                      Selection(shared.task) if args.pred_distill else None)
+                      Selection(shared.task) if args.pred_distill else None,
+                      tensorboard=args.tensorboard)
         for trainer, path in zip(trainers, folder.paths, strict=True)]
 
     # Steps: in the intermediate stage the newest student is kept, in the other the best on dev

@@ -43,6 +43,7 @@ from transformer import checkpoint
 from transformer.checkpoint import load_state, load_training_state, read_tensors
 from transformer.file_utils import UserError, write_json
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForPreTraining
+from transformer.run_folder import JsonLog, flat_numbers
 from transformer.tasks import write_tsv
 
 MAY_DIFFER = ("args.json", "log.jsonl")  # from run to run
@@ -222,10 +223,62 @@ def test_sizes_that_disagree_are_named_with_both_numbers(setup, capsys, changes,
 
 @pytest.mark.parametrize(("setup", "flag"), [
     ("general", "--resume"), *(("intermediate", flag) for flag in (
-        "--aug_train", "--pred_distill", "--compile", "--resume", "--sweep")),
+        "--aug_train", "--pred_distill", "--compile", "--resume", "--sweep", "--tensorboard")),
 ], indirect=["setup"])
 def test_flags_of_training_are_refused_with_do_eval(setup, capsys, flag):
     setup.expect_error(capsys, "--do_eval", flag, contains=[flag, "leave it out"])
+
+
+# ------------------------------------------------------------------ TensorBoard
+
+
+def expect_events_of_the_log(folder: Path) -> None:
+    """Fail unless TensorBoard's own reader finds exactly the numbers of log.jsonl."""
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    events = reader.EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {(name, event.step): event.value for name in events.Tags()["scalars"]
+             for event in events.Scalars(name)}
+    logged = {(name, line["step"]): value for line in read_log(folder)
+              for name, value in flat_numbers(line)}
+    assert shown == pytest.approx(logged, rel=1e-6)  # TensorBoard's are float32
+
+
+def test_tensorboard_shows_the_numbers_of_the_log_and_a_run_without_it_leaves_no_old_ones(setup):
+    flags = [*setup.flags, "--num_train_epochs", 1]
+    if setup.script is not finetune_teacher:
+        flags += ["--eval_step", 2]
+    output = setup.run("out", *flags, "--tensorboard")
+    expect_events_of_the_log(output)
+    names = {name for line in read_log(output) for name, _ in flat_numbers(line)}
+    assert {"step", "epoch", "lr"} <= names
+    assert ("all_metrics/dev/acc" in names) == (setup.script is finetune_teacher or
+                                                "--pred_distill" in flags)
+    setup.run("out", *flags, "--overwrite_output_dir")
+    assert not (output / "tensorboard").exists()
+
+
+def test_a_run_that_was_killed_and_resumed_shows_every_step_once(tmp_path, stopped):
+    pytest.importorskip("tensorboard")
+    log = JsonLog(tmp_path / "log.jsonl", tensorboard=True)
+    log.write({"step": 1, "loss": 0.5})
+    size = log.size
+    log.write({"step": 2, "loss": 0.25})  # what a kill leaves beyond the state
+    later = JsonLog(tmp_path / "log.jsonl", keep=True, tensorboard=True)
+    later.cut(size)
+    later.write({"step": 2, "loss": 0.125, "metrics": {"acc": 1}, "none": None})
+    expect_events_of_the_log(tmp_path)
+    stopped.copy("stopped", "tracked")
+    expect_events_of_the_log(*stopped.run("tracked", "--resume", "--tensorboard"))
+
+
+def test_without_the_package_tensorboard_a_line_names_it(setup, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    setup.expect_error(capsys, *setup.flags, "--tensorboard",
+                       contains=["--tensorboard", "pip install tensorboard"])
+
+
+# ------------------------------------------------------------------ rows
 
 
 @pytest.mark.parametrize("setup", ["intermediate", "finetune"], indirect=True)

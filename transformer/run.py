@@ -49,9 +49,10 @@ class StudentOutput:
     selection: Selection | None = None  # where dev scores choose the student
     means: RunningMean = field(default_factory=RunningMean)
     losses: dict[str, float] = field(default_factory=dict)  # the last that were logged
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        self.log = JsonLog(self.folder / "log.jsonl", keep=True)
+        self.log = JsonLog(self.folder / "log.jsonl", keep=True, tensorboard=self.tensorboard)
 
     def report(
         self, progress: dict[str, Any], metrics: dict[str, dict[str, float]] | None, eta: str

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 ARGUMENTS_NAME = "args.json"  # what a run was begun with
 RESULTS_NAME = "eval_results.json"  # of a run that has finished
 STATE_FOLDER = "training_state"  # below the first student's folder
+EVENTS_FOLDER = "tensorboard"  # below a student's folder
 UNFINISHED = ".unfinished"  # the folder, or how it begins, of shards of an unfinished output
 
 # Arguments that may change from one call to the one that resumes it: they do not change results.
 FREE_ARGUMENTS = {
     "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
     "save_steps", "save_minutes", "num_workers", "local_rank", "data_url", "cache_dir",
-    "reduce_memory",
+    "reduce_memory", "tensorboard",
 }
 
 
@@ -253,10 +254,14 @@ def _earlier_state(
 
 
 class JsonLog:
-    """A log file with one JSON object a line, written by a run's first process."""
+    """A log file with one JSON object a line, written by a run's first process.
 
-    def __init__(self, path: Path | str, keep: bool = False) -> None:
-        self.path = Path(path)
+    With `tensorboard` its numbers are also TensorBoard's, in event files of a folder beside it.
+    """
+
+    def __init__(self, path: Path | str, keep: bool = False, tensorboard: bool = False) -> None:
+        self.path, self.tensorboard = Path(path), tensorboard
+        self.events: Any = None  # torch.utils.tensorboard's SummaryWriter
         if not keep:
             self.cut(0)
 
@@ -272,6 +277,7 @@ class JsonLog:
                 logger.warning("%s: %d bytes; expected at least %d", self.path, self.size, size)
             with self.path.open("ab") as file:
                 file.truncate(min(size, self.size))
+            self._renew_events()
 
     def sync(self) -> None:
         """Wait until the disk holds what was written."""
@@ -284,6 +290,36 @@ class JsonLog:
         if distributed.is_main():
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            self._add_events(record)
+
+    def _renew_events(self) -> None:
+        """Replace the event files by one of the lines that were kept."""
+        if self.events is not None:
+            self.events.close()
+        shutil.rmtree(self.path.parent / EVENTS_FOLDER, ignore_errors=True)
+        if not self.tensorboard:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        # The purging is for a TensorBoard that shows what was removed.
+        self.events = SummaryWriter(self.path.parent / EVENTS_FOLDER, purge_step=0)
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            self._add_events(json.loads(line))
+
+    def _add_events(self, record: Mapping[str, Any]) -> None:
+        if self.events is not None:
+            for name, value in flat_numbers(record):
+                self.events.add_scalar(name, value, record["step"])
+            self.events.flush()
+
+
+def flat_numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record, nested ones by names such as `metrics/acc`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value
 
 
 class RunningMean:

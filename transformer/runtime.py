@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +178,9 @@ def add_training_arguments(
         help="share of the steps over which the learning rate rises")
     add("--overwrite_output_dir", action="store_true",
         help="write into an output folder that is not empty")
+    add("--tensorboard", action="store_true",
+        help="write what log.jsonl holds for TensorBoard, too, below the output folder; needs"
+             " pip install tensorboard")
     add_resume_argument(parser)
     add("--save_steps", type=int, default=0,
         help="steps between saved states, which --resume continues from; 0: by --save_minutes")
@@ -217,7 +221,7 @@ SMALLEST_VALUES = {
 
 
 def check_numbers(args: argparse.Namespace, *positive: str) -> None:
-    """Raise a `UserError` for a number out of range, before anything is read.
+    """Raise a `UserError` for a number out of range or a missing package, before anything is read.
 
     Args:
         args: a training script's command line.
@@ -233,6 +237,9 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
     warmup = getattr(args, "warmup_proportion", 0.0)
     if warmup >= 1:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
+    if getattr(args, "tensorboard", False) and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: there is no package tensorboard; expected it, by"
+                        " pip install tensorboard")
 
 
 def as_list(values: Any) -> list[Any]:
