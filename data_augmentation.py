@@ -38,6 +38,7 @@ from transformer.augmentation import (
     write_vectors,
 )
 from transformer.file_utils import UserError
+from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, freeze
 from transformer.runtime import (
     add_precision_argument,
@@ -78,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     tasks = ", ".join(f"{task.name} {task.augmentation_n}" for task in GLUE_TASKS.values())
     add("--pretrained_bert_model", type=str, required=True,
-        help="folder of a BERT with masked-LM head (config.json, weights, vocab.txt)")
+        help="BERT with masked-LM head: folder, URL or hub id")
     add("--glove_embs", type=str, required=True,
         help="file of word vectors as text, one word a line")
     add("--glue_dir", type=str, required=True,
@@ -160,11 +161,11 @@ def write_rows(
 
 
 def fingerprints(
-    args: argparse.Namespace, source: Path, device: torch.device, dtype: torch.dtype | None
+    args: argparse.Namespace, source: Path, model_dir: Path, device: torch.device,
+    dtype: torch.dtype | None,
 ) -> dict[str, str]:
     """Return what flags stand for: digests of files, and the precision that auto chooses."""
-    model_files = sorted(path for path in Path(args.pretrained_bert_model).glob("*")
-                         if path.is_file())
+    model_files = sorted(path for path in model_dir.glob("*") if path.is_file())
     return {
         "--task_name": fingerprint([source]),
         "--glove_embs": fingerprint([Path(args.glove_embs)]),
@@ -203,7 +204,8 @@ def write_composed_vectors(args: argparse.Namespace) -> None:
     output_file = Path(args.glove_embs)
     if output_file.exists() and not (args.overwrite or args.resume):
         raise UserError(f"--glove_embs {output_file}: exists; --overwrite replaces it")
-    words, vectors = compose_vectors(args.pretrained_bert_model, args.compose_vectors)
+    words, vectors = compose_vectors(fetch_model(args.pretrained_bert_model),
+                                     args.compose_vectors)
     write_vectors(output_file, words, vectors)
     logger.info("wrote %d vectors of %d numbers to %s", *vectors.shape, output_file)
 
@@ -227,16 +229,17 @@ def main(args: argparse.Namespace) -> None:
         args.N = task.augmentation_n
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
+    model_dir = fetch_model(args.pretrained_bert_model)
 
     # A new start, or where an earlier call was stopped
     output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
     size = output_bytes(table, varied, args.N)
-    if not output.begin(args, fingerprints(args, source, device, dtype), size):
+    if not output.begin(args, fingerprints(args, source, model_dir, device, dtype), size):
         return
 
     # Model and word vectors
-    tokenizer = BertTokenizer.from_pretrained(args.pretrained_bert_model)
-    model = freeze(BertForMaskedLM.from_pretrained(args.pretrained_bert_model), dtype, device)
+    tokenizer = BertTokenizer.from_pretrained(model_dir)
+    model = freeze(BertForMaskedLM.from_pretrained(model_dir), dtype, device)
     glove = GloveIndex.load(args.glove_embs)
     augmentor = DataAugmentor(model, tokenizer, glove, args.M, args.N, args.p, args.seed,
                               batch_tokens=args.batch_tokens)

@@ -21,6 +21,7 @@ from transformer.distillation import no_teacher
 from transformer.evaluation import Selection, evaluate_splits
 from transformer.features import load_features
 from transformer.file_utils import UserError
+from transformer.hub import fetch_model
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
@@ -50,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data_dir", required=True, help="the task's folder of TSV files")
-    add("--bert_model", required=True, help="model folder to start from")
+    add("--bert_model", required=True, help="model to start from: folder, URL or hub id")
     add("--output_dir", required=True, help="folder to write the model to")
     add("--task_name", default=None,
         help=f"one of {', '.join(GLUE_TASKS)}; without it, data_dir's name")
@@ -68,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--from_scratch", action="store_true",
         help="random weights in the shape of bert_model's config.json")
     add("--vocab_dir", default=None,
-        help="model folder whose vocabulary to use; without it, bert_model's")
+        help="folder, URL or hub id of a model whose vocabulary to use; without it, bert_model's")
     add_training_arguments(parser, weight_decay=0.01)
     return parser
 
@@ -92,15 +93,16 @@ def find_task(task_name: str | None, data_dir: str) -> GlueTask:
 
 def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceClassification:
     """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
+    folder = fetch_model(args.bert_model, weights=not args.from_scratch)
     if args.from_scratch:
         model = TinyBertForSequenceClassification.from_scratch(
-            args.bert_model, num_labels=task.num_labels)
+            folder, num_labels=task.num_labels)
     elif args.new_classifier:
-        model = TinyBertForSequenceClassification.from_pretrained(args.bert_model, new_head=True)
+        model = TinyBertForSequenceClassification.from_pretrained(folder, new_head=True)
         model.renew_classifier(task.num_labels)
     else:
         model = TinyBertForSequenceClassification.from_pretrained(
-            args.bert_model, num_labels=task.num_labels)
+            folder, num_labels=task.num_labels)
     if not task.is_regression and (args.from_scratch or args.new_classifier):
         model.config.set_labels(task.labels)
     return model
@@ -134,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     # Model and data
     model = load_model(args, task)
     tokenizer = BertTokenizer.from_pretrained(
-        args.vocab_dir or args.bert_model, do_lower_case=args.do_lower_case or None)
+        fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
     model.config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
     model.config.check_length(args.max_seq_length, args.bert_model)
     model.to(device)

@@ -43,6 +43,7 @@ from transformer.distillation import (
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError
+from transformer.hub import fetch_model
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.optimization import BertAdam, param_groups
 from transformer.pretraining_data import PregeneratedDataset, find_epochs, read_metrics
@@ -75,10 +76,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pregenerated_data", type=Path, required=True,
         help="folder that pregenerate_training_data.py wrote")
-    add("--teacher_model", default=None, type=str, required=True, help="teacher's model folder")
+    add("--teacher_model", default=None, type=str, required=True,
+        help="teacher: folder, URL or hub id")
     add("--student_model", default=None, type=str, required=True, nargs="+",
-        help="folder with the student's config.json; with --continue_train or --do_eval its model;"
-             " several students share the teacher's pass")
+        help="folder, URL or hub id with the student's config.json; with --continue_train or"
+             " --do_eval its model; several students share the teacher's pass")
     add("--output_dir", default=None, type=str, required=True, nargs="+",
         help="folder for the student, its checkpoints and logs; one for each student")
     add("--max_seq_length", default=128, type=int,
@@ -188,8 +190,9 @@ def make_trainer(
 ) -> StudentTrainer:
     """Make student `number`, with new or given weights, exactly as if it were the only one."""
     set_seed(args.seed)
-    folder = args.student_model[number]
-    make = (TinyBertForPreTraining.from_pretrained if args.continue_train or args.do_eval
+    trained = args.continue_train or args.do_eval
+    folder = fetch_model(args.student_model[number], weights=trained)
+    make = (TinyBertForPreTraining.from_pretrained if trained
             else TinyBertForPreTraining.from_scratch)
     student = make(folder, fit_size=teacher.config.hidden_size)
     check_layer_heads(teacher.config, student.config)
@@ -230,10 +233,11 @@ def load_teacher(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[BertModel, BertTokenizer, str]:
     """Load the teacher's encoder, frozen, with its vocabulary and its size in words."""
-    encoder = BertModel.from_pretrained(args.teacher_model, add_pooler=False)
+    folder = fetch_model(args.teacher_model)
+    encoder = BertModel.from_pretrained(folder, add_pooler=False)
     size = parameter_count(encoder)
     freeze(encoder, dtype, device, pack=not args.compile)
-    tokenizer = BertTokenizer.from_pretrained(args.teacher_model, args.do_lower_case or None)
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
     encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
     encoder.config.check_length(args.max_seq_length, args.teacher_model)
     return encoder, tokenizer, size

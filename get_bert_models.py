@@ -18,25 +18,17 @@ obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. `--base_url` names a mi
 """
 
 import argparse
-import importlib.util
 import logging
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, get_session, snapshot_download
-from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from transformer.checkpoint import fetch_model, save_pretrained
+from transformer.checkpoint import save_pretrained
 from transformer.file_utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_NAME,
     VOCAB_NAME,
-    WEIGHTS_NAME,
     UnreachableError,
     UserError,
     add_download_arguments,
@@ -46,20 +38,17 @@ from transformer.file_utils import (
     read_json,
     write_text,
 )
+from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
-from transformer.runtime import first_line, run_script
+from transformer.runtime import run_script
 from transformer.tasks import get_task
 from transformer.tokenization import (
     FAST_TOKENIZER_NAME,
-    TOKENIZER_CONFIG_NAME,
     BertTokenizer,
     saved_lower_case,
 )
 
 logger = logging.getLogger(__name__)
-
-PACKAGE_PREFIX = "package:"
-FILES = [CONFIG_NAME, VOCAB_NAME, FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SAFE_WEIGHTS_NAME]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -109,76 +98,6 @@ def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
     return {name: teachers.replace("{task}", name) for name in names}
 
 
-# ------------------------------------------------------------------ finding a model
-
-
-def find_model(model: str, base_url: str = "", **settings: Any) -> Path:
-    """Return a local folder with the files of `model`, downloading them where that is needed.
-
-    `settings` are those of `download`.
-    """
-    if model.startswith(PACKAGE_PREFIX):
-        return find_package(model.removeprefix(PACKAGE_PREFIX))
-    if "://" in model:
-        return fetch_model(model, **settings)
-    if Path(model).is_dir():
-        return Path(model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"{model}: no such folder")
-    repository, _, revision = model.partition("@")
-    return fetch_from_hub(repository, revision or None, base_url or None, **settings)
-
-
-def find_package(name: str) -> Path:
-    """Return the folder of the one model inside an installed package, without importing it."""
-    spec = importlib.util.find_spec(name)
-    folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
-               for path in Path(root).rglob(VOCAB_NAME) if (path.parent / CONFIG_NAME).is_file()}
-    if len(folders) != 1:
-        raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
-                        f"expected one; try: pip install {name.replace('_', '-')}")
-    return folders.pop()
-
-
-def fetch_from_hub(
-    repository: str,
-    revision: str | None,
-    endpoint: str | None,
-    attempts: int = 5,
-    delay: float = 1.0,
-    timeout: float = 30.0,
-) -> Path:
-    """Return the folder of a model in the hub's cache, fetching what is missing there.
-
-    `endpoint` is the address of a mirror; the other arguments are those of `download`.
-    """
-    name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
-    get_session().timeout = timeout  # of the requests that ask which files there are
-    options = {"revision": revision, "endpoint": endpoint, "etag_timeout": timeout}
-    while True:
-        try:
-            folder = Path(snapshot_download(repository, allow_patterns=FILES, **options))
-            if not (folder / SAFE_WEIGHTS_NAME).is_file():
-                snapshot_download(repository, allow_patterns=[WEIGHTS_NAME], **options)
-            return folder
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
-                errors.HFValidationError) as error:
-            raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
-                            f"login ({first_line(error)})") from error
-        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
-            attempts -= 1
-            message = f"{name}: cannot be reached, and this machine's cache lacks it"
-            if attempts <= 0 or constants.HF_HUB_OFFLINE:
-                raise UnreachableError(f"{message} ({first_line(error)}); give a local folder "
-                                       "instead of the id") from error
-            logger.warning("%s (%s); asking again", message, first_line(error))
-            time.sleep(delay)
-            delay *= 2
-
-
 # ------------------------------------------------------------------ saving a model
 
 
@@ -212,7 +131,7 @@ def save_model(
 ) -> None:
     """Fetch `model`, load it with `load(folder)` and write it to `target`; skip what is there.
 
-    `fallback` is taken if the hub cannot be reached; `settings` are those of `find_model`.
+    `fallback` is taken if the hub cannot be reached; `settings` are those of `fetch_model`.
     """
     if not overwrite and target.is_dir() and any(target.iterdir()):
         try:
@@ -223,12 +142,12 @@ def save_model(
         logger.info("%s: complete, skipped", target)
         return
     try:
-        source = find_model(model, **settings)
+        source = fetch_model(model, **settings)
     except UnreachableError as error:
         if not fallback:
             raise
         logger.warning("%s; taking --fallback_model %s instead", error, fallback)
-        model, source = fallback, find_model(fallback, **settings)
+        model, source = fallback, fetch_model(fallback, **settings)
     loaded = load(source)
     with atomic_folder(target) as temporary:
         tokenizer = load_tokenizer(source, temporary)

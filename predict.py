@@ -25,11 +25,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from transformer.checkpoint import fetch_model
 from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
 from transformer.file_utils import UserError, read_json
+from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
 from transformer.run_folder import RESULTS_NAME
@@ -84,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=str, required=True,
-        help="classifier: folder or URL, from training or quantize.py")
+        help="classifier, from training or quantize.py: folder, URL or hub id")
     add("--input_file", type=Path, default=None,
         help="tab-separated lines, or JSON lines (.jsonl); not given: standard input")
     add("--input_format", choices=["auto", "tsv", "jsonl"], default="auto",
@@ -101,7 +101,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
     add("--cache_dir", type=str, default="",
-        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
+        help="folder for downloaded models; empty: $TINYBERT_CACHE, else ~/.cache/tinybert, and for"
+             " the hub its own cache")
     add("--no_cuda", action="store_true", help="compute on the CPU")
     add_precision_argument(parser)
     return parser

@@ -38,6 +38,7 @@ from transformer.corpus import (
     write_corpus,
 )
 from transformer.file_utils import UserError, s3_address, upload_folder, write_json
+from transformer.hub import fetch_model
 from transformer.pretraining_data import (
     CORPUS_INFO_NAME,
     METRICS_SUFFIX,
@@ -175,7 +176,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="text file: one sentence a line, a blank line between documents")
     add("--output_dir", type=Path, required=True, help="folder to write the epochs to")
     add("--bert_model", type=str, required=True,
-        help="folder of the model, with its vocab.txt and tokenizer_config.json")
+        help="model whose vocabulary to use: folder, URL or hub id")
     add("--do_lower_case", action="store_true",
         help="lower-case the text whatever the model's tokenizer config says (switch)")
     add("--do_whole_word_mask", action="store_true",
@@ -220,7 +221,8 @@ def main(args: argparse.Namespace) -> None:
             "sentence a line and a blank line between documents"
         )
     address = s3_address(args.data_url)
-    tokenizer = BertTokenizer.from_pretrained(args.bert_model, args.do_lower_case or None)
+    tokenizer = BertTokenizer.from_pretrained(
+        fetch_model(args.bert_model, weights=False), args.do_lower_case or None)
     for folder in args.output_dir.glob(f"{UNFINISHED}*"):  # of a killed call
         shutil.rmtree(folder)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformer import run_folder, runtime
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
+from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
 from transformer.tokenization import BertTokenizer
@@ -157,8 +158,9 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
     """Make or load the model and its tokenizer; --head_only freezes all but the head."""
     if (args.config is None) == (args.bert_model is None):
         raise UserError("give either --config (random weights) or --bert_model (trained ones)")
-    source = args.config or args.bert_model
-    tokenizer = BertTokenizer.from_pretrained(args.vocab or source)
+    source = fetch_model(args.config or args.bert_model, weights=args.config is None)
+    vocabulary = fetch_model(args.vocab, weights=False) if args.vocab else source
+    tokenizer = BertTokenizer.from_pretrained(vocabulary)
     if args.config is not None:
         if args.head_only:
             raise UserError("--head_only trains a head for a trained model; expected --bert_model")
@@ -245,9 +247,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--train_corpus", type=Path, required=True,
         help="text file: one sentence a line, a blank line between documents")
-    add("--config", type=Path, help="folder with config.json and vocab.txt: start from random")
-    add("--bert_model", type=Path, help="folder of a trained BERT, with or without the head")
-    add("--vocab", type=Path, help="folder or file of the vocabulary, where it is elsewhere")
+    add("--config", type=str,
+        help="folder, URL or hub id with config.json and vocab.txt: start from random")
+    add("--bert_model", type=str,
+        help="trained BERT, with or without the head: folder, URL or hub id")
+    add("--vocab", type=str,
+        help="folder, URL, hub id or file of the vocabulary, where it is elsewhere")
     add("--output_dir", type=Path, required=True, help="folder for the trained model")
     add("--head_only", action="store_true", help="train the masked-LM head alone")
     add("--max_seq_length", type=int, default=64, help="word pieces a row, special ones included")

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from transformer.checkpoint import (
     clear_model,
-    fetch_model,
     save_config,
     save_pretrained,
     weights_path,
@@ -45,6 +44,7 @@ from transformer.file_utils import (
     file_sha256,
     write_json,
 )
+from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze, model_inputs
 from transformer.run_folder import prepare_output_dir
@@ -72,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=str, required=True,
-        help="classifier to make smaller: folder or URL of a PyTorch model")
+        help="classifier to make smaller: folder, URL or hub id of a PyTorch model")
     add("--output_dir", type=str, required=True, help="folder for the model that is made")
     add("--method", choices=METHODS, required=True,
         help="precision of the weights; fp32 only exports to ONNX")
@@ -93,7 +93,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--do_lower_case", action="store_true",
         help="lower-case the text; without it the model's own setting holds")
     add("--cache_dir", type=str, default="",
-        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
+        help="folder for downloaded models; empty: $TINYBERT_CACHE, else ~/.cache/tinybert, and for"
+             " the hub its own cache")
     add("--no_cuda", action="store_true", help="evaluate on the CPU")
     add("--seed", type=int, default=42, help="seed of the choice of calibration rows")
     add("--overwrite_output_dir", action="store_true",

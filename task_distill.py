@@ -41,7 +41,6 @@ from transformer.batching import (
     padding_multiple,
     shuffled_passes,
 )
-from transformer.checkpoint import fetch_model
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -57,6 +56,7 @@ from transformer.evaluation import (
 )
 from transformer.features import Features, load_features
 from transformer.file_utils import UserError, atomic_path, read_json
+from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze
 from transformer.optimization import BertAdam, param_groups
@@ -95,16 +95,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data_dir", default=None, type=str, required=True, help="the task's folder of TSV files")
     add("--teacher_model", default=None, type=str,
-        help="fine-tuned teacher: folder or URL; not needed with --do_eval")
+        help="fine-tuned teacher: folder, URL or hub id; not needed with --do_eval")
     add("--student_model", default=None, type=str, required=True, nargs="+",
-        help="student to start from or to evaluate: folder or URL; several students share the"
-             " teacher's pass")
+        help="student to start from or to evaluate: folder, URL or hub id; several students"
+             " share the teacher's pass")
     add("--task_name", default=None, type=str, required=True,
         help=f"any case, one of: {', '.join(GLUE_TASKS)}")
     add("--output_dir", default=None, type=str, required=True, nargs="+",
         help="folder for the student, its logs and results; one for each student")
     add("--cache_dir", default="", type=str,
-        help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
+        help="folder for downloaded models; empty: $TINYBERT_CACHE, else ~/.cache/tinybert, and for"
+             " the hub its own cache")
     add("--max_seq_length", default=128, type=int,
         help="longest input in word pieces; not given: the task's (64 for single sentences)")
     add("--do_eval", action="store_true", help="only evaluate the student on the dev set")

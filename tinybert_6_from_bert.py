@@ -21,6 +21,7 @@ from transformer.checkpoint import load_state, load_weights, write_tensors
 from transformer.config import BertConfig, find_config
 from transformer.distillation import map_layers
 from transformer.file_utils import CONFIG_NAME, WEIGHTS_NAME, UserError, atomic_path, write_json
+from transformer.hub import fetch_model
 from transformer.modeling import BertModel
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
@@ -44,8 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--bert_model", default=None,
-                        help="model folder to copy from; without it, the base model and the four"
-                             " teachers of the full run, in models_dir")
+                        help="model to copy from: folder, URL or hub id; without it, the base model"
+                             " and the four teachers of the full run, in models_dir")
     parser.add_argument("--output_dir", default=None, help="folder to write the student to")
     parser.add_argument("--models_dir", default="models",
                         help="where the full run's models are, without --bert_model")
@@ -120,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"{', '.join(absent)}: no such folder; expected the models of the"
                             " full run (or give --bert_model)")
     else:
-        pairs = [(Path(args.bert_model), Path(args.output_dir))]
+        pairs = [(fetch_model(args.bert_model), Path(args.output_dir))]
     for source, target in pairs:
         make_student(source, target, args.num_layers, args.keep_layers, args.overwrite_output_dir)
 

@@ -47,6 +47,7 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
+from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import (
     BertConfig,
@@ -89,16 +90,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--models", nargs="+", default=list(SHAPES),
-        help=f"of {', '.join(SHAPES)}, or NAME=FOLDER for a model directory; what quantize.py made"
+        help=f"of {', '.join(SHAPES)}, or NAME=MODEL (folder, URL, hub id); what quantize.py made"
              " for a CPU is measured as it is, whatever --engines says")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES),
         help="what computes, and in which precision")
     add("--lengths", nargs="+", default=["128", "sst-2", "mrpc"],
         help="word pieces, or a task for rows of its dev set, where there is --glue_dir")
     add("--glue_dir", type=Path, default=None, help="folder with a folder for each GLUE task")
-    add("--vocab_dir", type=Path, default=None,
-        help="model directory whose vocabulary encodes the rows; not given: the first FOLDER of"
-             " --models")
+    add("--vocab_dir", type=str, default=None,
+        help="model whose vocabulary encodes the rows: folder, URL or hub id; not given: the first"
+             " MODEL of --models")
     add("--batches", nargs="+", type=int, default=[1, 32], help="rows a batch")
     add("--threads", nargs="+", type=int, default=[1, 2], help="threads of the CPU")
     add("--seconds", type=float, default=0.4,
@@ -126,10 +127,10 @@ class Candidate:
 
 
 def make_model(name: str) -> torch.nn.Module:
-    """Return a model of a known shape with random weights, or the one of NAME=FOLDER."""
+    """Return a model of a known shape with random weights, or the one of NAME=MODEL."""
     folder = name.partition("=")[2]
     if not folder and name not in SHAPES:
-        raise UserError(f"--models {name}: expected NAME=FOLDER or one of {', '.join(SHAPES)}")
+        raise UserError(f"--models {name}: expected NAME=MODEL or one of {', '.join(SHAPES)}")
     if folder:
         model = load_classifier(folder)
     else:
@@ -193,10 +194,10 @@ def task_rows(args: argparse.Namespace, name: str) -> Features:
     folder = args.vocab_dir or next(
         (model.partition("=")[2] for model in args.models if "=" in model), None)
     if folder is None:
-        raise UserError(f"--lengths {name}: its rows need --vocab_dir, or a FOLDER of --models")
+        raise UserError(f"--lengths {name}: its rows need --vocab_dir, or a MODEL of --models")
     return load_features(task, args.glue_dir / task.folder, "dev",
-                         BertTokenizer.from_pretrained(folder), task.max_seq_length,
-                         task.labels)
+                         BertTokenizer.from_pretrained(fetch_model(folder, weights=False)),
+                         task.max_seq_length, task.labels)
 
 
 def task_batches(rows: Features, batch: int, vocab_size: int) -> list[Inputs]:
@@ -323,6 +324,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Measurements
     with TemporaryDirectory(prefix="inference_") as folder:
+        args.models = [f"{short}={fetch_model(source)}" if source else short
+                       for short, _, source in (name.partition("=") for name in args.models)]
         candidates = [candidate for name in args.models
                       for candidate in make_candidates(name, args.engines, Path(folder), device)]
         settings = make_settings(args, min(candidate.vocab_size for candidate in candidates))

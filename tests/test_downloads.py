@@ -17,7 +17,6 @@ from helpers import REPO, config_folder, make_model, make_pregenerated, run
 from server import FileServer
 
 import general_distill
-from transformer.checkpoint import fetch_model
 from transformer.file_utils import (
     MissingError,
     UnreachableError,
@@ -27,6 +26,7 @@ from transformer.file_utils import (
     upload_folder,
     write_text,
 )
+from transformer.hub import fetch_model
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 OTHER = bytes(reversed(CONTENT))

