@@ -171,16 +171,6 @@ task_distillation() {
     $(if_yes PREDICTION_AUGMENTED "$name" --aug_train)
 }
 
-# evaluation STEP TASK MODEL...: the dev scores of trained models, in RESULTS_DIR/eval/MODEL.
-evaluation() {
-  local models=("${@:3}") outputs=("${@/#/$RESULTS_DIR/eval/}")
-  outputs=("${outputs[@]:2}")
-  step "eval_$1" "${outputs[@]}" -- python task_distill.py --do_eval \
-    --student_model "${models[@]/#/$STUDENTS_DIR/}" --data_dir "$GLUE_DIR/$2" --task_name "$2" \
-    --output_dir "${outputs[@]}" $LOWER_CASE_FLAG $(options "${SLUG[$2]}" --eval_batch_size \
-      EVAL_BATCH_SIZE --max_seq_length MAX_SEQ_LENGTH --precision PRECISION)
-}
-
 stage distill "Task distillation: intermediate, then prediction"
 for task in $TASKS; do
   name=${SLUG[$task]} models=()
@@ -291,6 +281,14 @@ if [[ -n ${timed// /} ]]; then
     --engines "torch fp32" --batches 1 --threads 1 --seconds 2 --lengths "$LATENCY_TASK" \
     --glue_dir "$GLUE_DIR" --vocab_dir "$BASE_MODEL" --output_dir "$RESULTS_DIR/latency"
 fi
+
+stage export "Folders for a hub, with ONNX and model cards"
+for task in $TASKS; do
+  models=($(exported_models "${SLUG[$task]}")) outputs=("${models[@]/#/$STUDENTS_DIR/export/}")
+  ((${#models[@]} == 0)) || step "export_${SLUG[$task]}" "${outputs[@]}" -- \
+    python export_model.py --model "${models[@]/#/$STUDENTS_DIR/}" --output_dir "${outputs[@]}" \
+    --onnx --int8 --padded $(setting EXPORT_FLAGS "${SLUG[$task]}")
+done
 
 stage report "Report: table and pictures"
 step report --update "$RESULTS_DIR/results.json" --reads "$STUDENTS_DIR" "$RESULTS_DIR" -- \

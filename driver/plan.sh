@@ -79,6 +79,25 @@ finished_models() {
   done
 }
 
+# evaluation STEP TASK MODEL...: the dev scores of trained models, in RESULTS_DIR/eval/MODEL.
+evaluation() {
+  local models=("${@:3}") outputs=("${@/#/$RESULTS_DIR/eval/}")
+  outputs=("${outputs[@]:2}")
+  step "eval_$1" "${outputs[@]}" -- python task_distill.py --do_eval \
+    --student_model "${models[@]/#/$STUDENTS_DIR/}" --data_dir "$GLUE_DIR/$2" --task_name "$2" \
+    --output_dir "${outputs[@]}" $LOWER_CASE_FLAG $(options "${SLUG[$2]}" --eval_batch_size \
+      EVAL_BATCH_SIZE --max_seq_length MAX_SEQ_LENGTH --precision PRECISION)
+}
+
+# exported_models NAME: the models of the task NAME that go to a hub, and of those pruned ones.
+exported_models() {
+  local model choice
+  finished_models EXPORT_STUDENTS "$1"
+  for model in $(finished_models PRUNE_STUDENTS "$1"); do
+    for choice in $(setting EXPORT_CONSTRAINTS "$1"); do echo "${model}_pruned_$choice"; done
+  done
+}
+
 # hub_has MODEL: whether the hub (HF_ENDPOINT) or this machine's cache of it has a model.
 hub_has() {
   "$PYTHON" -c 'import huggingface_hub, sys

@@ -18,10 +18,12 @@ class FileServer(http.server.ThreadingHTTPServer):
         headers: more headers for every answer.
         etag: whether answers carry the SHA-256 of their file as its entity tag.
         requests: of each GET so far, path and headers.
-        troubles: by path, what goes wrong with its next GETs, each a dictionary of `always`'s keys.
-        always: what goes wrong with every GET: status; headers; content (in place of the file's);
-            ranges, if_range (False: not heeded); sent (bytes after which the line is cut); slow
-            (seconds between pieces); stall (seconds before the end).
+        posts: of each POST so far, path and body; it is answered with the file of its path.
+        troubles: by path, what goes wrong with its next GETs or POSTs, each a dictionary of
+            `always`'s keys.
+        always: what goes wrong with all of them: status; headers; content (in place of the
+            file's); ranges, if_range (False: not heeded); sent (bytes after which the line is
+            cut); slow (seconds between pieces); stall (seconds before the end).
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         self.headers: dict[str, str] = {}
         self.etag = True
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.posts: list[tuple[str, bytes]] = []
         self.troubles: dict[str, list[dict[str, Any]]] = {}
         self.always: dict[str, Any] = {}
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -54,6 +57,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.files[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer(200, b"", {})
 
+    def do_POST(self) -> None:
+        self.server.posts.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.do_GET()
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
@@ -61,6 +68,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path, trouble = self.path.partition("?")[0], {}
         if self.command == "GET":
             self.server.requests.append((path, dict(self.headers)))
+        if self.command != "HEAD":
             troubles = self.server.troubles.get(path)
             trouble = {**self.server.always, **(troubles.pop(0) if troubles else {})}
         content = trouble.get("content", self.server.files.get(path))

@@ -12,7 +12,8 @@ from helpers import GOLDEN, REPO, read_json
 SCRIPTS = ["download_glue.py", "prepare_data.py", "get_bert_models.py",
            "pregenerate_training_data.py", "general_distill.py", "data_augmentation.py",
            "fix_teacher_layers.py", "finetune_teacher.py", "task_distill.py",
-           "tinybert_6_from_bert.py", "quantize.py", "predict.py", "report.py", "pretrain_bert.py"]
+           "tinybert_6_from_bert.py", "quantize.py", "export_model.py", "predict.py", "report.py",
+           "pretrain_bert.py"]
 # Compute nothing: their `--help` must not wait for torch.
 WITHOUT_TORCH = ["download_glue.py", "prepare_data.py"]
 PACKAGE = sorted(REPO.glob("transformer/*.py"))

@@ -213,8 +213,8 @@ def test_every_flag_setting_and_file_name_in_the_text_occurs_in_a_program(docume
             assert name in text or (REPO / word).exists(), f"{word}: no program writes it"
 
 
-def test_the_readme_has_at_most_220_lines_and_8_entries_of_troubleshooting():
-    assert len(read(README).splitlines()) <= 220
+def test_the_readme_has_at_most_235_lines_and_8_entries_of_troubleshooting():
+    assert len(read(README).splitlines()) <= 235
     section = read(README).partition("## Troubleshooting")[2].partition("\n## ")[0]
     assert 1 <= len(re.findall(r"^- ", section, re.M)) <= 8
 

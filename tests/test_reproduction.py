@@ -20,7 +20,7 @@ RUNS = [("--profile", profile, "--recipe", recipe)
         for profile in ("full", "demo", "minilm") for recipe in ("original", "paper")]
 STAGES = """environment inputs glove glue wikipedia models pregenerate general augment repair
 teachers distill evaluate smart_init smart_direct smart_general smart_distill smart_evaluate
-baselines prune quantize latency report""".split()
+baselines prune quantize latency export report""".split()
 
 
 def drive(*arguments: str, shell: str = "bash", **settings: str) -> subprocess.CompletedProcess:
@@ -181,7 +181,8 @@ def test_students_are_made_smaller_measured_and_timed_as_the_settings_say():
     assert {model.partition("=")[2] for model in latency["models"]} == {
         "models/final_sst2_teacher", *(f"models/{student.format('sst2')}" for student in students),
         *(model for model in smaller if "_sst2_" in model)}
-    none = dry_run("--from", "prune", PRUNE_STUDENTS="", QUANTIZE_STUDENTS="of_another_run")
+    none = dry_run("--from", "prune", PRUNE_STUDENTS="", QUANTIZE_STUDENTS="of_another_run",
+                   EXPORT_STUDENTS="")
     assert [c[1] for c in none] == ["report.py"]
 
 
@@ -320,6 +321,10 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert len(report["speeds"]) == 4
     for picture in ("scores.png", "loss_curves.png", "tradeoff.png"):
         assert (results / picture).read_bytes().startswith(b"\x89PNG")
+    exported = tmp_path / "models" / "export"
+    for model in ("distilled_tinybert_4l_cola", "distilled_tinybert_4l_cola_pruned_0.3"):
+        assert (exported / model / "onnx" / "model_quantized.onnx").is_file()
+        assert "matthews_correlation" in (exported / model / "README.md").read_text()
 
     # The second call has nothing to do, with however many threads, and prints the table again.
     again = drive("--demo", **settings, OMP_NUM_THREADS="2", GOMP_SPINCOUNT="1")
@@ -329,7 +334,8 @@ def test_a_small_demo_runs_to_the_table_and_a_second_call_skips_everything(folde
     assert f"Results: {results}/results.md, pictures beside it." in again.stdout
 
     # Changed settings run again what depends on them, and only that.
-    smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py", "report.py"}
+    smaller = {"K-prune/src/main.py", "quantize.py", "benchmarks/inference.py", "export_model.py",
+               "report.py"}
     for changed, scripts in (
         ({"PREDICTION_EPOCHS": "1"}, {"task_distill.py", *smaller}),
         ({"PRUNE_MU": "32"}, {"task_distill.py", *smaller} - {"quantize.py"}),

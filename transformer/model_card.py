@@ -1,0 +1,215 @@
+"""The model card of an exported folder: what the records beside a model say of it, and no more.
+
+A card is the `README.md` of a folder on a hub: YAML that the hub reads, then text.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from transformer.config import BertConfig
+from transformer.file_utils import UserError, read_json
+from transformer.tasks import GlueTask, get_task
+
+# The hub's names of our metrics; means of two of them have none.
+METRICS = {"acc": "accuracy", "f1": "f1", "mcc": "matthews_correlation", "pearson": "pearsonr",
+           "spearmanr": "spearmanr"}
+SPLITS = {"dev": "validation", "dev_mm": "validation_mismatched"}
+TABLES = "csv"  # the hub's word for tables in files, where no --dataset says whose they are
+FLAGS = ("num_train_epochs", "learning_rate", "train_batch_size", "max_seq_length", "temperature",
+         "warmup_proportion", "weight_decay", "aug_train", "match_original", "num_tokens",
+         "constraint", "seed")
+
+PIPELINE = """```python
+from transformers import pipeline
+
+model = pipeline("{pipeline}", model="{place}")
+print(model({example}{options}))
+```"""
+ONNX = """Without PyTorch, in this folder:
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({length})
+row = tokenizer.encode({example})
+inputs = {{"input_ids": row.ids, "token_type_ids": row.type_ids,
+          "attention_mask": row.attention_mask}}
+session = onnxruntime.InferenceSession("{file}")
+print(session.run(["logits"], {{name: np.array([ids]) for name, ids in inputs.items()}}))
+```"""
+OWN_CODE = ("Its layers have unequal shapes: `python predict.py --model FOLDER`, of the code that"
+            " made it, reads the weights, and no other program does.")
+
+
+@dataclass
+class History:
+    """What the records of a model say: its task, its scores by split and metric, how it was made.
+
+    steps: one sentence each, the last step first.
+    """
+
+    task: GlueTask | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    selection: str = ""
+    steps: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def public_name(model: str) -> str:
+    """Return a hub id as it is, and of a local folder its name alone."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\w+)?", model) and not Path(model).exists()
+    return model if is_id else Path(model).name
+
+
+def find_source(folder: Path, source: str) -> Path | None:
+    """Return the folder that a model was made from, where it was or beside `folder`, if there."""
+    places = (Path(source), folder.parent / Path(source).name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def read_history(folder: Path) -> History:
+    """Read the records of a model directory, and of those that it was made from."""
+    arguments, results, quantized, pruned = (
+        read_json(path) if (path := folder / f"{name}.json").is_file() else {}
+        for name in ("args", "eval_results", "quantization", "kprune"))
+    source = quantized.get("source") or pruned.get("model") or ""
+    place = find_source(folder, source) if source else None
+    found = read_history(place) if place else History()
+    if quantized:  # the scores stay those of the weights
+        after = [f"{split} {name} {value:.4f}"
+                 for split, name, value in scores(results.get("all_metrics", {}))]
+        found.steps.insert(0, f"Quantized by `quantize.py` ({quantized['method']}) from"
+                              f" {public_name(source)}{details(quantized, folder)}"
+                              f"{'; then ' * bool(after)}{', '.join(after)}.")
+        return found
+    step = ""
+    if pruned:
+        step = (f"Pruned by K-prune from {public_name(source)}: {100 * pruned['flops_removed']:.1f}"
+                " % of the operations of heads and neurons removed")
+        found.tags.append("pruning")
+        found.metrics = pruned["after"].get("all_metrics", {})
+        found.selection = f"none; of the model before pruning: {found.selection or 'unknown'}"
+        results = {"task": pruned["task"]}
+    elif "arguments" in arguments:
+        step = training(arguments)
+        found.tags += ["knowledge-distillation"] * ("teacher_model" in arguments["arguments"])
+    if step:
+        found.steps.insert(0, f"{step}{details(arguments, folder)}.")
+    with suppress(UserError):  # SQuAD is no task of this table
+        found.task = get_task(results["task"]) if "task" in results else found.task
+    found.metrics = results.get("all_metrics") or found.metrics
+    found.selection = results.get("selection", found.selection)
+    return found
+
+
+def training(record: Mapping[str, Any]) -> str:
+    """Say which training made a model, and from what."""
+    arguments = record["arguments"]
+    start = f", starting from {public_name(record['student'])}" if "student" in record else ""
+    if "teacher_model" not in arguments:
+        return f"Trained without distillation{start}"
+    what = "its logits" if arguments.get("pred_distill") else "its hidden states and attention"
+    general = " on text without labels" if "pregenerated_data" in arguments else ""
+    return f"Distilled from {public_name(arguments['teacher_model'])} ({what}){general}{start}"
+
+
+def details(record: Mapping[str, Any], folder: Path) -> str:
+    """Return commit, precision and flags as the end of a sentence; of lists, this student's."""
+    arguments = record.get("arguments", {})
+    outputs = arguments.get("output_dir")
+    names = [Path(path).name for path in outputs] if isinstance(outputs, list) else []
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == len(names) and folder.name in names:
+            return value[names.index(folder.name)]
+        return ",".join(map(str, value)) if isinstance(value, list) else value
+
+    told = [f"{name} {record[name]}" for name in ("commit", "precision") if record.get(name)]
+    told += [f"{name} {own(arguments[name])}" for name in FLAGS
+             if arguments.get(name) not in (None, False)]
+    return f"; {', '.join(told)}" if told else ""
+
+
+def scores(all_metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, float]]:
+    """Yield (split, metric, value) of every score that is a number."""
+    for split, metrics in all_metrics.items():
+        for name, value in metrics.items():
+            if isinstance(value, float | int):
+                yield split, name, value
+
+
+def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
+    """Return what the hub reads; what nothing tells is left out."""
+    dataset, task = facts["dataset"], found.task
+    results = []
+    for split, name, value in scores(found.metrics if task else {}):
+        if name in METRICS:
+            matched = "_matched" if split == "dev" and "dev_mm" in task.dev_files else ""
+            results.append(EvalResult(
+                task_type=facts["pipeline"], dataset_type=dataset or TABLES,
+                dataset_name=task.folder, dataset_config=task.name.replace("-", ""),
+                dataset_split=SPLITS.get(split, split) + matched, metric_type=METRICS[name],
+                metric_name=name, metric_value=value))
+    return ModelCardData(
+        license=facts["license"] or None, language=facts["language"] or None,
+        library_name="transformers" if facts["model_type"] == "bert" else None,
+        pipeline_tag=facts["pipeline"], base_model=facts["base_model"] or None,
+        datasets=[dataset] if dataset else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        tags=["bert", "tinybert", *dict.fromkeys(found.tags), *facts["tags"]],
+        eval_results=results or None, model_name=facts["name"] if results else None)
+
+
+def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
+    """Return code that runs as printed, in the folder or with its hub id."""
+    pair = found.task is not None and found.task.text_b is not None
+    texts = ['"a charming film"', *['"the film has charm"'] * pair]
+    examples = {
+        "text-classification": f'{{"text": {texts[0]}, "text_pair": {texts[-1]}}}' if pair
+                               else texts[0],
+        "fill-mask": '"a charming [MASK]"', "feature-extraction": texts[0]}
+    options = ", top_k=None, truncation=True" * (facts["pipeline"] == "text-classification")
+    if facts["model_type"] != "bert":
+        parts = [OWN_CODE]
+    else:
+        parts = [PIPELINE.format(example=examples[name], options=options, **facts)
+                 for name in [facts["pipeline"]] if name in examples]
+    if facts["onnx"]:
+        parts.append(ONNX.format(example=", ".join(texts), file=facts["onnx"][-1], **facts))
+    return parts
+
+
+def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> str:
+    """Write the card of an exported folder.
+
+    Args:
+        found: what the records beside the model say.
+        config: the exported model's.
+        facts: name, place (hub id or "."), pipeline, model_type, parameters, length, onnx (files),
+            notes (sentences), tags; license, language, base_model and dataset as given, or "".
+    """
+    labels = ", ".join(f"`{name}`" for name in config.id2label.values())
+    purpose = f" for {found.task.folder}" if found.task else ""
+    shape = (f"A BERT{purpose}: {config.num_hidden_layers} layers, {config.hidden_size} wide,"
+             f" {facts['parameters'] / 1e6:.1f} million parameters.")
+    if facts["pipeline"] == "text-classification":
+        shape += " It gives one score." if config.num_labels == 1 else f" Labels: {labels}."
+    parts = [f"# {facts['name']}", shape, "## Use", *samples(found, facts)]
+    rows = [f"| {split} | {name} | {value:.4f} |" for split, name, value in scores(found.metrics)]
+    if rows:
+        parts += ["## Results", "\n".join(["| split | metric | value |", "|---|---|---:|", *rows])]
+        if found.selection:
+            parts.append(f"Selection of the checkpoint: {found.selection}.")
+    made = [*facts["notes"], *found.steps]
+    if made:
+        parts += ["## How it was made", "\n".join(f"- {step}" for step in made)]
+    return f"---\n{front_matter(found, facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
