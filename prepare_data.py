@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import html
 import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from transformer import distributed
-from transformer.file_utils import UserError, read_json, write_text
+from transformer.file_utils import UserError, parse_json, read_json, write_text
 from transformer.runtime import add_resume_argument, run_script
 from transformer.shards import Shard, ShardedFile, cut, fingerprint
 
@@ -42,6 +44,11 @@ PUNKT_DOWNLOAD_SECONDS = 30
 PUNKT_SAMPLE_CHARACTERS = 10_000_000
 SHARDS = 1024  # of a large corpus, or up to twice as many; a smaller one has one a file
 COMPRESSION = 4  # how many times smaller a .bz2 of text is
+
+# A tag, not any text in brackets: attributes have values.
+TAG = re.compile(r"</?([a-z][a-z0-9]*)(?:\s+[a-z-]+\s*=[^<>]*)?\s*/?>", re.I)
+BREAKS = {"br", "div", "hr", "li", "p", "td", "th", "tr"}
+PLACEHOLDER = re.compile(r"\b(?:formula|codice)_\d+")
 
 
 def find_input_files(input_dir: Path) -> list[Path]:
@@ -65,19 +72,31 @@ def read_articles(path: Path) -> Iterator[str]:
 
     A line that is not such an object is a `UserError` with file and line.
     """
-    expected = 'expected one JSON object a line with a "text" string (WikiExtractor --json)'
+    expected = 'one JSON object a line with a "text" string (WikiExtractor --json)'
     with (bz2.open(path) if path.suffix == ".bz2" else path.open("rb")) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                article = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}); {expected}") from error
-            text = article.get("text") if isinstance(article, dict) else None
+            place = f"{path}, line {number}"
+            text = parse_json(line, place, expected).get("text")
             if not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: no text; {expected}")
-            yield text
+                raise UserError(f"{place}: no text; expected {expected}")
+            yield clean(text)
+
+
+def clean(text: str) -> str:
+    """Drop the markup that WikiExtractor leaves in a text; entities become what they stand for.
+
+    That is tags such as `&lt;br&gt;`, `formula_1` and `codice_1` in place of formulas and code, and
+    NUL characters.
+    """
+    # Twice: the dump escapes what a page shows, and WikiExtractor escapes that again.
+    text = html.unescape(html.unescape(text)).replace("\0", "")
+    if "<" in text:
+        text = TAG.sub(lambda tag: " " if tag[1].lower() in BREAKS else "", text)
+    if "formula_" in text or "codice_" in text:
+        text = PLACEHOLDER.sub("", text)
+    return text
 
 
 def split_sentences(text: str, splitter: PunktSentenceTokenizer) -> list[str]:

@@ -12,7 +12,6 @@ Example:
 """
 
 import argparse
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -30,7 +29,14 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from transformer.evaluation import majority_baseline
-from transformer.file_utils import UserError, atomic_path, read_json, write_json, write_text
+from transformer.file_utils import (
+    UserError,
+    atomic_path,
+    parse_json,
+    read_json,
+    write_json,
+    write_text,
+)
 from transformer.run_folder import ARGUMENTS_NAME, RESULTS_NAME
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
@@ -350,8 +356,8 @@ def results_page(
 def read_log(model: Model) -> list[dict[str, Any]]:
     """Read a run's log.jsonl, of a sweep that of the setting chosen."""
     path = model.folder / model.results.get("chosen", "") / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
 
 
 def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float], list[float]]:

@@ -37,9 +37,13 @@ def test_a_file_or_folder_is_replaced_only_when_the_block_succeeds(tmp_path):
     assert only_files(tmp_path / "folder") == ["b"] and only_files(tmp_path) == ["file", "folder"]
 
 
-def test_read_json_names_the_file_that_is_not_json(tmp_path):
-    write_text(tmp_path / "bad.json", "{")
-    with pytest.raises(UserError, match="bad.json: not valid JSON"):
+@pytest.mark.parametrize(("content", "complaint"), [
+    (b"{", "not valid JSON"), (b"\xff{}", "not valid JSON.*byte"), (b"[" * 100_000, "recursion"),
+    (b"9" * 5000, "5000 digits"), (b"[1]", "list as JSON; expected a JSON object"),
+])
+def test_read_json_names_the_file_that_is_not_json(tmp_path, content, complaint):
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"bad.json: .*{complaint}"):
         read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="absent.json: no such file"):
         read_json(tmp_path / "absent.json")

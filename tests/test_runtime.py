@@ -72,6 +72,7 @@ def test_only_the_flags_on_the_command_line_count_as_given():
     UserError("file.tsv, line 3: wrong"), FileNotFoundError("file.tsv"),
     IsADirectoryError("file.tsv"), NotADirectoryError("file.tsv"), PermissionError("file.tsv"),
     OSError(errno.ENOSPC, "the disk is full", "file.tsv"),
+    OSError(errno.ENAMETOOLONG, "File name too long", "file.tsv"),
 ])
 def test_a_users_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, error):
     message = message_on(error, capsys)

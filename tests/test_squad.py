@@ -139,7 +139,7 @@ def test_the_answer_is_cut_from_the_text_of_the_best_window_with_its_capitals(to
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("{", "not valid JSON"), ("[]", "SQuAD's layout"), ('{"data": []}', "no questions"),
+    ("{", "not valid JSON"), ("[]", "JSON object"), ('{"data": []}', "no questions"),
     ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "1"}]}]}]}', "question"),
 ])
 def test_a_broken_file_is_one_error_that_names_it(tmp_path, content, expected):

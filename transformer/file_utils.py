@@ -98,15 +98,24 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file; a file that is missing or not JSON is a `UserError` that names it."""
+def parse_json(text: str | bytes, place: str, expected: str = "a JSON object") -> dict[str, Any]:
+    """Return the JSON object in a text; anything else is a `UserError` that names the place."""
+    try:
+        value = json.loads(text)
+    # ValueError: also bytes that are no text, and numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({error}); expected {expected}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {type(value).__name__} as JSON; expected {expected}")
+    return value
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object from a file; what is missing or none is a `UserError` that names it."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a JSON file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    return parse_json(path.read_bytes(), str(path))
 
 
 def file_sha256(path: Path | str) -> str:

@@ -249,7 +249,7 @@ def find_epochs(data_dir: Path | str) -> tuple[int, str]:
 def _read_fields(path: Path, kind: type) -> Any:
     """Read a JSON object with these fields; None if one of them is not of its type."""
     content = read_json(path)
-    values = [content.get(name) for name in kind._fields] if isinstance(content, dict) else []
+    values = [content.get(name) for name in kind._fields]
     types = list(kind.__annotations__.values())
     return kind(*values) if list(map(type, values)) == types else None
 
@@ -373,7 +373,7 @@ def read_json_rows(
             try:
                 yield parse_row(line, metrics.max_seq_len, vocab)
             # ValueError covers malformed JSON and bytes that are not UTF-8.
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: {error}; expected the "
                     f"{metrics.num_training_examples} rows that its metrics file counts"

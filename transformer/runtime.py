@@ -108,12 +108,12 @@ def run_script(
 
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
     """Return one line on a user's mistake or on what the machine lacks; None for a bug."""
-    if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
-                          PermissionError)):
-        return str(error)
     reason = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({reason}); what was finished is kept{how_to_continue(args)}"
+    if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
+                          PermissionError)) or getattr(error, "filename", None) is not None:
+        return str(error)
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in reason):
         return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"

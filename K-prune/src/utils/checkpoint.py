@@ -65,8 +65,7 @@ def convert_weights(state: dict[str, Tensor], config: BertConfig) -> dict[str, T
 
 def is_distilbert(folder: Path | str) -> bool:
     """Say whether the `config.json` of a model directory is a DistilBERT's."""
-    values = read_json(find_config(folder))
-    return isinstance(values, dict) and values.get("model_type") == "distilbert"
+    return read_json(find_config(folder)).get("model_type") == "distilbert"
 
 
 def load_model(
