@@ -28,7 +28,7 @@ import torch
 from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
-from transformer.file_utils import UserError, read_json
+from transformer.file_utils import UserError, parse_json, read_json
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 16
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-JSON_START = re.compile(r'\s*(\[\s*$|\[?\s*\{\s*(["}]|$))')  # of an object, or a list of them
+JSON_START = re.compile(r"""\s*(\[\s*$|\[?\s*\{\s*(["'}]|$))""")  # of an object, or a list of them
 UNLABELLED = "0"  # stands for the label that encoding asks for
 
 # The columns, or JSON keys, that hold the texts: GLUE's, and those of Hugging Face's data sets.
@@ -55,7 +55,7 @@ TEXT_COLUMNS = (("text",), ("text", "text_pair"), ("premise", "hypothesis"), *di
 TEXT_NAMES = {*chain.from_iterable(TEXT_COLUMNS)}
 # Cells that are not one of two texts; numbers are none either.
 NO_TEXTS = TEXT_NAMES.union(
-    *((task.label, *task.labels, *task.aliases) for task in GLUE_TASKS.values()))
+    [""], *((task.label, *task.labels, *task.aliases) for task in GLUE_TASKS.values()))
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
     is_json: bool
     columns: tuple[Any, ...]  # JSON keys, or numbers from 0; empty: by the keys, or all there are
-    width: int = 0  # columns of the header; 0: there is none
+    header: str = ""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -151,9 +151,8 @@ def find_layout(where: str, first: str, args: argparse.Namespace) -> Layout:
             is_auto and (suffix in JSON_SUFFIXES or JSON_START.match(first))):
         return Layout(True, tuple(args.columns))
     cells = first.split("\t")
-    if is_auto and (suffix == ".csv" or (
-            len(cells) == 1 and "," in first
-            and known_columns([cell.strip(' "') for cell in first.split(",")]))):
+    parts = [part.strip(' "') for part in re.split("[,;]", first)]
+    if is_auto and (suffix == ".csv" or (len(cells) < len(parts) and known_columns(parts))):
         raise UserError(f"{where}: {first[:60]!r} is comma-separated; expected tabs or JSON lines"
                         " (--input_format tsv takes each line as a text)")
     known = known_columns(cells)
@@ -162,29 +161,23 @@ def find_layout(where: str, first: str, args: argparse.Namespace) -> Layout:
     if unknown := [name for name in names if name not in cells]:
         raise UserError(f"{where}: no column {unknown[0]!r} in {first[:60]!r}; expected --columns"
                         " with names of a header, or numbers from 1")
-    if is_header := bool(known or names):
+    if known or names:
         logger.info("%s: a header; what is read: %s", where, ", ".join(wanted))
     return Layout(False, tuple(int(name) - 1 if name.isdecimal() else cells.index(name)
-                               for name in wanted), len(cells) if is_header else 0)
+                               for name in wanted), first if known or names else "")
 
 
 def json_texts(where: str, text: str, layout: Layout) -> list[str]:
-    """Return the one text or two of a JSON line: an object, or a string."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, str) and not layout.columns:
-        value = {"text": value}
-    value = value if isinstance(value, dict) else {}
+    """Return the one text or two of a JSON line."""
+    names = "; ".join(map(" and ".join, [layout.columns] if layout.columns else TEXT_COLUMNS))
+    expected = f"a JSON object with one text or two under {names} (--columns names others)"
+    value = parse_json(text, where, expected)
     keys = layout.columns or known_columns(value)
     texts = [value.get(key) for key in keys]
     if len(texts) == 2 and value.get(keys[1], "") is None:
         texts.pop()
     if not texts or not all(isinstance(each, str) for each in texts):
-        expected = "; ".join(map(" and ".join, [keys] if keys else TEXT_COLUMNS))
-        raise UserError(f"{where}: {text[:60]!r}; expected a JSON object with one text or two under"
-                        f" {expected} (--columns names others)")
+        raise UserError(f"{where}: {text[:60]!r}; expected {expected}")
     # JSON can spell half a surrogate pair, which UTF-8 can not.
     return [each.encode("utf-8", "replace").decode() for each in texts]
 
@@ -197,8 +190,8 @@ def cell_texts(where: str, text: str, layout: Layout) -> list[str]:
     if not columns and len(cells) > 2:
         raise UserError(f"{where}: {len(cells)} columns; expected a text, or two with a tab"
                         " between (--columns chooses)")
-    if 0 < layout.width < len(cells):
-        logger.warning("%s: %d columns; the header has %d", where, len(cells), layout.width)
+    if layout.header and len(cells) > layout.header.count("\t") + 1:
+        logger.warning("%s: %d columns, more than the header has", where, len(cells))
     return [cells[column] for column in columns] if columns else cells
 
 
@@ -222,10 +215,9 @@ def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
             text = decode(where, raw, line == 1)
             if not text.strip():
                 continue
-            if layout is None:
-                layout = find_layout(where, text, args)
-                if layout.width:
-                    continue
+            layout = layout or find_layout(where, text, args)
+            if text == layout.header:  # once more where files follow one another
+                continue
             texts = (json_texts if layout.is_json else cell_texts)(where, text, layout)
             if unchecked and not (layout.is_json or layout.columns):
                 check_no_label(where, texts, labels)
@@ -369,19 +361,22 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}; expected at least {least}")
     if len(args.columns) > 2 or "0" in args.columns:
         raise UserError(f"--columns {' '.join(args.columns)}; expected one or two, from 1")
-    path = args.input_file
+
+
+def check_streams(path: Path | None) -> None:
+    """Raise a `UserError` where input or output is missing; `path`: None for standard input."""
     if path is not None and (path.is_dir() or not path.exists()):
         raise UserError(f"--input_file {path}: {'a folder' if path.is_dir() else 'no such file'};"
                         " expected a file of lines")
-    if path is None and sys.stdin is None:
-        raise UserError("standard input is closed; expected lines there, or --input_file")
-    if sys.stdout is None:
-        raise UserError("standard output is closed; expected a place for the predictions")
+    for stream, name in ((path or sys.stdin, "standard input"), (sys.stdout, "standard output")):
+        if stream is None:
+            raise UserError(f"{name} is closed; expected it open (input: or --input_file)")
 
 
 def main(args: argparse.Namespace) -> None:
     # Settings and model
     check_args(args)
+    check_streams(args.input_file)
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's: the texts are
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)

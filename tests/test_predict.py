@@ -170,7 +170,7 @@ READ = {
     "question1 and question2": (b'{"question1": "a film", "question2": "bad"}', TWO),
     "premise and hypothesis": (b'{"premise": "a film", "hypothesis": "bad", "idx": 3}', TWO),
     "keys by name": (b'{"text": "x", "a": "a film", "b": "bad"}', TWO, "--columns", "a", "b"),
-    "strings": (b'"a film"', ONE, "--input_format", "jsonl"),
+    "two files, one after the other": (b"sentence\nsentence\na film\n", ONE),
     "an object as a text": (b'{"text": 1}', ['{"text": 1}'], "--input_format", "tsv"),
     "nothing": (b"", None),
     "a header alone": (b"sentence\tlabel\n", None),
@@ -194,9 +194,13 @@ REFUSED = {
     "an unknown name": (b"sentence\tlabel", "no column 'body' in 'sentence", "--columns", "body"),
     "comma-separated": (b'"sentence","label"\n"a, b",1', "is comma-separated; expected tab"),
     "UTF-16": ("a film".encode("utf-16"), "line 1: b'\\xff\\xfea\\x00 "),
-    "an array": (b"[1]", "expected a JSON object with", "--input_format", "jsonl"),
+    "semicolons": (b"sentence;label\na film;1", "is comma-separated"),
+    "an array": (b"[1]", "list as JSON; expected a JSON object", "--input_format", "jsonl"),
+    "a string": (b'"a film"', "str as JSON; expected a JSON obj", "--input_format", "jsonl"),
     "an array of objects": (b'[{"text": "a"}]', "expected a JSON object with"),
-    "an object over several lines": (b'{\n"text": "a"}', "line 1: '{'; expected"),
+    "an object over several lines": (b'{\n"text": "a"}', "line 1: not valid JSON (Exp"),
+    "Python's way of writing": (b"{'text': 'a'}", "not valid JSON"),
+    "a tab at the end": (b"a film\t", "line 1: a column holds ''"),
     "a question without an answer": (b"question\ttext\na\tb", "a column holds 'question'"),
     "a number": (b'{"sentence": 1}', "line 1: '{\"sentence\": 1}'; expected a JSON object"),
     "half a pair": (b'{"sentence1": "a"}', "sentence1 and sentence2"),
@@ -228,7 +232,7 @@ def test_a_model_of_single_texts_is_given_no_pairs(tmp_path, capsys, monkeypatch
 
 
 def test_files_and_pipes_are_read(tmp_path, ask, capsys, model):
-    (tmp_path / "in.jsonl").write_text('"a film"\n')
+    (tmp_path / "in.jsonl").write_text('{"text": "a film"}\n')
     (tmp_path / "in.tsv").write_text("a film\n")
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=["a film\n"], daemon=True).start()
