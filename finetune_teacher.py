@@ -105,6 +105,7 @@ def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceC
             folder, num_labels=task.num_labels)
     if not task.is_regression and (args.from_scratch or args.new_classifier):
         model.config.set_labels(task.labels)
+    model.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
     return model
 
 

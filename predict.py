@@ -28,11 +28,10 @@ import torch
 from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
-from transformer.file_utils import UserError, parse_json, read_json
+from transformer.file_utils import UserError, parse_json
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
-from transformer.run_folder import RESULTS_NAME
 from transformer.runtime import (
     add_precision_argument,
     get_device,
@@ -240,12 +239,10 @@ def answer_kind(config: BertConfig) -> str:
     return "scores" if problem == "regression" else "label"
 
 
-def trained_task(folder: Path, config: BertConfig) -> GlueTask | None:
-    """Return the task that training, ours or Hugging Face's, noted beside the model."""
-    results = folder / RESULTS_NAME
-    noted = read_json(results) if results.is_file() else {}
+def trained_task(config: BertConfig) -> GlueTask | None:
+    """Return the task that training, ours or Hugging Face's, noted; None for none or another."""
     try:
-        return get_task(str(noted.get("task") or config.other.get("finetuning_task")))
+        return get_task(str(config.other.get("finetuning_task")))
     except UserError:
         return None
 
@@ -388,7 +385,7 @@ def main(args: argparse.Namespace) -> None:
     longest = args.max_seq_length or min(
         config.max_position_embeddings, getattr(tokenizer, "model_max_length", None) or sys.maxsize)
     config.check_length(longest, "the model")
-    task = trained_task(folder, config)
+    task = trained_task(config)
     freeze(model, dtype, device)
 
     # Predictions, as the input comes

@@ -226,6 +226,7 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
     if own != labels and not student.config.id2label[0].startswith("LABEL_"):
         raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
     student.config.id2label = dict(teacher.config.id2label)
+    student.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
     student.config.classifier_relu |= args.match_original
     check_fit(args, student, shared.tokenizer, args.teacher_model)
     return student

@@ -40,8 +40,9 @@ def test_every_task_is_trained_and_named(tmp_path, name):
         "eval_results.txt", "eval_results.json", "log.jsonl"}
     result = read_json(output / "eval_results.json")
     assert result["task"] == name and set(result["metrics"]) == set(setup.task.metrics)
-    names = tuple(read_json(output / "config.json")["id2label"].values())
-    assert names == (setup.task.labels or ("LABEL_0",))
+    config = read_json(output / "config.json")
+    assert tuple(config["id2label"].values()) == (setup.task.labels or ("LABEL_0",))
+    assert config["finetuning_task"] == name
     log = read_log(output)
     assert [line["epoch"] for line in log] == [0, 1, 2]
     assert set(log[0]["all_metrics"]) == set(setup.task.dev_files)

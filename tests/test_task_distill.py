@@ -114,7 +114,9 @@ def test_labels_are_mapped_by_name_from_the_teacher(tmp_path, flags):
     order = ("entailment", "neutral", "contradiction")
     make_model(setup.teacher, labels=order)
     output = setup.run("out", "--num_train_epochs", 1, *flags)
-    assert list(read_json(output / "config.json")["id2label"].values()) == list(order)
+    config = read_json(output / "config.json")
+    assert list(config["id2label"].values()) == list(order)
+    assert config["finetuning_task"] == "mnli"
 
 
 def test_a_teacher_with_names_in_another_order_scores_the_same(tmp_path):
