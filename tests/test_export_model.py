@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import REPO, error_line, make_glue, make_model, random_batch, run
+from helpers import REPO, error_line, make_glue, make_model, random_batch, read_json, run
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -292,6 +292,17 @@ def test_what_no_file_and_no_flag_tells_stands_in_no_card(tmp_path):
     data = ModelCard.load(out / "README.md").data.to_dict()
     assert sorted(data) == ["library_name", "pipeline_tag", "tags"]
     assert len(code_blocks((out / "README.md").read_text())) == 1
+
+
+def test_of_a_sweep_the_card_names_the_setting_that_was_chosen(tmp_path):
+    make_model(tmp_path / "model")
+    write_records(tmp_path / "model", "sst-2", {"dev": {"acc": 0.75}}, sweep=True)
+    results = read_json(tmp_path / "model" / "eval_results.json")
+    write_json(tmp_path / "model" / "eval_results.json", {
+        **results, "chosen": "lr1e-04_batch16", "sweep": [{}, {}]})
+    card = (export(tmp_path) / "README.md").read_text()
+    assert "learning_rate 0.0001,0.0002" in card
+    assert "by acc; of 2 settings lr1e-04_batch16, the best on dev." in card
 
 
 def test_a_pruned_models_card_has_its_own_scores_and_its_sources_history(tmp_path):

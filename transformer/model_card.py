@@ -108,6 +108,9 @@ def read_history(folder: Path) -> History:
         found.task = get_task(results["task"]) if "task" in results else found.task
     found.metrics = results.get("all_metrics") or found.metrics
     found.selection = results.get("selection", found.selection)
+    if "chosen" in results:
+        found.selection += (f"; of {len(results['sweep'])} settings {results['chosen']}, the best"
+                            " on dev")
     return found
 
 
@@ -126,7 +129,8 @@ def details(record: Mapping[str, Any], folder: Path) -> str:
     """Return commit, precision and flags as the end of a sentence; of lists, this student's."""
     arguments = record.get("arguments", {})
     outputs = arguments.get("output_dir")
-    names = [Path(path).name for path in outputs] if isinstance(outputs, list) else []
+    each = isinstance(outputs, list) and not arguments.get("sweep")  # else all were tried
+    names = [Path(path).name for path in outputs] if each else []
 
     def own(value: Any) -> Any:
         if isinstance(value, list) and len(value) == len(names) and folder.name in names:
