@@ -208,9 +208,6 @@ def write_all(lines: Iterable[str]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     # Settings and model
-    for name, least in (("max_seq_length", 3), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
     path = args.input_file
     if path is not None and not path.is_file():
         raise UserError(f"--input_file {path}: no such file, or a folder; expected a file of lines")
