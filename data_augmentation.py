@@ -114,10 +114,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a number out of range."""
-    for name, smallest in (("M", 1), ("N", 0), ("max_train_rows", 0), ("max_varied_rows", 0),
-                           ("batch_tokens", 0)):
-        if getattr(args, name) < smallest:
-            raise UserError(f"--{name} {getattr(args, name)}: expected at least {smallest}")
     if not 0 <= args.p <= 1:
         raise UserError(f"--p {args.p}: expected a probability from 0 to 1")
 

@@ -245,6 +245,11 @@ def clean(scratch: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a task that is none."""
+    parse_tasks(args.tasks)
+
+
 def main(args: argparse.Namespace) -> None:
     data_dir = Path(args.data_dir)
     for folder in parse_tasks(args.tasks):

@@ -28,7 +28,6 @@ from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
     add_training_arguments,
-    check_numbers,
     compile_models,
     get_device,
     log_start,
@@ -75,8 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for flags out of range."""
-    check_numbers(args)
+    """Raise a `UserError` for a task that is none."""
     if args.task_name is not None:
         get_task(args.task_name)
 

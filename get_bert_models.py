@@ -158,6 +158,11 @@ def save_model(
                 loaded.hugging_face_class, parameters, tokenizer.do_lower_case)
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for teachers or tasks that are none."""
+    parse_teachers(args.teachers, args.tasks)
+
+
 def main(args: argparse.Namespace) -> None:
     teachers = {} if args.base_only else parse_teachers(args.teachers, args.tasks)
     target, overwrite = args.output_dir / args.base_name, args.overwrite_output_dir

@@ -351,11 +351,7 @@ def write_all(lines: Iterable[str]) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for values out of range and streams that are not there."""
-    for name, least in (("max_seq_length", 3), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}; expected at least {least}")
+    """Raise a `UserError` for a column that there cannot be."""
     if len(args.columns) > 2 or "0" in args.columns:
         raise UserError(f"--columns {' '.join(args.columns)}; expected one or two, from 1")
 

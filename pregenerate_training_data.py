@@ -61,14 +61,9 @@ LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a value that fits no corpus."""
-    for name in ("epochs_to_generate", "num_workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     for name in ("short_seq_prob", "masked_lm_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected a share from 0 to 1")
-    if args.max_predictions_per_seq < 0:
-        raise UserError(f"--max_predictions_per_seq {args.max_predictions_per_seq}: expected >= 0")
     shortest = 4 if args.one_seq else 5
     if not shortest <= args.max_seq_len <= LONGEST_INSTANCE:
         raise UserError(

@@ -231,18 +231,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a number out of range."""
-    if args.num_workers < 1:
-        raise UserError(f"--num_workers {args.num_workers}: expected at least 1 process")
-
-
 def main(args: argparse.Namespace) -> None:
     """Find the input, choose a splitter, write the corpus, log the counts."""
     start = time.perf_counter()
 
-    # Check what was asked for before anything slow happens.
-    check_args(args)
     output = args.output_file
     files = find_input_files(args.input_dir)
     distributed.connect()

@@ -235,7 +235,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         means.add({"loss": loss})
         if step % args.log_step == 0 or step == steps:
-            record = {"layers": layers, "step": step, **means.read(), "lr": optimizer.get_lr()[0]}
+            record = {"layers": layers, "step": step, "steps": means.count, **means.read(),
+                      "lr": optimizer.get_lr()[0]}
             log.write(record)
             progress.set_postfix(loss=f"{record['loss']:.3f}")
 
@@ -276,15 +277,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train and save a masked language model."""
-    if args.steps < 1 or args.train_batch_size < 1 or args.max_seq_length < 8:
-        raise UserError("--steps and --train_batch_size must be >= 1, --max_seq_length >= 8")
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a number out of range."""
+    if args.max_seq_length < 8:
+        raise UserError(f"--max_seq_length {args.max_seq_length}; expected at least 8")
     if not 0 < args.masked_lm_prob < 1:
         raise UserError(f"--masked_lm_prob {args.masked_lm_prob}; expected between 0 and 1")
     if bool(args.shallow_layers) != bool(args.shallow_steps) or args.shallow_layers < 0:
         raise UserError("--shallow_layers and --shallow_steps belong together and are >= 1")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train and save a masked language model."""
     # Model and text
+    check_args(args)
     runtime.set_seed(args.seed)
     device = runtime.get_device(args.no_cuda)
     dtype = runtime.resolve_precision(args.precision, device)

@@ -102,7 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> GlueTask | None:
+def check_args(args: argparse.Namespace) -> GlueTask | None:
     """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
     if Path(args.model).resolve() == Path(args.output_dir).resolve():
         raise UserError(f"--output_dir {args.output_dir}: is --model; expected another folder")
@@ -112,9 +112,6 @@ def check_arguments(args: argparse.Namespace) -> GlueTask | None:
     for flag in ("task_name", "data_dir"):
         if (args.do_eval or args.method == "int8-static") and getattr(args, flag) is None:
             raise UserError(f"--do_eval and int8-static read rows of a task; --{flag} is missing")
-    for name, least in (("calibration_rows", 1), ("eval_batch_size", 1), ("max_seq_length", 3)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}; expected at least {least}")
     task = None if args.task_name is None else get_task(args.task_name)
     if task is not None and "max_seq_length" not in args.given:
         args.max_seq_length = task.max_seq_length
@@ -220,7 +217,7 @@ def format_metrics(result: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     # Settings and model
-    task = check_arguments(args)
+    task = check_args(args)
     source, model, tokenizer = load_source(args, task)
     calibration, dev, before = None, {}, {}
     if args.method == "int8-static":

@@ -163,7 +163,7 @@ task_distillation() {
     $(if_yes AUGMENTED "$name" --aug_train)
   grid=($(options "$name" --learning_rate PREDICTION_LEARNING_RATES --train_batch_size \
     PREDICTION_BATCH_SIZES))
-  ((${#grid[@]} <= 4)) || grid+=(--sweep) # the best on dev is kept
+  [[ ${grid[*]} =~ ^(--[a-z_]+ [^ ]+ ?)*$ ]] || grid+=(--sweep) # several values: best on dev
   step "prediction_$step" "${ends[@]}" --reads "$GLUE_DIR/$task/train_aug.tsv" -- \
     python task_distill.py --pred_distill --student_model "${tmp[@]}" --output_dir "${ends[@]}" \
     "${common[@]}" "${grid[@]}" $(options "$name" --num_train_epochs PREDICTION_EPOCHS \

@@ -106,13 +106,18 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     logger.info("%s: layers %s of %s", output_dir, ", ".join(map(str, kept)), bert_model)
 
 
-def main(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags that do not go together."""
     if (args.bert_model is None) != (args.output_dir is None):
         raise UserError("--bert_model and --output_dir belong together; one of them is missing")
     kept = args.keep_layers and len(args.keep_layers.split(","))
     if kept and "num_layers" in args.given and kept != args.num_layers:
         raise UserError(f"--keep_layers {args.keep_layers} and --num_layers {args.num_layers}"
                         " contradict each other; one of them is enough")
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
     if args.bert_model is None:
         models = Path(args.models_dir)
         pairs = [(models / source, models / target) for source, target in STUDENT_OF.items()]

@@ -302,11 +302,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------ command line
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for numbers, names and devices that make no sense."""
-    for name in ("batches", "threads"):
-        if min(getattr(args, name)) < 1:
-            raise UserError(f"--{name} {min(getattr(args, name))}; expected at least 1")
     names = [name.partition("=")[0] for name in args.models]
     if len(set(names)) < len(names) or any("/" in name for name in names):
         raise UserError(f"--models {' '.join(args.models)}: expected different names without /")
@@ -317,7 +314,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_arguments(args)
+    check_args(args)
     device = torch.device(args.device)
     args.threads = args.threads if args.device == "cpu" else args.threads[:1]
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)

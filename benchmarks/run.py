@@ -233,9 +233,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise a `UserError` for numbers that make no sense, and for what is not there."""
     if args.rows is None:
         args.rows = 64 if args.quick else {"cpu": ROWS, "cuda": 8 * ROWS}[args.device]
-    for name in ("repeats", "rows", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}; expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     if args.against and not (args.against / "benchmarks" / "stages.py").is_file():

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformer.file_utils import UserError
-from transformer.runtime import check_numbers
+from transformer.runtime import check_numbers, given_flags
 
 
 @cache
@@ -32,7 +32,9 @@ def parse(command: list[str]) -> argparse.Namespace:
 
     parser = load(command[1])["get_args_parser"]()
     parser.error = refuse
-    return parser.parse_args(command[2:])
+    args = parser.parse_args(command[2:])
+    args.given = given_flags(parser, command[2:])
+    return args
 
 
 def problems(commands: list[list[str]]) -> Iterator[str]:
@@ -40,8 +42,7 @@ def problems(commands: list[list[str]]) -> Iterator[str]:
     for command in (c for c in commands if c[0] == "python" and c[1].endswith(".py")):
         try:
             args = parse(command)
-            given = {name: value for name, value in vars(args).items() if value is not None}
-            check_numbers(argparse.Namespace(**given))
+            check_numbers(args)
             load(command[1]).get("check_args", lambda _: None)(args)
         except UserError as error:
             yield f"{command[1]}: {error}"

@@ -165,8 +165,9 @@ check_values() {
   for entry in $STUDENTS $BASELINES; do
     student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
     if [[ $entry =~ ^(general|smart): ]]; then
-      [[ " $STUDENTS $SMART_STUDENT " == *" $student "* ]] ||
-        complain "BASELINES: $entry; this run has no student $student"
+      [[ $entry == "smart:$SMART_STUDENT" || $entry =~ general && " $STUDENTS " == *" $student "* ||
+        $SMART_GENERAL == yes && $entry == "general:$SMART_STUDENT" ]] ||
+        complain "BASELINES: $entry; this run makes no such model of $student"
     elif [[ $entry == *:* && $entry != scratch:* ]]; then
       complain "BASELINES: $entry; expected scratch:, general: or smart: and a student"
     elif [[ ! -f $config/config.json ]]; then
@@ -180,6 +181,8 @@ check_values() {
 check_inputs() {
   local free
   [[ $INPUTS == given ]] || return 0
+  [[ $WORD_VECTORS =~ ^(glove|composed)$ || -f $VECTORS ]] ||
+    complain "WORD_VECTORS=$WORD_VECTORS: no file $VECTORS; expected glove, composed or its name"
   if [[ ! -f $WORK_DIR/.state/prepare.json ]]; then
     [[ -f $DUMP ]] || complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. $WIKI_DUMP_HELP"
     [[ $(head -c 3 "$DUMP") == BZh || $DUMP != *.bz2 ]] ||

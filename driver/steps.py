@@ -27,6 +27,7 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,8 +137,8 @@ def finished_key(record: dict[str, Any]) -> str:
     return record["key"] if "finished" in record else ""
 
 
-def find_keys(steps: list[Step], chosen: list[str]) -> dict[str, str]:
-    """Return each step's key, by its name.
+def find_keys(steps: list[Step], chosen: list[str], folders: list[str]) -> dict[str, str]:
+    """Return each step's key, by its name; `folders`, which hold their own records, may move.
 
     In a stage that is not `chosen`, what is on the disk counts, not what the settings would make;
     so it does for what no step of this plan makes any more.
@@ -150,6 +151,8 @@ def find_keys(steps: list[Step], chosen: list[str]) -> dict[str, str]:
         for place in named_places(step) - planned:
             found |= {finished_key(record) for record in makers(place).values()}
         text = json.dumps([without_free_flags(step.command), sorted(found - {""})])
+        for place, folder in enumerate(map(tidy, folders)):
+            text = text.replace(f"{folder}/", f"{place}/")
         keys[step.name] = hashlib.sha256(text.encode()).hexdigest()
         key = keys[step.name] if step.stage in chosen else finished_key(step.record)
         made |= dict.fromkeys(step.outputs, key)
@@ -393,11 +396,13 @@ def main(args: argparse.Namespace) -> None:
         raise RefusalError(f"this profile has no stage {stage}")
     names = list(stages)
     chosen = [args.only] if args.only else names[names.index(args.start or names[0]) :]
-    keys = find_keys(steps, chosen)
+    keys = find_keys(steps, chosen, args.folders[1:])
     finished = {step for step in steps if is_finished(step, keys[step.name])}
     driver = Driver(args, keys, [])
-    if args.mode == "run" and any(step.stage in chosen for step in {*steps} - finished):
+    waiting = any(step.stage in chosen for step in {*steps} - finished)
+    if waiting and (args.mode == "run" or (args.mode == "dry-run" and find_spec("torch"))):
         check(steps)
+    if args.mode == "run" and waiting:
         folders = {os.path.realpath(folder): tidy(folder) for folder in args.folders}
         driver.locks += [take_lock(folder, steps) for folder in folders.values()]
         for folder in (args.log_dir, os.environ["TMPDIR"]):
@@ -434,7 +439,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     for flag in ("jobs", "gpus", "cores"):
         parser.add_argument(f"--{flag}", type=int, default=1)
     parser.add_argument("--log_dir", required=True, help="folder of the steps' logs")
-    parser.add_argument("--folders", nargs="+", required=True, help="locked while steps run")
+    parser.add_argument("--folders", nargs="+", required=True,
+                        help="locked while steps run: of the data, and of what is made of them")
     parser.add_argument("--call", required=True, help="the command of this run, without stages")
     return parser
 

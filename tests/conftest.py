@@ -38,12 +38,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def repo() -> Path:
-    """The repository's root."""
-    return REPO
-
-
-@pytest.fixture(scope="session")
 def shared() -> Path:
     """The project's shared folder (real GLUE data, golden files, specification)."""
     if not SHARED.is_dir():

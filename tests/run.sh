@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests on the CPU, without outer network; sets up .venv first where packages are missing.
-#   bash tests/run.sh                    all of them in their short forms, within ten minutes
+#   bash tests/run.sh                    all of them in their short forms, within five minutes
 #   bash tests/run.sh --slow             the long ones too, such as twenty kills a script
 #   bash tests/run.sh tests/test_glue.py -k dialect
 set -euo pipefail

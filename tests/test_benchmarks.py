@@ -267,7 +267,6 @@ def test_the_sample_is_even_over_the_lengths():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--repeats 0", "--repeats 0; expected at least 1"),
     ("--corpus nowhere.txt", "--corpus nowhere.txt: no such file"),
     ("--against nowhere", "--against nowhere: has no benchmarks/stages.py"),
     pytest.param("--device cuda", "--device cuda: torch sees no GPU here",

@@ -144,7 +144,7 @@ def test_a_failed_download_names_the_address_and_an_interrupted_one_goes_on(mirr
     members = {f"RTE/{name}.tsv": tsv(get_task("rte")) for name in ("train", "dev")}
     mirror.files["/RTE.zip"] = zipped({**members, "RTE/notes": os.urandom(500_000)})
     mirror.troubles["/RTE.zip"] = [{"sent": 300_000}, *[{"sent": 0}] * 3]
-    with pytest.raises(UserError, match=f"{mirror.url}/RTE.zip: no complete answer"):
+    with pytest.raises(UserError, match=f"{mirror.url}/RTE.zip: no complete response"):
         run(tmp_path / "glue", mirror, tasks="rte")
     run(tmp_path / "glue", mirror, tasks="rte")
     assert int(mirror.ranges()[-1].strip("bytes=-")) > 200_000

@@ -100,7 +100,7 @@ def test_unavailable_twice_then_well_is_a_success(server, tmp_path):
 
 
 @pytest.mark.parametrize(("trouble", "kind", "message", "requests"), [
-    ({"status": 503}, UnreachableError, "no complete answer .the server answered 503", 3),
+    ({"status": 503}, UnreachableError, "no complete response .the server answered 503", 3),
     ({"status": 403}, MissingError, "the server answered 403", 1),
     ({"status": 404}, MissingError, "the server answered 404", 1),
     ({"headers": {"Content-Length": 600_000}, "ranges": False}, UnreachableError, "IncompleteRead",

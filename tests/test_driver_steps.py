@@ -257,10 +257,9 @@ def test_a_command_that_its_script_refuses_stops_before_the_first_step(plan):
 def test_a_failure_names_stage_step_log_and_the_command_that_continues(plan, end, reason):
     plan.step("one", "m/a", flags="--steps 2")
     plan.step("two", "m/b", flags=f"--end {end}")
-    plan.step("three", "m/c")
+    plan.step("three", "m/c", flags="--input m/b")
     driver = plan.start("--jobs", 2)
     wait_until(lambda: "begun" in plan.log("one") and plan.log("two") != "")
-    time.sleep(0.3)
     plan.go("m/a")  # what runs beside it is finished first
     output, errors = driver.communicate(timeout=60)
     assert driver.returncode == 1
@@ -272,6 +271,16 @@ def test_a_failure_names_stage_step_log_and_the_command_that_continues(plan, end
     assert "one" in output
     assert "finished" in plan.record("one")
     assert plan.log("three") == ""
+
+
+def test_a_folder_of_models_that_has_moved_is_finished_there_too(plan):
+    plan.step("one", "m/a")
+    plan.step("two", "m/b", flags="--input m/a")
+    plan.run("--folders", "data", "m")
+    (plan.folder / "m").rename(plan.folder / "n")
+    place = str(plan.folder / "n")
+    plan.entries = [[word.replace("m/", f"{place}/") for word in entry] for entry in plan.entries]
+    assert "2 finished earlier" in plan.run("--folders", "data", place)
 
 
 # ------------------------------------------------------------------ stopped and continued

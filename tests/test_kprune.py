@@ -529,7 +529,6 @@ def test_the_same_arguments_give_the_same_bytes_by_default_in_a_folder_of_the_ex
     (("--T", "0"), ("--T 0", "above 0")),
     (("--lam_pred", "0", "--lam_rep", "0"), ("--lam_pred 0 --lam_rep 0", "above 0")),
     (("--model_name", "models/nowhere"), ("models/nowhere (no folder here",)),
-    (("--mu", "-1"), ("--mu -1", "at least 0")),
     (("--num_tokens", "0"), ("--num_tokens 0",)),
     (("--max_seq_length", "4000"), ("--max_seq_length 4000", "128 positions")),
     (("--task_name", "stsb"), ("2 labels", "expected 1")),

@@ -210,10 +210,12 @@ def test_demo_and_seed_are_other_names_of_a_profile_and_a_recipe():
 
 def test_the_environment_wins_over_profile_and_recipe():
     settings = {"TASKS": "RTE", "INTERMEDIATE_EPOCHS": "7", "MODELS_DIR": "elsewhere",
-                "DATA_DIR": "my data"}
+                "DATA_DIR": "my data", "PREDICTION_BATCH_SIZES": "",
+                "PREDICTION_LEARNING_RATES": "1e-5 2e-5"}
     commands = [given(c) for c in dry_run("--recipe", "paper", "--only", "distill", **settings)]
     assert {flags["task_name"] for flags in commands} == {"RTE"}
     assert commands[0]["num_train_epochs"] == 7.0
+    assert commands[1]["learning_rate"] == [1e-5, 2e-5] and commands[1]["sweep"]
     assert commands[0]["data_dir"] == "my data/glue_data_paper/RTE"
     assert all(p.startswith("elsewhere/") for flags in commands for p in flags["output_dir"])
 
@@ -242,6 +244,7 @@ def test_a_setting_for_one_task_wins_and_what_is_harmless_is_forgiven(tmp_path):
         ("", {"STUDENTS": " "}, "TASKS, STUDENTS: expected one at least"),
         ("", {"STUDENTS": "mine"}, "student mine: no STUDENT_CONFIG_mine=FOLDER/config.json"),
         ("", {"BASELINES": "clean:tinybert_4l"}, "expected scratch:, general: or smart:"),
+        ("", {"BASELINES": "smart:tinybert_4l"}, "this run makes no such model of tinybert_4l"),
         ("", {"MODEL_SOURCE": "web"}, "MODEL_SOURCE=web: expected hub, demo or minilm"),
         ("--profile {typo}", {}, "no setting is called TEACHER_EPOCH;"),
         ("--profile {other}", {}, "TEACHER_EPOCHS_ret: ret is neither a task nor a student"),
@@ -259,13 +262,17 @@ def test_a_mistake_is_one_line_and_nothing_runs(tmp_path, folders, arguments, se
     assert {path.name for path in tmp_path.iterdir()} == {"typo", "other"}
 
 
-def test_what_a_script_would_refuse_is_named_before_the_first_stage(folders, tmp_path):
-    settings = {"TEACHER_EPOCHS_rte": "three", "INTERMEDIATE_LEARNING_RATE": "-1",
-                "QUANTIZE_METHODS": "int4", "PRUNE_CONSTRAINTS": "0.3"}
-    result = drive("--demo", **folders, **settings)
+@pytest.mark.parametrize("mode", ["--demo", "--dry-run"])
+def test_what_a_script_would_refuse_is_named_before_the_first_stage(folders, tmp_path, mode):
+    settings = {
+        "TEACHER_EPOCHS_rte": "three", "INTERMEDIATE_LEARNING_RATE": "-1", "MASKED_LM_PROB": "3",
+        "QUANTIZE_STUDENTS": "all", "QUANTIZE_METHODS": "int8-static", "QUANTIZE_FORMAT": "torch",
+        "PRUNE_STUDENTS": "all", "PRUNE_CONSTRAINTS": "7"}
+    result = drive("--demo", mode, **folders, **settings)
     assert result.returncode == 2
     for part in ("finetune_teacher.py: argument --num_train_epochs: invalid float value: 'three'",
-                 "task_distill.py: --learning_rate -1.0", "quantize.py: argument --method"):
+                 "task_distill.py: --learning_rate -1.0", "--masked_lm_prob 3.0: expected a share",
+                 "quantize.py: --method int8-static --format torch", "src/main.py: --constraint 7"):
         assert part in result.stderr
     assert not list(tmp_path.iterdir())
 

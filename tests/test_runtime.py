@@ -22,6 +22,7 @@ from transformer.run_folder import (
     should_resume,
 )
 from transformer.runtime import (
+    SMALLEST_VALUES,
     argument_values,
     check_disk,
     check_numbers,
@@ -104,12 +105,9 @@ def test_too_little_memory_is_one_line_that_names_what_needs_less(capsys, error)
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("train_batch_size", 0), ("train_batch_size", -1), ("eval_batch_size", 0), ("eval_step", 0),
-    ("gradient_accumulation_steps", 0), ("max_seq_length", 2), ("max_train_rows", -1),
-    ("num_train_epochs", -1.0), ("num_train_epochs", float("nan")), ("learning_rate", -1e-5),
-    ("num_train_epochs", float("inf")), ("learning_rate", float("inf")),
-    ("warmup_proportion", 1.0), ("warmup_proportion", -0.1), ("temperature", 0.0),
-    ("weight_decay", -0.1),
+    *((name, smallest - 1) for name, smallest in SMALLEST_VALUES.items()),
+    ("num_train_epochs", float("nan")), ("num_train_epochs", float("inf")),
+    ("learning_rate", float("inf")), ("warmup_proportion", 1.0), ("temperature", 0.0),
 ])
 def test_a_number_that_makes_no_sense_is_an_error_that_names_flag_and_value(name, value):
     with pytest.raises(UserError, match=rf"--{name} {value}; expected"):

@@ -156,7 +156,6 @@ def source(tmp_path):
 @pytest.mark.parametrize(("more", "contains"), [
     ((), ["4 layers", "6"]),
     (("--num_layers", 3), ["4 layers", "3"]),
-    (("--num_layers", 0), ["4 layers", "0"]),
     (("--keep_layers", "2,5"), ["2,5", "1 to 4"]),
     (("--keep_layers", "0,1"), ["0,1", "1 to 4"]),
     (("--keep_layers", "two"), ["two", "numbers"]),

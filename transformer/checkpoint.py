@@ -28,6 +28,7 @@ from transformer.file_utils import (
     write_json,
 )
 from transformer.run_folder import STATE_FOLDER
+from transformer.runtime import first_line
 
 if TYPE_CHECKING:
     from transformer.tokenization import BertTokenizer
@@ -67,11 +68,6 @@ def weights_path(model_dir: Path | str) -> Path:
         raise UserError(f"{path}: an ONNX model, made by quantize.py; expected the PyTorch model"
                         " that it was made from")
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the beginning of an error's message, or what kind of error it is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def read_tensors(path: Path) -> Any:

@@ -211,7 +211,7 @@ def _receive(
         try:
             return _receive_once(url, part, record, timeout)
         except requests.RequestException as error:
-            message = f"{url}: no complete answer ({_cause(error)})"
+            message = f"{url}: no complete response ({_cause(error)})"
             failures = 0 if _size(part) > longest else failures + 1
             longest = max(longest, _size(part))
             if failures >= attempts:

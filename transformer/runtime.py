@@ -83,6 +83,7 @@ def run_script(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:
+        check_numbers(args)
         with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
             main(args)
         if distributed.is_connected():
@@ -211,12 +212,15 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
                         help="continue an earlier call with the same arguments that was stopped")
 
 
-# The smallest value that a training script accepts for each of its numbers.
+# The smallest value that the scripts accept for each of their numbers.
 SMALLEST_VALUES = {
     "train_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "eval_step": 1,
     "max_seq_length": 3, "max_train_rows": 0, "num_train_epochs": 0, "learning_rate": 0,
     "weight_decay": 0, "warmup_proportion": 0, "temperature": 1e-6, "save_steps": 0,
-    "save_minutes": 0,
+    "save_minutes": 0, "batch_size": 1, "calibration_rows": 1, "num_workers": 1, "num_layers": 1,
+    "steps": 1, "epochs_to_generate": 1, "max_predictions_per_seq": 0, "M": 1, "N": 0,
+    "max_varied_rows": 0, "batch_tokens": 0, "lam_pred": 0, "lam_rep": 0, "mu": 0, "num_tokens": 1,
+    "gpu": 0, "batches": 1, "threads": 1, "repeats": 1, "rows": 1,
 }
 
 
@@ -224,12 +228,12 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
     """Raise a `UserError` for a number out of range or a missing package, before anything is read.
 
     Args:
-        args: a training script's command line.
+        args: a script's command line; None stands for a number that was not given.
         positive: names of numbers that may not be 0 either.
     """
     for name, smallest in SMALLEST_VALUES.items():
         for value in as_list(getattr(args, name, smallest)):
-            if not smallest <= value < math.inf:  # nan is not either
+            if value is not None and not smallest <= value < math.inf:  # nan is not either
                 raise UserError(
                     f"--{name} {value}; expected a finite number, at least {smallest}")
             if name in positive and value == 0:

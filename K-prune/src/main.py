@@ -83,13 +83,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a value that makes no sense; fill in what was not given."""
     check_share(args.constraint)
-    for name, least in (("lam_pred", 0), ("lam_rep", 0), ("mu", 0), ("num_tokens", 1), ("gpu", 0)):
-        value = getattr(args, name)
-        if not least <= value < math.inf:  # also nan
-            raise UserError(f"--{name} {value}; expected at least {least}")
     if args.lam_pred == args.lam_rep == 0:
         raise UserError("--lam_pred 0 --lam_rep 0: all scores would be 0; expected one of the two"
                         " above 0")
@@ -160,7 +156,7 @@ def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> Non
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_arguments(args)
+    check_args(args)
     check_folders(args)
     device = get_device(args.no_cuda, args.gpu)
     set_seed(args.seed)
