@@ -231,12 +231,11 @@ def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
 
 def answer_kind(config: BertConfig) -> str:
     """Return what the outputs say: a label (softmax), labels (sigmoid), a score or scores."""
-    problem = getattr(config, "problem_type", config.other.get("problem_type"))
-    if problem == "multi_label_classification":
+    if config.is_multi_label:
         return "labels"
     if config.num_labels == 1:  # whatever the model calls it: a softmax of one says nothing
         return "score"
-    return "scores" if problem == "regression" else "label"
+    return "scores" if config.problem_type == "regression" else "label"
 
 
 def trained_task(config: BertConfig) -> GlueTask | None:

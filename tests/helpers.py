@@ -68,9 +68,9 @@ def make_model(folder: Path, model_class=TinyBertForSequenceClassification, seed
                **changes):
     """Save a random model with vocabulary in `folder`; returns it, in eval mode."""
     torch.manual_seed(seed)
-    config = tiny_config(**changes)
     if labels is not None:
-        config.set_labels(labels)
+        changes["id2label"] = dict(enumerate(labels))
+    config = tiny_config(**changes)
     model = model_class(config, **(model_arguments or {}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

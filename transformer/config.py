@@ -20,10 +20,76 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 # Fields that an ordinary BERT's config does not have, and what they are there.
-ORDINARY = {"pooler_act": "tanh", "heads_per_layer": None, "neurons_per_layer": None}
-MODEL_TYPES = ("bert", "pruned_bert")
+ORDINARY = {"pooler_act": "tanh", "heads_per_layer": None, "neurons_per_layer": None,
+            "problem_type": None}
+MODEL_TYPES = ("bert", "pruned_bert", "other_pooler_bert", "relu_head_bert")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Fields of Hugging Face's that change what is computed, unless they are null or this.
+NEUTRAL = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute",
+           "pruned_heads": {}, "per_layer_config": {}, "quantization_config": {}, "auto_map": {}}
+# Fields that are true of another program's files, and not written back.
+FOREIGN = ("dtype", "torch_dtype", "attn_implementation", "tie_word_embeddings",
+           "transformers_version")
 DERIVED = ("label2id", "model_type", "architectures")  # written from the other fields
 CONVERTED = ("num_labels", "id2label", "other")  # written in another form
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size")
+# What the values of fields may be, and how to say so.
+LEGAL = {
+    **dict.fromkeys(SIZES, (lambda value: type(value) is int and value >= 1,
+                            "a whole number from 1")),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
+                     "layer_norm_eps"), (lambda value: type(value) in (int, float)
+                                         and 0 <= value <= 1, "a number from 0 to 1")),
+    **dict.fromkeys(("hidden_act", "pooler_act"), (lambda value: value in list(ACTIVATIONS),
+                                                   f"one of {sorted(ACTIVATIONS)}")),
+    "classifier_relu": (lambda value: type(value) is bool, "true or false"),
+    "problem_type": (lambda value: value in (None, *PROBLEM_TYPES),
+                     f"null or one of {', '.join(PROBLEM_TYPES)}"),
+    "num_labels": (lambda value: value is None or type(value) is int and value >= 0,
+                   "a whole number"),
+}
+
+
+def label_table(names: Any) -> dict[int, str]:
+    """Return the names of a classifier's outputs by their numbers; raises for an illegal table.
+
+    Names that are numbers, as data sets have them, become strings.
+    """
+    try:
+        table = {int(number): str(name) if type(name) in (int, float) else name
+                 for number, name in names.items()}
+    except (AttributeError, TypeError, ValueError):
+        table = None
+    if table is None or sorted(table) != [*range(len(names))] or len(
+            {name for name in table.values() if isinstance(name, str)}) < len(names):
+        raise UserError(f"id2label is {str(names)[:100]}; expected a name of its own for each of 0,"
+                        " 1, 2, ...")
+    return dict(sorted(table.items()))
+
+
+def has_names(table: dict[int, str]) -> bool:
+    """Say whether labels have other names than Hugging Face's defaults."""
+    return any(name != f"LABEL_{number}" for number, name in table.items())
+
+
+def join_labels(id2label: Any, label2id: Any) -> Any:
+    """Return the label table of a `config.json`, from whichever of its two tables has names."""
+    if not label2id:
+        return id2label
+    try:
+        names = {int(number): name for name, number in label2id.items()}
+    except (AttributeError, TypeError, ValueError):
+        names = {}
+    if len(names) < len(label2id):
+        raise UserError(f"label2id is {str(label2id)[:100]}; expected a number of its own for each"
+                        " name")
+    if not id2label or not has_names(table := label_table(id2label)):
+        return names if has_names(names) else id2label
+    if has_names(names) and names != table:
+        raise UserError(f"label2id is {str(label2id)[:100]}; expected what id2label says,"
+                        f" {str(id2label)[:100]}")
+    return id2label
 
 
 @dataclass
@@ -38,7 +104,10 @@ class BertConfig:
     heads_per_layer, neurons_per_layer: what pruning left of each layer's attention heads and
         feed-forward neurons, zero allowed; None: all. A head stays `head_width` wide
     num_labels, id2label: size and names of the classifier's outputs; names win
-    other: fields of a foreign config, which are written back
+    problem_type: one of `PROBLEM_TYPES`; None: several labels, of which one is right. One label
+        is a regression
+    other: fields of a foreign config, which are written back. `classifier_dropout` is one of
+        them: as in the original, training drops nothing before the classifier
     """
 
     vocab_size: int = 30522
@@ -60,20 +129,25 @@ class BertConfig:
     neurons_per_layer: list[int] | None = None
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
+    problem_type: str | None = None
     other: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "max_position_embeddings", "type_vocab_size"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise UserError(f"{name} is {size!r}; expected a whole number from 1")
+        for name, (is_legal, expected) in LEGAL.items():
+            if not is_legal(value := getattr(self, name)):
+                raise UserError(f"{name} is {value!r}; expected {expected}")
+        for name, neutral in NEUTRAL.items():
+            if (value := self.other.get(name)) not in (None, neutral):
+                raise UserError(f"{name} is {str(value)[:100]!r}, which changes what a BERT"
+                                f" computes; expected {neutral or None!r}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden_size {self.hidden_size} is not a multiple of"
                             f" num_attention_heads {self.num_attention_heads}")
-        for activation in (self.hidden_act, self.pooler_act):
-            if activation not in ACTIVATIONS:
-                raise UserError(f"activation {activation!r}; expected one of {sorted(ACTIVATIONS)}")
+        if self.pad_token_id is not None and not (
+                type(self.pad_token_id) is int
+                and -self.vocab_size <= self.pad_token_id < self.vocab_size):
+            raise UserError(f"pad_token_id is {self.pad_token_id!r}; expected null or a whole"
+                            f" number below vocab_size {self.vocab_size}")
         for name, most in (("heads_per_layer", self.num_attention_heads),
                            ("neurons_per_layer", self.intermediate_size)):
             counts = getattr(self, name)
@@ -83,9 +157,13 @@ class BertConfig:
                 raise UserError(f"{name} is {counts!r}; expected {self.num_hidden_layers} whole"
                                 f" numbers from 0 to {most}")
         labels = 2 if self.num_labels is None else self.num_labels
-        names = self.id2label or {i: f"LABEL_{i}" for i in range(labels)}
-        self.id2label = {int(i): name for i, name in names.items()}
+        self.id2label = label_table(self.id2label or {i: f"LABEL_{i}" for i in range(labels)})
         self.num_labels = len(self.id2label)
+        if self.num_labels == 1:
+            if self.problem_type == "single_label_classification":
+                raise UserError("problem_type is 'single_label_classification' and there is one"
+                                " label; expected 'regression', or several labels")
+            self.problem_type = self.problem_type or "regression"
 
     @property
     def head_width(self) -> int:
@@ -103,18 +181,34 @@ class BertConfig:
 
     @property
     def model_type(self) -> str:
-        """The name in `config.json`: `pruned_bert` for what only this package can build."""
-        ordinary = all(getattr(self, name) == value for name, value in ORDINARY.items())
-        return "bert" if ordinary else "pruned_bert"
+        """The name in `config.json`: `bert` only for what every reader computes the same."""
+        if self.heads_per_layer is not None or self.neurons_per_layer is not None:
+            return "pruned_bert"
+        if self.pooler_act != "tanh":
+            return "other_pooler_bert"
+        return "relu_head_bert" if self.classifier_relu else "bert"
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each label is right or wrong by itself."""
+        return self.problem_type == "multi_label_classification"
 
     @property
     def label2id(self) -> dict[str, int]:
         return {name: i for i, name in self.id2label.items()}
 
     def set_labels(self, names: Sequence[str]) -> None:
-        """Name the classifier's outputs, in their order."""
+        """Name the outputs of a new classifier, in their order: one is right, or it is a score."""
         self.id2label = dict(enumerate(names))
         self.num_labels = len(self.id2label)
+        self.problem_type = "regression" if self.num_labels == 1 else None
+
+    def check_task(self, source: Path | str) -> None:
+        """Raise a `UserError` for a trained classifier of no task that is known here."""
+        if self.problem_type not in (None, "regression" if self.num_labels == 1
+                                     else "single_label_classification"):
+            raise UserError(f"{source}: problem_type is {self.problem_type!r} with"
+                            f" {self.num_labels} labels; expected a classifier of one label a row")
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """Describe a model of these layers of the present one, counted from 0."""
@@ -144,27 +238,29 @@ class BertConfig:
         """Build a config from the fields of a `config.json`."""
         names = {item.name for item in fields(cls)} - {"other"}
         other = {name: value for name, value in values.items() if name not in {*names, *DERIVED}}
-        return cls(**{name: values[name] for name in names & values.keys()}, other=other)
+        labels = join_labels(values.get("id2label"), values.get("label2id"))
+        known = {name: values[name] for name in names & values.keys()}
+        return cls(**{**known, "id2label": labels}, other=other)
 
     @classmethod
     def from_json_file(cls, path: Path | str) -> "BertConfig":
         """Read a `config.json`; errors name the file."""
         values = read_json(path)
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object with the shape of a BERT")
         if values.get("model_type", "bert") not in MODEL_TYPES:
             raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
         try:
             return cls.from_dict(values)
-        except (UserError, TypeError, ValueError, AttributeError) as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of `config.json`; an ordinary BERT's are those of Hugging Face."""
         values = {name: value for name, value in vars(self).items()
                   if name not in CONVERTED and (name not in ORDINARY or value != ORDINARY[name])}
+        other = {name: value for name, value in self.other.items()
+                 if name not in FOREIGN and not name.startswith("_")}
         labels = {str(i): name for i, name in self.id2label.items()}
-        return {"model_type": self.model_type, **self.other, **values,
+        return {"model_type": self.model_type, **other, **values,
                 "num_labels": self.num_labels, "id2label": labels, "label2id": self.label2id}
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.checkpoint import load_state, load_weights
-from transformer.config import ACTIVATIONS, BertConfig, find_config
-from transformer.file_utils import UserError
+from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
+from transformer.file_utils import CONFIG_NAME, UserError
 
 LOGIT_LAYERS = ("classifier", "qa_outputs")
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
@@ -365,7 +365,14 @@ class BertPreTrainedModel(nn.Module):
         labels, wanted = stored.get("num_labels"), given.get("num_labels")
         if None not in (labels, wanted) and labels != wanted:
             raise UserError(f"{source}: its classifier has {labels} labels; expected {wanted}")
+        if labels not in (None, config.num_labels) and has_names(config.id2label):
+            raise UserError(f"{source}: its classifier has {labels} labels; its {CONFIG_NAME} names"
+                            f" {config.num_labels}")
+        if wanted is not None and labels is not None:
+            config.check_task(source)
         model = cls(config, **{**stored, **given})
+        if wanted is not None and labels is None:
+            config.set_labels([*config.id2label.values()])
         load_weights(model, state, source, cls.optional + (cls.head if new_head else ()))
         return model
 

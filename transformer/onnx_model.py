@@ -425,6 +425,8 @@ class OnnxClassifier(nn.Module):
         if num_labels is not None and num_labels != config.num_labels:
             raise UserError(
                 f"{path}: its classifier has {config.num_labels} labels; expected {num_labels}")
+        if num_labels is not None:
+            config.check_task(folder)
         super().__init__()
         self.config, self.session = config, session
         with torch.device("meta"):  # shapes without values
