@@ -386,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
     # Predictions, as the input comes
     name = "standard input" if args.input_file is None else str(args.input_file)
     kind = answer_kind(config)
-    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    names = list(config.id2label.values())
 
     def lines() -> Iterator[str]:
         if args.format == "tsv":

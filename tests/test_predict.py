@@ -9,12 +9,13 @@ import threading
 
 import pytest
 import torch
-from helpers import REPO, error_line, make_glue, make_model, run
+from helpers import REPO, error_line, make_glue, make_model, read_json, run
 
 import predict
 import quantize
 from transformer.evaluation import predict_logits
 from transformer.features import load_features
+from transformer.file_utils import write_json
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForPreTraining
 from transformer.tasks import get_task, load_examples
@@ -143,6 +144,13 @@ def test_every_format_says_the_same(tmp_path, ask, kind, columns, first):
         assert text.startswith(label) and text.endswith("  " + " | ".join(filter(None, texts)))
         assert all(f" {number:.4f}" in text for number in numbers)
         assert first in line
+
+
+def test_labels_that_are_numbers_are_names(ask, model):
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", {**config, "id2label": {"1": 0, "0": 5}, "label2id": {}})
+    header, row = ask(b"a film", "--model", model, "--format", "tsv")
+    assert header.split("\t")[1:4] == ["label", "5", "0"] and row.split("\t")[1] in ("5", "0")
 
 
 # ------------------------------------------------------------------ reading
