@@ -225,7 +225,7 @@ def check_export(source: Source, output_dir: Path, graphs: dict[str, Path]) -> l
         difference = float((logits - expected).abs().max())
         told.append(f"{name} {difference:.1e}")
         if not difference <= TOLERANCE[method] * float(expected.abs().max()):
-            raise UserError(f"{output_dir / name}: its logits differ from those of {source.folder}"
+            raise UserError(f"{output_dir / name}: its answers differ from those of {source.folder}"
                             f" by {difference:.3g}; do not use it")
     return told
 
@@ -277,8 +277,8 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
 
     # The card
     files = [GRAPHS[method] for method in graphs]
-    notes = [f"Exported by `export_model.py`; commit {commit_id()}. Largest difference of logits"
-             f" to the model before, on a batch of 4 rows: {', '.join(told)}."]
+    notes = [f"Exported by `export_model.py`; commit {commit_id()}. On a batch of 4 rows it answers"
+             f" as the model before, but for at most: {', '.join(told)}."]
     facts = {
         **vars(args), "name": (args.push_to_hub or output_dir.resolve().name).rpartition("/")[2],
         "place": args.push_to_hub or ".", "pipeline": source.pipeline, "notes": notes,
@@ -287,7 +287,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         "tags": ["onnx", "transformers.js"] if files else [],
     }
     write_text(output_dir / "README.md", model_card(read_history(folder), config, facts))
-    print(f"{output_dir}: largest difference of logits {', '.join(told)}")
+    print(f"{output_dir}: largest difference to {source.folder}: {', '.join(told)}")
 
 
 def main(args: argparse.Namespace) -> None:

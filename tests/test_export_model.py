@@ -227,7 +227,7 @@ def test_a_file_that_answers_otherwise_than_the_source_is_an_error(tmp_path, mon
         {**state, "classifier.bias": state["classifier.bias"] + 0.1}, **more))
     message = error_line(capsys, export_model, "--model", tmp_path / "model", "--output_dir",
                          tmp_path / "out")
-    assert re.search(r"model.safetensors: its logits differ .* by 0\.1; do not use it", message)
+    assert re.search(r"model.safetensors: its answers differ .* by 0\.1; do not use it", message)
 
 
 # ------------------------------------------------------------------ the card
