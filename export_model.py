@@ -169,9 +169,7 @@ def pad(model: BertPreTrainedModel) -> BertPreTrainedModel:
 
 def write_graphs(source: Source, methods: list[str], output_dir: Path) -> dict[str, Path]:
     """Write the ONNX files of `methods` and copy those that are there; returns them by method."""
-    import onnx  # here, as onnx_model: a second to load
-
-    from transformer.onnx_model import build, fuse, quantize
+    from transformer.onnx_model import build, fuse, quantize  # here: a second to load
 
     written = {}
     for method in dict.fromkeys([*methods, *source.graphs]):
@@ -180,7 +178,7 @@ def write_graphs(source: Source, methods: list[str], output_dir: Path) -> dict[s
             if method in source.graphs:
                 temporary.write_bytes(source.graphs[method].read_bytes())
             elif method == "fp32":
-                onnx.save(fuse(build(source.model)).model, temporary)
+                temporary.write_bytes(fuse(build(source.model)).model.SerializeToString())
             else:  # 7-bit weights: who will run it may have a CPU whose kernels overflow
                 fused = fuse(build(source.model, scale_rows=True), attention=False)
                 quantize(fused.model, temporary, reduce_range=True)
@@ -256,8 +254,8 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         methods = [method for method in methods if method != "int8-dynamic"]
     model = pad(source.model) if args.padded else source.model
     config = model.config
-    if config.model_type != "bert" and config.heads_per_layer is config.neurons_per_layer is None:
-        raise UserError(f"{find_config(source.folder)}: a ReLU at the classifier, which no other"
+    if config.model_type not in ("bert", "pruned_bert"):
+        raise UserError(f"{find_config(source.folder)}: {config.model_type} is a head that no other"
                         " program computes; for ONNX Runtime use quantize.py --format onnx")
 
     if config.model_type != "bert":

@@ -204,10 +204,10 @@ def test_graphs_that_quantize_py_made_are_taken_with_the_weights_they_were_made_
         capsys, export_model, "--model", tmp_path / "static", "--output_dir", tmp_path / "again")
 
 
-@WAITING
 @pytest.mark.parametrize(("changes", "flags", "message"), [
-    ({"classifier_relu": True}, [], "a ReLU at the classifier"),
-    ({"classifier_relu": True, **PRUNED}, ["--padded"], "a ReLU at the classifier"),
+    ({"classifier_relu": True}, [], "relu_head_bert is a head"),
+    ({"classifier_relu": True, **PRUNED}, ["--padded"], "relu_head_bert is a head"),
+    ({"pooler_act": "relu"}, [], "other_pooler_bert is a head"),
     ({}, ["--output_dir", "a", "b"], "2 folders for 1 models"),
 ])
 def test_what_no_other_program_would_compute_alike_is_refused(
