@@ -37,7 +37,7 @@ from transformer.augmentation import (
     compose_vectors,
     write_vectors,
 )
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, check_output_file
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, freeze
 from transformer.runtime import (
@@ -198,10 +198,11 @@ def write_composed_vectors(args: argparse.Namespace) -> None:
     if not distributed.is_main():
         return
     output_file = Path(args.glove_embs)
+    model_dir = fetch_model(args.pretrained_bert_model)
+    check_output_file(output_file, [*args.compose_vectors, *model_dir.glob("*")])
     if output_file.exists() and not (args.overwrite or args.resume):
         raise UserError(f"--glove_embs {output_file}: exists; --overwrite replaces it")
-    words, vectors = compose_vectors(fetch_model(args.pretrained_bert_model),
-                                     args.compose_vectors)
+    words, vectors = compose_vectors(model_dir, args.compose_vectors)
     write_vectors(output_file, words, vectors)
     logger.info("wrote %d vectors of %d numbers to %s", *vectors.shape, output_file)
 
@@ -229,6 +230,9 @@ def main(args: argparse.Namespace) -> None:
 
     # A new start, or where an earlier call was stopped
     output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
+    check_output_file(output_file, [
+        *(data_dir / name for split, name in task.files.items() if split != "aug"),
+        Path(args.glove_embs), *model_dir.glob("*")])
     size = output_bytes(table, varied, args.N)
     if not output.begin(args, fingerprints(args, source, model_dir, device, dtype), size):
         return

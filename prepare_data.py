@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # imported where it is needed, as it takes a second
 
 logger = logging.getLogger(__name__)
 
+INPUT_NAMES = "wiki_*"
 PUNKT_DATA = "tokenizers/punkt_tab/english/"
 PUNKT_DOWNLOAD_SECONDS = 30
 PUNKT_SAMPLE_CHARACTERS = 10_000_000
@@ -58,7 +59,7 @@ def find_input_files(input_dir: Path) -> list[Path]:
     """
     if not input_dir.is_dir():
         raise UserError(f"--input_dir {input_dir}: no such folder; expected WikiExtractor's output")
-    files = sorted(path for path in input_dir.rglob("wiki_*") if path.is_file())
+    files = sorted(path for path in input_dir.rglob(INPUT_NAMES) if path.is_file())
     if not files:
         raise UserError(
             f"--input_dir {input_dir}: 0 files; expected WikiExtractor's output (AA/wiki_00, ...), "
@@ -67,21 +68,33 @@ def find_input_files(input_dir: Path) -> list[Path]:
     return files
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, compressed or not; a damaged .bz2 is a `UserError`."""
+    if path.suffix != ".bz2":
+        with path.open("rb") as lines:
+            yield from lines
+        return
+    try:
+        with bz2.open(path) as lines:
+            yield from lines
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: not a whole bzip2 file ({error})") from error
+
+
 def read_articles(path: Path) -> Iterator[str]:
     """Yield the text of each article of one file, which holds one JSON object a line.
 
     A line that is not such an object is a `UserError` with file and line.
     """
     expected = 'one JSON object a line with a "text" string (WikiExtractor --json)'
-    with (bz2.open(path) if path.suffix == ".bz2" else path.open("rb")) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            text = parse_json(line, place, expected).get("text")
-            if not isinstance(text, str):
-                raise UserError(f"{place}: no text; expected {expected}")
-            yield clean(text)
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        text = parse_json(line, place, expected).get("text")
+        if not isinstance(text, str):
+            raise UserError(f"{place}: no text; expected {expected}")
+        yield clean(text)
 
 
 def clean(text: str) -> str:
@@ -237,6 +250,8 @@ def main(args: argparse.Namespace) -> None:
 
     output = args.output_file
     files = find_input_files(args.input_dir)
+    if output.match(INPUT_NAMES) and output.resolve().is_relative_to(args.input_dir.resolve()):
+        raise UserError(f"--output_file {output}: the name and place of an input; expected another")
     distributed.connect()
 
     # All work is done in a folder beside the target.

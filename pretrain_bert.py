@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from transformer import run_folder, runtime
 from transformer.checkpoint import save_pretrained
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, text_lines
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 def read_documents(path: Path, tokenizer: BertTokenizer) -> list[Document]:
     """Read a corpus: one sentence a line, a blank line between documents."""
     documents: list[Document] = [[]]
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = [line for _, line in text_lines(path)]
     for line, ids in zip(lines, tokenizer.encode_batch(lines), strict=True):
         if line.strip():
             documents[-1].append(ids)

@@ -14,6 +14,8 @@ Example:
 import argparse
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +156,15 @@ def read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Name the folder or file whose records are not as our scripts write them."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{place}: not as the scripts record it ({error!r})") from error
+
+
 def kind_of_run(arguments: dict[str, Any]) -> str | None:
     """Tell from its arguments which script trained a model, and how; None for other scripts."""
     if arguments.get("do_eval"):
@@ -170,13 +181,16 @@ def kind_of_run(arguments: dict[str, Any]) -> str | None:
 def read_model(folder: Path) -> Model | None:
     """Read how the model in a folder was made; None where no script has finished one."""
     results = read_if_there(folder / RESULTS_NAME)
-    for kind, (name, source) in SMALLER.items():
-        if record := read_if_there(folder / name):
-            return Model(folder, kind, Path(record[source]).name, record, results)
-    record = read_if_there(folder / ARGUMENTS_NAME)
-    kind = kind_of_run(record.get("arguments", {}))
-    if kind and results:
-        return Model(folder, kind, Path(record["student"]).name, record, results)
+    with naming(folder):
+        for scores in results.get("all_metrics", {}).values():
+            dict(scores)
+        for kind, (name, source) in SMALLER.items():
+            if record := read_if_there(folder / name):
+                return Model(folder, kind, Path(record[source]).name, record, results)
+        record = read_if_there(folder / ARGUMENTS_NAME)
+        kind = kind_of_run(record.get("arguments", {}))
+        if kind and results:
+            return Model(folder, kind, Path(record["student"]).name, record, results)
     if kind:
         logger.warning("%s: not finished, left out", folder)
     return None
@@ -357,7 +371,13 @@ def read_log(model: Model) -> list[dict[str, Any]]:
     """Read a run's log.jsonl, of a sweep that of the setting chosen."""
     path = model.folder / model.results.get("chosen", "") / "log.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+    log = [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+    shown = [loss for row in CURVES for kind, losses, _ in row if kind == model.kind
+             for loss in losses]
+    with naming(path):
+        for record in log:
+            sum(float(record[name]) for name in ("step", "epoch", *shown))
+    return log
 
 
 def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float], list[float]]:

@@ -337,9 +337,12 @@ def test_composed_vectors_are_the_means_of_the_word_pieces(model_dir, tmp_path, 
     run(data_augmentation, *flags, "--overwrite")
 
 
-def test_a_text_without_words_gives_no_vectors(model_dir, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("\u2603\n")
-    assert "text.txt: no words" in refused(
+@pytest.mark.parametrize(("content", "message"), [
+    ("\u2603\n".encode(), "text.txt: no words"), (b"one\n\xff", "text.txt, line 2: byte 0xff"),
+])
+def test_a_text_without_words_gives_no_vectors(model_dir, tmp_path, capsys, content, message):
+    (tmp_path / "text.txt").write_bytes(content)
+    assert message in refused(
         capsys, "--pretrained_bert_model", model_dir, "--glove_embs", tmp_path / "vectors.txt",
         "--compose_vectors", tmp_path / "text.txt")
     assert not (tmp_path / "vectors.txt").exists()

@@ -37,6 +37,14 @@ def test_a_file_or_folder_is_replaced_only_when_the_block_succeeds(tmp_path):
     assert only_files(tmp_path / "folder") == ["b"] and only_files(tmp_path) == ["file", "folder"]
 
 
+def test_a_device_a_pipe_and_a_folder_are_never_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="expected a file to write"):
+            write_text(target, "text")
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
 @pytest.mark.parametrize(("content", "complaint"), [
     (b"{", "not valid JSON"), (b"\xff{}", "not valid JSON.*byte"), (b"[" * 100_000, "recursion"),
     (b"9" * 5000, "5000 digits"), (b"[1]", "list as JSON; expected a JSON object"),

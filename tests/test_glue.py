@@ -90,11 +90,11 @@ def test_what_is_written_is_read_back_unchanged(tmp_path, rows):
 
 
 @on_one_folder
-@given(rows=table, carriage_return=st.booleans(), mark=st.booleans(), last=st.booleans())
+@given(rows=table, returns=st.integers(0, 2), mark=st.booleans(), last=st.booleans())
 def test_byte_order_mark_and_line_ends_of_windows_make_no_difference(
-    tmp_path, rows, carriage_return, mark, last
+    tmp_path, rows, returns, mark, last
 ):
-    end = "\r\n" if carriage_return else "\n"
+    end = "\r" * returns + "\n"  # two: such a file written in text mode once more
     text = end.join("\t".join(row) for row in rows)
     if rows and (last or text.endswith("\n") or not text):
         text += end

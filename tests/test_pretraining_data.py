@@ -437,7 +437,8 @@ def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
         assert list((tmp_path / "out").iterdir()) == []
     assert read_rows(generate_json(tmp_path, "--one_seq", text="w1.\nw2.\n"))
     for flags in (["--masked_lm_prob", 1.5], ["--short_seq_prob", -1], ["--num_workers", 0],
-                  ["--epochs_to_generate", 0], ["--max_seq_len", 4], ["--max_seq_len", 65536],
+                  ["--num_workers", 10**6], ["--epochs_to_generate", 0], ["--max_seq_len", 4],
+                  ["--max_seq_len", 65536],
                   ["--data_url", "gs://bucket"], ["--train_corpus", tmp_path],
                   ["--bert_model", tmp_path / "missing"]):
         assert str(flags[1]) in refused(capsys, tmp_path, *flags, name="other")

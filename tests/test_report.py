@@ -1,6 +1,7 @@
 """The report: what it finds in a run's folders, and how tables and pictures tell it."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,6 +223,18 @@ def test_latencies_if_any_stand_beside_the_scores_of_the_same_models(smaller):
     assert row in smaller.page
     (smaller.results / "latency" / "inference.json").unlink()
     assert smaller.report()["speeds"] == [] and "Size and latency" not in smaller.page
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("log.jsonl", '{"step": 1}\n{"st', "log.jsonl, line 2: not valid JSON"),
+    ("log.jsonl", '{"step": 1}', "log.jsonl: not as the scripts record it.*epoch"),
+    ("args.json", '{"arguments": 3}', "distilled_tinybert_4l_cola: not as the scripts record it"),
+    ("eval_results.json", '{"all_metrics": 3}', "distilled_tinybert_4l_cola: not as the scripts"),
+])
+def test_a_record_that_no_script_wrote_is_named(run, capsys, file, content, message):
+    (run.models / "distilled_tinybert_4l_cola" / file).write_text(content)
+    folders = ["--models_dir", run.models, "--results_dir", run.results]
+    assert re.search(message, helpers.error_line(capsys, report, *folders))
 
 
 def test_a_run_without_any_result_is_an_error_and_writes_nothing(tmp_path, capsys):

@@ -74,6 +74,7 @@ def test_only_the_flags_on_the_command_line_count_as_given():
     IsADirectoryError("file.tsv"), NotADirectoryError("file.tsv"), PermissionError("file.tsv"),
     OSError(errno.ENOSPC, "the disk is full", "file.tsv"),
     OSError(errno.ENAMETOOLONG, "File name too long", "file.tsv"),
+    OSError(errno.EFBIG, "the disk takes no more of file.tsv"), FileExistsError(17, "", "file.tsv"),
 ])
 def test_a_users_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, error):
     message = message_on(error, capsys)

@@ -226,6 +226,18 @@ def test_a_full_disk_keeps_what_is_finished(setups, expected, tmp_path, capsys, 
     assert setups["augment"].run(tmp_path, "--resume") == expected["augment"]
 
 
+@pytest.mark.parametrize(("name", "end"), [
+    ("augment", ("glue", "SST-2", "train.tsv")), ("augment", ("vectors.txt",)),
+    ("prepare", ("extracted", "AA", "wiki_03")), ("prepare", ("extracted", "AA", "wiki_99")),
+])
+def test_an_output_that_is_an_input_is_refused_and_stays(setups, capsys, name, end):
+    place = setups["augment"].source[1].parent.joinpath(*end)
+    before = place.read_bytes() if place.exists() else None
+    arguments = setups[name].arguments(place.parent, "--output_file", place, "--overwrite")
+    assert str(place) in error_line(capsys, setups[name].module, *arguments)
+    assert (place.read_bytes() if place.exists() else None) == before
+
+
 def test_too_small_a_disk_is_an_error_before_the_work(setups, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     message = error_line(capsys, prepare_data, *setups["prepare"].arguments(tmp_path))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from transformer.file_utils import UserError, atomic_path
+from transformer.file_utils import UserError, atomic_path, text_lines
 from transformer.modeling import BertForMaskedLM, BertModel
 from transformer.tokenization import BertTokenizer
 
@@ -227,8 +227,7 @@ def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> None
 
 def _lines(files: Iterable[Path]) -> Iterator[str]:
     for path in files:
-        with path.open(encoding="utf-8") as lines:
-            yield from lines
+        yield from (line for _, line in text_lines(path))
 
 
 def compose_vectors(

@@ -7,6 +7,7 @@ two spans of that array, as cutting it to length only trims ends (BERT, arXiv 18
 
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from transformer.file_utils import UserError
+from transformer.file_utils import text_lines
 from transformer.tokenization import BLOCK_BYTES, BertTokenizer, truncate_pair
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
@@ -95,14 +96,13 @@ def tokenize_block(path: Path, tokenizer: BertTokenizer, block: tuple[int, int])
     start, end = block
     with path.open("rb") as file:
         file.seek(start)
-        text = file.read(end - start)
-    text_lines = text.removesuffix(b"\n")
+        text = file.read(end - start).removesuffix(b"\n")
     try:
-        ids, lengths = tokenizer.encode_lines(text_lines)
-        lines = text_lines.split(b"\n")
+        ids, lengths = tokenizer.encode_lines(text)
+        lines = text.split(b"\n")
         blank = [line for line in np.flatnonzero(lengths == 0) if not lines[line].decode().strip()]
     except UnicodeDecodeError:
-        check_utf8(path)  # raises the error that names the line
+        deque(text_lines(path), maxlen=0)  # raises the error that names the line
         raise
     sentences = np.cumsum(lengths > 0)
     return TokenizedBlock(
@@ -111,18 +111,6 @@ def tokenize_block(path: Path, tokenizer: BertTokenizer, block: tuple[int, int])
         sentences[blank],
         int((ids == tokenizer.unk_id).sum()),
     )
-
-
-def check_utf8(path: Path) -> None:
-    """Raise a `UserError` that names the first line of a file which is not UTF-8."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: {error}; expected UTF-8 text, one sentence a line"
-                ) from error
 
 
 def write_corpus(folder: Path, blocks: Iterable[TokenizedBlock]) -> int:

@@ -10,7 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -51,15 +51,27 @@ class UnreachableError(UserError):
     """A server did not answer, or not well, however often it was asked."""
 
 
+def check_output_file(path: Path | str, inputs: Iterable[Path] = ()) -> None:
+    """Raise a `UserError` for a folder, a device, a pipe, and for a file that is an input, too."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UserError(f"{path}: is {kind}; expected a file to write")
+    if path.resolve() in {source.resolve() for source in inputs}:
+        raise UserError(f"{path}: is read by this call; expected another file to write")
+
+
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `target` that replaces it when the block succeeds.
 
     A block that raises leaves `target` as it was and removes the temporary file, so a reader
     never meets a half-written file under its final name, nor after a power failure. A process
-    that is killed leaves the temporary file. Missing parent folders are made.
+    that is killed leaves the temporary file. Missing parent folders are made. Only a regular file
+    is replaced.
     """
     target = Path(target)
+    check_output_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -96,6 +108,20 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def text_lines(path: Path | str) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its "\\n") of a file; a `UserError` where it is not UTF-8."""
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: byte {raw[error.start]:#04x} at position "
+                    f"{error.start}; expected text in UTF-8"
+                ) from error
+            yield number, line
 
 
 def parse_json(text: str | bytes, place: str, expected: str = "a JSON object") -> dict[str, Any]:

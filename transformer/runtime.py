@@ -110,11 +110,14 @@ def run_script(
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
     """Return one line on a user's mistake or on what the machine lacks; None for a bug."""
     reason = first_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({reason}); what was finished is kept{how_to_continue(args)}"
     if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
-                          PermissionError)) or getattr(error, "filename", None) is not None:
+                          PermissionError)):
         return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        exists = isinstance(error, FileExistsError)  # where a folder is made
+        return f"{error.filename}: is a file; expected a folder" if exists else str(error)
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in reason):
         return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"
@@ -221,7 +224,10 @@ SMALLEST_VALUES = {
     "steps": 1, "epochs_to_generate": 1, "max_predictions_per_seq": 0, "M": 1, "N": 0,
     "max_varied_rows": 0, "batch_tokens": 0, "lam_pred": 0, "lam_rep": 0, "mu": 0, "num_tokens": 1,
     "gpu": 0, "batches": 1, "threads": 1, "repeats": 1, "rows": 1,
+    "attempts": 1, "retry_delay": 0, "timeout": 0.001,
 }
+# What no machine can do, or no clock.
+LARGEST_VALUES = {"num_workers": 256, "retry_delay": 1e6, "timeout": 1e6}
 
 
 def check_numbers(args: argparse.Namespace, *positive: str) -> None:
@@ -236,6 +242,8 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
             if value is not None and not smallest <= value < math.inf:  # nan is not either
                 raise UserError(
                     f"--{name} {value}; expected a finite number, at least {smallest}")
+            if value is not None and value > (largest := LARGEST_VALUES.get(name, math.inf)):
+                raise UserError(f"--{name} {value}; expected at most {largest:g}")
             if name in positive and value == 0:
                 raise UserError(f"--{name} {value}; expected more than 0")
     warmup = getattr(args, "warmup_proportion", 0.0)

@@ -27,7 +27,14 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from transformer import distributed
-from transformer.file_utils import UserError, atomic_path, file_sha256, read_json, write_json
+from transformer.file_utils import (
+    UserError,
+    atomic_path,
+    check_output_file,
+    file_sha256,
+    read_json,
+    write_json,
+)
 from transformer.run_folder import (
     ARGUMENTS_NAME,
     UNFINISHED,
@@ -43,7 +50,13 @@ COPIED_BYTES = 1 << 20  # at once
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """Return a digest of files: of their contents or, where they are large, lengths and times."""
+    """Return a digest of files: of their contents or, where they are large, lengths and times.
+
+    A path that is no file, such as a pipe, is a `UserError`.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
     small = sum(path.stat().st_size for path in paths) <= HASHED_BYTES
     digest = hashlib.sha256()
     for path in paths:
@@ -76,6 +89,7 @@ class ShardedFile:
     """
 
     def __init__(self, output: Path) -> None:
+        check_output_file(output)
         self.output = output
         self.folder = output.with_name(f"{UNFINISHED}-{output.name}")
         self.manifest = self.folder / ARGUMENTS_NAME
@@ -90,9 +104,8 @@ class ShardedFile:
             size: bytes of the output, about.
 
         Raises:
-            UserError: an output that is a folder or exists without --overwrite, --resume with
-                other arguments or inputs, or a disk that does not hold the output twice: in
-                shards, and merged.
+            UserError: an output that exists without --overwrite, --resume with other arguments or
+                inputs, or a disk that does not hold the output twice: in shards, and merged.
         """
         args.resume = should_resume(args, self.manifest, self.metadata)
         finished = distributed.is_main() and self._begin(args, inputs, size)
@@ -110,8 +123,6 @@ class ShardedFile:
                         self.output)
             self._remove_folder()  # what a kill has left of it
             return True
-        if self.output.is_dir():
-            raise UserError(f"{self.output}: is a folder; expected a file to write")
         if self.output.exists() and not args.overwrite:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
         check_disk(str(self.output), self.folder, 2 * size)

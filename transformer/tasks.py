@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from transformer.file_utils import UserError, atomic_path
+from transformer.file_utils import UserError, atomic_path, text_lines
 
 logger = logging.getLogger(__name__)
 
@@ -137,24 +137,16 @@ def iterate_tsv(path: Path | str) -> Iterator[tuple[int, list[str]]]:
     r"""Yield (line number from 1, cells) of a tab-separated UTF-8 file.
 
     The dialect is GLUE's: quotes mean nothing, only "\n" ends a line (a sentence may hold any
-    other separator of Unicode), a "\r" before it is dropped, so is a byte-order mark at the
+    other separator of Unicode), "\r"s before it are dropped, so is a byte-order mark at the
     start. A missing file, or bytes that are not UTF-8, is a `UserError`.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected tab-separated text")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {raw[error.start]:#04x} at position "
-                    f"{error.start}; expected text in UTF-8"
-                ) from error
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
+    for number, line in text_lines(path):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        yield number, line.removesuffix("\n").rstrip("\r").split("\t")
 
 
 def read_tsv(path: Path | str) -> list[list[str]]:
