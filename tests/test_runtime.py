@@ -107,6 +107,7 @@ def test_too_little_memory_is_one_line_that_names_what_needs_less(capsys, error)
 
 @pytest.mark.parametrize(("name", "value"), [
     *((name, smallest - 1) for name, smallest in SMALLEST_VALUES.items()),
+    ("num_workers", 10**6), ("timeout", 1e7), ("retry_delay", float("nan")),
     ("num_train_epochs", float("nan")), ("num_train_epochs", float("inf")),
     ("learning_rate", float("inf")), ("warmup_proportion", 1.0), ("temperature", 0.0),
 ])
