@@ -16,15 +16,15 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from transformer.checkpoint import (
     BUFFERS,
     canonical_key,
     load_state,
     load_weights,
-    read_tensors,
-    weights_path,
+    read_weights,
+    weights_paths,
     write_tensors,
 )
 from transformer.config import BertConfig, find_config
@@ -76,21 +76,26 @@ def check_complete(state: dict[str, torch.Tensor], folder: Path) -> None:
 
 def repair(folder: Path) -> str | None:
     """Repair one folder in place; return what head it has, None if it has none."""
-    path = weights_path(folder)
-    state = load_state(path)
-    check_complete(state, folder)
-    stored = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
-    renamed, dropped = [], []
-    for key, tensor in stored.items():
+    check_complete(load_state(folder), folder)
+    for path in weights_paths(folder):
+        head = repair_file(path)
+    return head
+
+
+def repair_file(path: Path) -> str | None:
+    """Repair one file of sound weights, or say that the shards of an index need it."""
+    state, renamed, dropped = load_state(path), [], []
+    for key in read_weights(path):
         name = canonical_key(key)
-        if name in state and not torch.equal(state[name], tensor):
-            raise UserError(f"{path}: holds {name} twice, under two names and with two values")
         if name.endswith(BUFFERS):
             dropped.append(key)
         elif name != key:
             renamed.append(key)
     changes = [f"{what} {len(keys)} (such as {keys[0]})"
                for what, keys in (("renamed", renamed), ("dropped", dropped)) if keys]
+    if changes and path.suffix == ".json":
+        raise UserError(f"{path}: {', '.join(changes)} of its shards would have to be; expected one"
+                        " file, as get_bert_models.py makes of it")
     if changes:
         with atomic_path(path) as temporary:
             if path.suffix == ".safetensors":

@@ -29,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from transformer.checkpoint import (
+    check_weights,
     clear_model,
     save_config,
     save_pretrained,
     weights_path,
+    weights_record,
 )
 from transformer.evaluation import evaluate, write_results
 from transformer.features import Features, load_features
@@ -121,6 +123,8 @@ def check_args(args: argparse.Namespace) -> GlueTask | None:
 def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
         Path, TinyBertForSequenceClassification, BertTokenizer]:
     """Load the model in float32, with its vocabulary."""
+    if args.format == "onnx":
+        import transformer.onnx_model  # noqa: F401  now, for its packages may be missing
     folder = fetch_model(args.model, args.cache_dir or None)
     weights_path(folder)  # an ONNX model cannot be quantized again
     model = load_classifier(folder, None if task is None else task.num_labels)
@@ -128,7 +132,9 @@ def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
     model.config.check_vocabulary(len(tokenizer), folder)
     if task is not None:
         model.config.check_length(args.max_seq_length, "the model")
-    del model.fit_dense  # only distillation uses it
+    if (dtype := HALF.get(args.method)) is not None:  # float16 ends at 65504
+        check_weights({name: value.to(dtype) for name, value in model.named_parameters()},
+                      f"{folder} as {args.method}")
     return folder, freeze(model), tokenizer
 
 
@@ -231,13 +237,12 @@ def main(args: argparse.Namespace) -> None:
     # The smaller model
     folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     clear_model(folder)
-    weights = weights_path(source)
     record = {"method": args.method, "format": args.format, "source": args.model,
-              "source_sha256": file_sha256(weights), "bytes_before": weights.stat().st_size}
+              **weights_record(source)}
     if args.format == "torch":
         save_pretrained(model.to(HALF[args.method]), folder, tokenizer)
     else:
-        save_config(model, folder, tokenizer)
+        save_config(model, folder, tokenizer, has_weights=False)
         record |= write_onnx(model, args.method, folder, calibration, args.reduce_range)
 
     # How it was made

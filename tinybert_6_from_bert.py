@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from transformer.checkpoint import load_state, load_weights, write_tensors
+from transformer.checkpoint import dtype_name, load_state, load_weights, write_tensors
 from transformer.config import BertConfig, find_config
 from transformer.distillation import map_layers
 from transformer.file_utils import CONFIG_NAME, WEIGHTS_NAME, UserError, atomic_path, write_json
@@ -99,7 +99,9 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     config.keep_layers([number - 1 for number in kept])
     architecture = ("BertForSequenceClassification" if "classifier.weight" in state
                     else "BertForMaskedLM" if "cls.predictions.bias" in state else "BertModel")
-    write_json(output_dir / CONFIG_NAME, {"architectures": [architecture], **config.to_dict()})
+    write_json(output_dir / CONFIG_NAME, {
+        "architectures": [architecture], **config.to_dict(),
+        "dtype": dtype_name(next(iter(state.values())))})
     tokenizer.save_vocabulary(output_dir)
     with atomic_path(output_dir / WEIGHTS_NAME) as temporary:
         write_tensors(copy_layers(state, kept), temporary)

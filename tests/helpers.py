@@ -77,7 +77,7 @@ def make_model(folder: Path, model_class=TinyBertForSequenceClassification, seed
             if "fit_dense" not in name and parameter.dim() == 1:
                 # Biases and LayerNorms at 0 and 1 would hide that they were not loaded.
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    save_pretrained(model, folder, write_vocab(folder))
+    save_pretrained(model, folder, write_vocab(folder), finished=model_arguments is None)
     return model.eval()
 
 

@@ -120,15 +120,27 @@ def test_a_model_that_came_to_predict_one_class_is_an_error(tmp_path, glue, caps
     rows = load_features("SST-2", glue, "dev", tokenizer, 128, ("0", "1"))
     with torch.no_grad():
         margin = torch.from_numpy(evaluate(model, rows, "SST-2", "cpu")["logits"]).diff(dim=1)
-        model.classifier.bias[1] -= margin.median() - 1e-3  # so that it predicts both classes
-        for parameter in model.classifier.parameters():
-            parameter.mul_(1e7)  # beyond what float16 can hold
+        half = (margin.median() + 1e-3) / 2  # so that it predicts both classes
+        model.classifier.bias += torch.tensor([half, -half]) + 30008  # float16 has steps of 16
     quantize.save_pretrained(model, tmp_path / "model")
-    flags = ["--model", tmp_path / "model", "--format", "torch", "--do_eval", *task_flags(glue)]
-    run(quantize, *flags, "--method", "bf16", "--output_dir", tmp_path / "good")
-    message = error_line(
-        capsys, quantize, *flags, "--method", "fp16", "--output_dir", tmp_path / "bad")
+    flags = ["--model", tmp_path / "model", "--do_eval", *task_flags(glue)]
+    run(quantize, *flags, "--method", "fp32", "--output_dir", tmp_path / "good")
+    flags += ["--method", "fp16", "--format", "torch", "--output_dir", tmp_path / "bad"]
+    message = error_line(capsys, quantize, *flags)
     assert f"{tmp_path / 'bad'}: the same prediction for all rows of dev" in message
+
+
+def test_weights_beyond_what_float16_holds_are_an_error_before_anything_is_written(
+        tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    model.classifier.weight.data[1, 2] = 7e4
+    quantize.save_pretrained(model, tmp_path / "model")
+    for form in ("onnx", "torch"):
+        flags = ["--model", tmp_path / "model", "--method", "fp16", "--format", form]
+        message = error_line(capsys, quantize, *flags, "--output_dir", tmp_path / "out")
+        assert "as fp16: classifier.weight holds values that are not finite" in message
+        assert not (tmp_path / "out").exists()
+    make(tmp_path, "bf16", "torch")
 
 
 def test_an_onnx_model_keeps_its_precision_wherever_it_is_moved(tmp_path):

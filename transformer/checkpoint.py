@@ -1,7 +1,7 @@
 """Reading and writing model directories: strict loading, atomic saving.
 
 A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `pytorch_model.bin`
-(or `model.safetensors` when reading) and `vocab.txt`.
+(or `model.safetensors`, or shards of either, when reading) and `vocab.txt`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from transformer.file_utils import (
     WEIGHTS_NAME,
     UserError,
     atomic_path,
+    file_sha256,
+    read_json,
     write_json,
 )
 from transformer.run_folder import STATE_FOLDER
@@ -40,6 +42,13 @@ HEADS = ("cls.", "classifier.", "fit_dense.", "fit_denses.", "qa_outputs.", "dro
 # A model, and what evaluation, quantization and pruning write beside it.
 MODEL_FILES = (ONNX_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, "quantization.json", "kprune.json",
                "eval_results.json", "eval_results.txt", "log.jsonl")
+# The forms in which a model directory may hold its weights: a file, or an index of its shards.
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FORMS = [name + suffix for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+                for suffix in ("", INDEX_SUFFIX)]
+DECODER = "cls.predictions.decoder.weight"  # the word embeddings once more
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that some versions of the Hugging Face library store; they carry no weights.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -54,20 +63,46 @@ def canonical_key(key: str) -> str:
     return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
 
-def weights_path(model_dir: Path | str) -> Path:
-    """Return the weights file of a model directory (or `model_dir` itself when it is a file)."""
+def weights_paths(model_dir: Path | str) -> list[Path]:
+    """Return the weights of a model directory in every form it has (or `model_dir`, if a file)."""
     path = Path(model_dir)
     if path.is_file():
-        return path
+        return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such model directory")
-    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
-        if (path / name).is_file():
-            return path / name
+    if found := [path / name for name in WEIGHT_FORMS if (path / name).is_file()]:
+        return found
     if (path / ONNX_NAME).is_file():
         raise UserError(f"{path}: an ONNX model, made by quantize.py; expected the PyTorch model"
                         " that it was made from")
     raise UserError(f"{path}: no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}")
+
+
+def weights_path(model_dir: Path | str) -> Path:
+    """Return the weights file of a model directory, or the index of its shards."""
+    return weights_paths(model_dir)[0]
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """Return which file of its folder an index names for each tensor."""
+    names = read_json(index).get("weight_map")
+    if not (isinstance(names, dict) and names and all(
+            isinstance(name, str) and Path(name).name == name
+            and Path(name).suffix in (".bin", ".safetensors") for name in names.values())):
+        raise UserError(f"{index}: expected a weight_map that gives each tensor a file of this"
+                        " folder")
+    return names
+
+
+def weights_record(model_dir: Path | str) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a model's weights (of shards, that of their sums)."""
+    path = weights_path(model_dir)
+    files = [path] if path.suffix != ".json" else [
+        path.parent / name for name in sorted({*shard_names(path).values()})]
+    sums = [file_sha256(file) for file in files]
+    return {"source_sha256": sums[0] if len(sums) == 1 else
+            hashlib.sha256("".join(sums).encode()).hexdigest(),
+            "bytes_before": sum(file.stat().st_size for file in files)}
 
 
 def read_tensors(path: Path) -> Any:
@@ -89,13 +124,16 @@ def write_tensors(value: Any, path: Path) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
-    """Read the weights of a model directory onto the CPU, under their canonical names.
+def key_list(keys: Iterable[str]) -> str:
+    """Return the first names of many, for a message."""
+    keys = sorted(keys)
+    return ", ".join(keys[:6]) + (f", ... ({len(keys)} in all)" if len(keys) > 6 else "")
 
-    Raises:
-        UserError: no weights file, a damaged one, or one that holds something else.
-    """
-    path = weights_path(model_dir)
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights, or all shards of an index, under the names that they have there."""
+    if path.suffix == ".json":
+        return _read_shards(path)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     except Exception as error:  # a damaged pickle raises almost anything
@@ -105,17 +143,73 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise UserError(f"{path}: expected a dictionary of tensors")
-    named = {canonical_key(key): tensor for key, tensor in state.items()
-             if not key.endswith(BUFFERS)}
-    # Newer Hugging Face models store the bias of the MLM decoder twice.
-    if (bias := named.pop("cls.predictions.decoder.bias", None)) is not None:
-        named.setdefault("cls.predictions.bias", bias)
+    return state
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    names, state = shard_names(index), {}
+    for name in sorted({*names.values()}):
+        if not (path := index.parent / name).is_file():
+            raise UserError(f"{index}: {name} is not there; expected a file of this folder")
+        shard = read_weights(path)
+        if strange := shard.keys() ^ {key for key, file in names.items() if file == name}:
+            raise UserError(f"{path}: holds other tensors than {index.name} says"
+                            f" ({key_list(strange)})")
+        state |= shard
+    return state
+
+
+def check_weights(state: Mapping[str, torch.Tensor], source: Path | str) -> None:
+    """Raise a `UserError` for a tensor of whole numbers, or one with a NaN or an infinity."""
+    for key, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{source}: {key} is {dtype_name(tensor)}; expected floating-point"
+                            " weights")
+        # The sum, which takes a fifth of the time, may overflow.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.float().isfinite().all():
+            raise UserError(f"{source}: {key} holds values that are not finite; expected numbers")
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return a tensor's type as `config.json` has it, such as `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _read_form(path: Path) -> dict[str, torch.Tensor]:
+    """Read one form of a model's weights under their canonical names, checked."""
+    named: dict[str, torch.Tensor] = {}
+    for key, tensor in read_weights(path).items():
+        name = canonical_key(key)
+        if name == "cls.predictions.decoder.bias":  # newer Hugging Face models store it twice
+            name = "cls.predictions.bias"
+        if name.endswith(BUFFERS):
+            continue
+        if name in named and not torch.equal(named[name], tensor):
+            raise UserError(f"{path}: holds {name} twice, under two names and with two values")
+        named[name] = tensor
+    check_weights(named, path)
     return named
 
 
-def _key_list(keys: Iterable[str]) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:6]) + (f", ... ({len(keys)} in all)" if len(keys) > 6 else "")
+def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
+    """Read the weights of a model directory onto the CPU, under their canonical names.
+
+    Raises:
+        UserError: no weights, damaged ones, ones that are not finite, or a file that holds
+            something else; several forms of weights that are not the same.
+    """
+    path, *others = weights_paths(model_dir)
+    state = _read_form(path)
+    for other in others:
+        second = _read_form(other)
+        for key in sorted(state.keys() | second.keys()):
+            # One of the files may leave the decoder out, which is the word embedding.
+            first, again = (form.get(key, form.get(WORD_EMBEDDINGS) if key == DECODER else None)
+                            for form in (state, second))
+            if first is None or again is None or not torch.equal(first, again):
+                raise UserError(f"{path} and {other.name} hold different weights (such as {key});"
+                                " remove the one that is not meant")
+    return state
 
 
 def load_weights(
@@ -139,12 +233,13 @@ def load_weights(
     """
     own = {canonical_key(key): tensor for key, tensor in model.state_dict().items()}
     state = dict(state)
-    if "cls.predictions.decoder.weight" in own:
+    if DECODER in own:
         # The decoder is the word embedding: files that store tied tensors once leave it out, and
         # a new head (`allow_missing`) has it from the encoder.
-        embeddings = state.get("bert.embeddings.word_embeddings.weight", torch.empty(0))
-        decoder = state.setdefault("cls.predictions.decoder.weight", embeddings)
-        if not torch.equal(decoder, embeddings):
+        embeddings = state.get(WORD_EMBEDDINGS, torch.empty(0))
+        if model.config.is_tied or "cls.predictions.bias" not in state:
+            state.setdefault(DECODER, embeddings)
+        if not torch.equal(state.get(DECODER, embeddings), embeddings):
             raise UserError(f"{source}: cls.predictions.decoder.weight differs from the word"
                             " embeddings; expected the same tensor")
     missing = [key for key in own if key not in state]
@@ -155,8 +250,8 @@ def load_weights(
     strange = [key for key in unread if not key.startswith((*HEADS, "bert.pooler."))]
     if fatal or strange:
         raise UserError(f"{source}: the checkpoint does not fit {type(model).__name__}."
-                        f" Missing from it: [{_key_list(fatal)}]."
-                        f" In it but not in the model: [{_key_list(strange or unread)}].")
+                        f" Missing from it: [{key_list(fatal)}]."
+                        f" In it but not in the model: [{key_list(strange or unread)}].")
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:
             raise UserError(f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"
@@ -166,43 +261,55 @@ def load_weights(
             if key in state:
                 tensor.copy_(state[key])
     if unread:
-        logger.info("%s: not needed and not read: %s", source, _key_list(unread))
-    if missing:
-        logger.info("%s: not in the checkpoint, newly initialised: %s", source, _key_list(missing))
+        logger.info("%s: not needed and not read: %s", source, key_list(unread))
     return missing
 
 
-def save_weights(model: nn.Module, path: Path | str) -> None:
-    """Write the state of `model` to `path` as CPU tensors, atomically, in a run's first process."""
+def save_weights(model: nn.Module, path: Path | str, leave_out: tuple[str, ...] = ()) -> None:
+    """Write the state of `model` to `path` as CPU tensors, atomically, in a run's first process.
+
+    Parameters whose names begin with one of `leave_out` are not written.
+    """
     if not distributed.is_main():
         return
-    state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()
+             if not key.startswith(leave_out)}
     with atomic_path(path) as temporary:
         write_tensors(state, temporary)
 
 
 def save_config(
-    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
+    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None,
+    has_weights: bool = True,
 ) -> None:
-    """Write what stands beside the weights: `config.json` and, if given, the vocabulary."""
+    """Write what stands beside the weights: `config.json` and, if given, the vocabulary.
+
+    An ONNX graph that stands in place of weights computes the same for every reader, so that its
+    `model_type` is always `bert`.
+    """
     if not distributed.is_main():
         return
     config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
+    config |= ({"dtype": dtype_name(next(model.parameters()))} if has_weights
+               else {"model_type": "bert"})
     write_json(Path(output_dir) / CONFIG_NAME, config)
     if tokenizer is not None:
         tokenizer.save_vocabulary(output_dir)
 
 
 def save_pretrained(
-    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None
+    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None,
+    finished: bool = True,
 ) -> None:
     """Write `model` as a standard Hugging Face BERT checkpoint.
 
     Writes `config.json`, the vocabulary when a tokenizer is given, and last
-    `pytorch_model.bin`; each file replaces its predecessor atomically.
+    `pytorch_model.bin`; each file replaces its predecessor atomically. A `finished` classifier is
+    written without `fit_dense`, which only the intermediate stage of distillation uses.
     """
     save_config(model, output_dir, tokenizer)
-    save_weights(model, Path(output_dir) / WEIGHTS_NAME)
+    save_weights(model, Path(output_dir) / WEIGHTS_NAME,
+                 model.only_distillation if finished else ())
 
 
 def clear_model(folder: Path | str) -> None:

@@ -189,6 +189,11 @@ class BertConfig:
         return "relu_head_bert" if self.classifier_relu else "bert"
 
     @property
+    def is_tied(self) -> bool:
+        """Whether a masked-LM head may be read that has no decoder of its own."""
+        return self.other.get("tie_word_embeddings") is not False
+
+    @property
     def is_multi_label(self) -> bool:
         """Whether each label is right or wrong by itself."""
         return self.problem_type == "multi_label_classification"

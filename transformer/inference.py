@@ -1,17 +1,20 @@
 """One way to load a trained classifier, whatever it was made into: PyTorch or ONNX."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from transformer.checkpoint import load_state, weights_path
+from transformer.checkpoint import WEIGHT_FORMS, load_state, weights_path
 from transformer.config import BertConfig, find_config
-from transformer.file_utils import ONNX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, UserError
+from transformer.file_utils import ONNX_NAME, UserError
 from transformer.modeling import TinyBertForSequenceClassification
 
 if TYPE_CHECKING:
     from transformer.onnx_model import OnnxClassifier
+
+logger = logging.getLogger(__name__)
 
 
 def load_classifier(
@@ -19,8 +22,8 @@ def load_classifier(
 ) -> "TinyBertForSequenceClassification | OnnxClassifier":
     """Load a trained classifier from a model directory.
 
-    Its weights are `pytorch_model.bin` or `model.safetensors`, else `model.onnx`. What comes back
-    is called as `TinyBertForSequenceClassification` is.
+    Its weights are PyTorch's, which all scripts read, or where there are none `model.onnx`. What
+    comes back is called as `TinyBertForSequenceClassification` is.
 
     Args:
         model_dir: a directory that training or `quantize.py` wrote.
@@ -32,8 +35,10 @@ def load_classifier(
             ONNX file that does not fit `config.json`.
     """
     folder = Path(model_dir)
-    has_torch_weights = any((folder / name).is_file() for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME))
-    if (folder / ONNX_NAME).is_file() and not has_torch_weights:
+    has_torch_weights = any((folder / name).is_file() for name in WEIGHT_FORMS)
+    if (folder / ONNX_NAME).is_file() and has_torch_weights:
+        logger.warning("%s: not read; the weights beside it are", folder / ONNX_NAME)
+    elif (folder / ONNX_NAME).is_file():
         from transformer.onnx_model import OnnxClassifier  # here: a second to load
 
         return OnnxClassifier(folder, num_labels, device)

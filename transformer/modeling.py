@@ -5,6 +5,7 @@ Every model returns what distillation needs: raw attention scores and all hidden
 """
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Collection
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer.checkpoint import load_state, load_weights
+from transformer.checkpoint import key_list, load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
 from transformer.file_utils import CONFIG_NAME, UserError
+
+logger = logging.getLogger(__name__)
 
 LOGIT_LAYERS = ("classifier", "qa_outputs")
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
@@ -318,6 +321,7 @@ class BertPreTrainedModel(nn.Module):
     # Parameters that a checkpoint may always lack, and those of a head that the caller asks for.
     optional: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    only_distillation: tuple[str, ...] = ()  # what a finished model is saved without
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -373,7 +377,12 @@ class BertPreTrainedModel(nn.Module):
         model = cls(config, **{**stored, **given})
         if wanted is not None and labels is None:
             config.set_labels([*config.id2label.values()])
-        load_weights(model, state, source, cls.optional + (cls.head if new_head else ()))
+        missing = load_weights(model, state, source,
+                               cls.optional + (cls.head if new_head else ()))
+        # Of a map to no teacher's width (`fit_size`) nobody needs to know: it is not used.
+        new = [key for key in missing if "fit_size" in given or not key.startswith(cls.optional)]
+        if new:
+            logger.info("%s: not in the checkpoint, newly initialised: %s", source, key_list(new))
         return model
 
     @classmethod
@@ -521,6 +530,7 @@ class TinyBertForSequenceClassification(_FittedModel):
 
     hugging_face_class = "BertForSequenceClassification"
     head = ("classifier.",)
+    only_distillation = ("fit_dense.", "fit_denses.")
     only_cls_reaches_head = True  # of the last layer's output
 
     def __init__(

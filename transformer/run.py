@@ -71,7 +71,8 @@ class StudentOutput:
 
     def save(self, subfolder: str = "") -> None:
         """Write the student as a model directory."""
-        save_pretrained(self.trainer.student, self.folder / subfolder, self.tokenizer)
+        save_pretrained(self.trainer.student, self.folder / subfolder, self.tokenizer,
+                        finished=self.selection is not None)
 
     def save_weights(self, name: str) -> None:
         """Write the student's weights alone."""

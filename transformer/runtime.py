@@ -122,6 +122,9 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
             or "can't allocate memory" in reason):
         return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"
                 f" --gradient_accumulation_steps, needs less ({reason})")
+    if isinstance(error, ModuleNotFoundError) and not error.name.startswith("transformer."):
+        package = error.name.partition(".")[0]
+        return f"there is no package {package}; expected it, by pip install {package}"
     if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
         return ("another process of this run has ended, so this one ends too; the first message of"
                 f" the others says why ({reason}){how_to_continue(args)}")
