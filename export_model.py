@@ -28,14 +28,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from transformer.checkpoint import load_state, save_config, weights_path
+from transformer.checkpoint import load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import (
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
     UserError,
     atomic_path,
-    file_sha256,
     read_json,
     write_text,
 )
@@ -130,7 +129,7 @@ def load_source(folder: Path) -> Source:
         if source is None:
             raise UserError(f"{path}: the model that it was made from, {record['source']}, is not"
                             " there; expected it for the weights")
-        if file_sha256(weights_path(source)) != record["source_sha256"]:
+        if weights_record(source)["source_sha256"] != record["source_sha256"]:
             raise UserError(f"{path}: the weights of {source} have changed since; quantize it anew")
         folder = source
     config, state = BertConfig.from_json_file(find_config(folder)), load_state(folder)
