@@ -1,11 +1,12 @@
 """Our models against Hugging Face's on tiny random configurations, both ways."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import transformers
-from helpers import REPO, make_model, random_batch, read_json, tiny_config
+from helpers import REPO, make_model, random_batch, read_json, tiny_config, write_vocab
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -13,11 +14,14 @@ from transformers import (
 )
 from transformers import BertConfig as TheirConfig
 
-from transformer.file_utils import UserError
+from transformer.checkpoint import save_pretrained
+from transformer.config import DERIVED, FOREIGN, NEUTRAL
+from transformer.file_utils import UserError, write_json
 from transformer.modeling import (
     MASKED_SCORE,
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertModel,
     Dropout,
     TinyBertForPreTraining,
@@ -41,8 +45,8 @@ SHAPES = {
 }
 
 
-def theirs(folder, model_class, seed=0, safe=True, **shape):
-    """Save a random Hugging Face model in `folder`; returns it in eval mode."""
+def theirs(folder, model_class, seed=0, safe=True, dtype=torch.float32, shard="5GB", **shape):
+    """Save a random Hugging Face model in `folder`; returns it in eval mode, in float32."""
     torch.manual_seed(seed)
     config = TheirConfig(**{
         "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -54,7 +58,8 @@ def theirs(folder, model_class, seed=0, safe=True, **shape):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    model.float()
     if not safe:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
@@ -100,6 +105,63 @@ def test_heads_of_hugging_face_give_the_same_logits_here(tmp_path, safe, kind, m
     assert not model.config.classifier_relu
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "model_class"), [
+    ("BertModel", BertModel), ("BertForMaskedLM", BertForMaskedLM),
+    ("BertForSequenceClassification", TinyBertForSequenceClassification),
+    ("BertForQuestionAnswering", BertForQuestionAnswering)])
+@torch.no_grad()
+def test_shards_of_any_precision_and_every_head_give_the_same_here(
+        tmp_path, kind, model_class, dtype):
+    their_model = theirs(tmp_path, getattr(transformers, kind), dtype=dtype, shard="2KB")
+    assert len([*tmp_path.glob("model-*-of-*.safetensors")]) > 2
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask)
+    model = model_class.from_pretrained(tmp_path).eval()
+    output, real = model(ids, segments, mask), mask.bool()
+    if kind == "BertModel":
+        close(output.hidden_states[-1][real], expected.last_hidden_state[real])
+        close(output.pooled_output, expected.pooler_output)
+    elif kind == "BertForQuestionAnswering":
+        close(output.logits[real], torch.stack(expected[:2], dim=-1)[real])
+    else:
+        close(output.logits[real if "Masked" in kind else ...],
+              expected.logits[real if "Masked" in kind else ...])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    save_pretrained(model, tmp_path / "again")
+    assert read_json(tmp_path / "again" / "config.json")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("fields", [
+    {"chunk_size_feed_forward": 3}, {"is_encoder_decoder": True}, {"use_cache": False},
+    {"cross_attention_hidden_size": 8}, {"gradient_checkpointing": True}, {"torchscript": True},
+    {"output_attentions": True, "output_hidden_states": True}, {"classifier_dropout": 0.7},
+    {"pad_token_id": None}, {"pad_token_id": 3}, {"pad_token_id": -1}, {"embedding_size": 8},
+    {"function_to_apply": "none"}, {"tie_word_embeddings": False}, {"bos_token_id": 7},
+    {"task_specific_params": {"x": {"hidden_act": "relu"}}}, {"finetuning_task": "rte"},
+    {"tokenizer_class": "BertTokenizer", "pooler_type": "first_token_transform"},
+    {"layer_norm_eps": 0.1}, {"attention_probs_dropout_prob": 0.4, "hidden_dropout_prob": 0},
+], ids=lambda fields: next(iter(fields)))
+@torch.no_grad()
+def test_fields_that_are_not_refused_mean_the_same_here(tmp_path, fields):
+    their_model = theirs(tmp_path, transformers.BertForSequenceClassification, **fields)
+    ids, segments, mask = random_batch(vocab=40)
+    expected = their_model(ids, token_type_ids=segments, attention_mask=mask).logits
+    ours = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    close(ours(ids, segments, mask).logits, expected)
+    save_pretrained(ours, tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    close(again(ids, token_type_ids=segments, attention_mask=mask)[0], expected)
+
+
+def test_every_field_of_hugging_faces_bert_is_known(tmp_path):
+    """A new one must be looked at: does it change what is computed?"""
+    inert = {"use_cache", "classifier_dropout", "bos_token_id", "eos_token_id", "architectures",
+             "chunk_size_feed_forward", "is_encoder_decoder", "output_hidden_states", "return_dict"}
+    known = {*vars(BertConfig()), *DERIVED, *NEUTRAL, *FOREIGN, *inert}
+    assert {field.name for field in dataclasses.fields(TheirConfig)} <= known
+
+
 @torch.no_grad()
 def test_our_classifier_gives_the_same_logits_in_hugging_face(tmp_path):
     ours = make_model(tmp_path, labels=("entailment", "not_entailment"), layer_norm_eps=1e-5,
@@ -109,6 +171,56 @@ def test_our_classifier_gives_the_same_logits_in_hugging_face(tmp_path):
     close(their_model(ids, token_type_ids=segments, attention_mask=mask).logits,
           ours(ids, segments, mask)[0])
     assert their_model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+@pytest.mark.parametrize(("labels", "problem_type", "written"), [
+    (1, None, "regression"), (1, "multi_label_classification", "multi_label_classification"),
+    (2, None, None), (2, "regression", "regression"),
+    (3, "single_label_classification", "single_label_classification"),
+    (3, "multi_label_classification", "multi_label_classification")])
+@torch.no_grad()
+def test_the_kind_of_problem_comes_and_goes(tmp_path, labels, problem_type, written):
+    names = {number: f"name {number}" for number in range(labels)}
+    their_model = theirs(tmp_path / "a", transformers.BertForSequenceClassification,
+                         problem_type=problem_type, id2label=names)
+    ours = TinyBertForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    assert ours.config.is_multi_label == (problem_type == "multi_label_classification")
+    save_pretrained(ours, tmp_path / "b", write_vocab(tmp_path / "b"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b").eval()
+    assert (again.config.problem_type, again.config.id2label) == (written, names)
+    ids, segments, mask = random_batch()
+    close(again(ids, token_type_ids=segments, attention_mask=mask).logits,
+          their_model(ids, token_type_ids=segments, attention_mask=mask).logits)
+
+
+def test_a_score_leaves_hugging_faces_pipeline_as_it_is(tmp_path):
+    model = make_model(tmp_path, labels=("score",))
+    model.classifier.bias.data += 3  # beyond what a sigmoid gives
+    save_pretrained(model, tmp_path)
+    pipeline = transformers.pipeline("text-classification", model=str(tmp_path), device="cpu")
+    ids = torch.tensor([[2, *BertTokenizer.from_pretrained(tmp_path).encode_batch(
+        ["a good film"])[0], 3]])
+    assert pipeline("a good film")[0]["score"] == pytest.approx(model(ids)[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "model_type"), [
+    ({"classifier_relu": True}, "relu_head_bert"), ({"pooler_act": "relu"}, "other_pooler_bert"),
+    ({"heads_per_layer": [2, 1, 2, 2]}, "pruned_bert"),
+    ({"neurons_per_layer": [24, 24, 24, 24], "classifier_relu": True}, "pruned_bert")])
+@torch.no_grad()
+def test_what_hugging_face_would_compute_otherwise_it_refuses(tmp_path, changes, model_type):
+    model = make_model(tmp_path, **changes)
+    assert read_json(tmp_path / "config.json")["model_type"] == model_type
+    for load in (transformers.AutoConfig.from_pretrained,
+                 AutoModelForSequenceClassification.from_pretrained,
+                 lambda folder: transformers.pipeline("text-classification", model=str(folder))):
+        with pytest.raises(ValueError, match=model_type):
+            load(tmp_path)
+    for name in (model_type, "bert", "pruned_bert"):  # of older folders, and of graphs
+        write_json(tmp_path / "config.json",
+                   read_json(tmp_path / "config.json") | {"model_type": name})
+        again = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(*random_batch()).logits, model(*random_batch()).logits)
 
 
 @torch.no_grad()

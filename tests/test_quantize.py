@@ -1,6 +1,6 @@
 """quantize.py, int8 and ONNX models: what they compute, what they weigh, what they refuse."""
 
-
+import sys
 from collections import Counter
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import error_line, make_glue, make_model, random_batch, read_json, run
 
+import predict
 import quantize
 from transformer.evaluation import evaluate
 from transformer.features import load_features
@@ -61,6 +62,11 @@ def test_every_method_gives_the_logits_of_the_model_before(tmp_path, glue, metho
     assert record["bytes_after"] == max(
         file.stat().st_size for file in folder.iterdir() if file.suffix in (".bin", ".onnx"))
     assert ("calibration" in record) == (method == "int8-static")
+    config = read_json(folder / "config.json")
+    # Other programs read a graph of any shape, but not weights of a pruned one.
+    assert config["model_type"] == ("pruned_bert" if shape and form == "torch" else "bert")
+    assert config.get("dtype") == {"fp16": "float16", "bf16": "bfloat16"}.get(method) or \
+        form == "onnx" and "dtype" not in config
     assert BertTokenizer.from_pretrained(folder).vocab
 
 
@@ -165,7 +171,43 @@ def test_overwriting_leaves_nothing_of_the_model_before_and_never_the_source(tmp
     assert "is --model" in message and (tmp_path / "model" / "pytorch_model.bin").is_file()
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@torch.no_grad()
+def test_hugging_face_reads_half_precision_as_what_it_is(tmp_path, method, dtype):
+    make_model(tmp_path / "model", labels=("no", "yes"))
+    folder = make(tmp_path, method, "torch")
+    theirs = pytest.importorskip("transformers").AutoModelForSequenceClassification
+    model = theirs.from_pretrained(folder).eval()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    ids, segments, mask = random_batch()
+    torch.testing.assert_close(
+        model.float()(ids, token_type_ids=segments, attention_mask=mask).logits,
+        load_classifier(folder).eval()(ids, segments, mask).logits, atol=1e-5, rtol=0)
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_weights_win_over_a_graph_beside_them_and_that_is_said(exported, tmp_path, caplog):
+    make_model(exported, seed=5)
+    model = make_model(tmp_path / "other", seed=5)
+    assert difference(model, load_classifier(exported).eval()) == 0
+    assert f"{exported / 'model.onnx'}: not read" in caplog.text
+
+
 # ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_one_line_before_anything_is_written(
+        exported, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.delitem(sys.modules, "transformer.onnx_model")
+    monkeypatch.setitem(sys.modules, package, None)
+    flags = ["--model", tmp_path / "model", "--method", "fp32", "--output_dir", tmp_path / "new"]
+    expected = f"there is no package {package}; expected it, by pip install {package}"
+    assert expected in error_line(capsys, quantize, *flags)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "rows").write_text("a film\n")
+    assert expected in error_line(
+        capsys, predict, "--model", exported, "--input_file", tmp_path / "rows")
 
 
 def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
