@@ -605,12 +605,13 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_state
     case = task(tmp_path, DROPOUT, rows=120)
     teacher = tmp_path / "teacher" / "pytorch_model.bin"
     good = teacher.read_bytes()
-    # One word is poison, and one sentence has it.
+    # One word is poison, whose layer normalisation overflows, and one sentence has it.
     train = tmp_path / "SST-2" / "train.tsv"
     lines = train.read_text().splitlines()
     state = torch.load(teacher, weights_only=True)
     vocabulary = (tmp_path / "teacher" / "vocab.txt").read_text().split("\n")
-    state["bert.embeddings.word_embeddings.weight"][vocabulary.index("##ly")] = float("nan")
+    state["bert.embeddings.word_embeddings.weight"][vocabulary.index("##ly")] = torch.tensor(
+        [3e38, -3e38] * 8)
     row = lines[30].split("\t")
     lines[30] = "\t".join(["lovelyly film ." if " " in cell else cell for cell in row])
     train.write_text("\n".join(lines) + "\n")
