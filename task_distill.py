@@ -219,7 +219,7 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
     # A general student has no classifier yet; the prediction stage trains it.
     student = TinyBertForSequenceClassification.from_pretrained(
         fetch_model(source, args.cache_dir or None), new_head=True, num_labels=task.num_labels,
-        fit_size=teacher.config.hidden_size)
+        fit_size=None if args.pred_distill else teacher.config.hidden_size)
     if not args.pred_distill:
         check_layer_heads(teacher.config, student.config)
     labels, own = (label_order(task, m.config.id2label) for m in (teacher, student))

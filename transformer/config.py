@@ -253,6 +253,9 @@ class BertConfig:
         values = read_json(path)
         if values.get("model_type", "bert") not in MODEL_TYPES:
             raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
+        if "BertForMultipleChoice" in str(values.get("architectures")):  # has our weights' names
+            raise UserError(f"{path}: architectures is {values['architectures']}, whose score"
+                            " compares rows; expected a model that reads each alone")
         try:
             return cls.from_dict(values)
         except UserError as error:

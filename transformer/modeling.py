@@ -335,6 +335,12 @@ class BertPreTrainedModel(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def parameter_total(self) -> int:
+        """The number of parameters that a finished model has."""
+        return sum(parameter.numel() for name, parameter in self.named_parameters()
+                   if not name.startswith(self.only_distillation))
+
     @classmethod
     def from_scratch(cls, config_dir: Path | str, **kwargs: Any) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory."""

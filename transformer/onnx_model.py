@@ -430,9 +430,7 @@ class OnnxClassifier(nn.Module):
         super().__init__()
         self.config, self.session = config, session
         with torch.device("meta"):  # shapes without values
-            model = TinyBertForSequenceClassification(config)
-        self.parameter_total = sum(p.numel() for name, p in model.named_parameters()
-                                   if not name.startswith(model.optional))
+            self.parameter_total = TinyBertForSequenceClassification(config).parameter_total
         self.eval()
 
     def forward(

@@ -136,7 +136,7 @@ def figures(
 ) -> dict[str, Any]:
     """Return what is printed and saved of a model, before or after."""
     return {"metrics": metrics["dev"], "all_metrics": metrics, "flops": round(flops),
-            "parameters": sum(parameter.numel() for parameter in model.parameters())}
+            "parameters": model.parameter_total}
 
 
 def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> None:

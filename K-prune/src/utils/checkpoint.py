@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, zeros
 
 from transformer.checkpoint import load_state, weights_path
-from transformer.config import BertConfig, find_config
+from transformer.config import NEUTRAL, BertConfig, find_config
 from transformer.file_utils import UserError, read_json
 from transformer.modeling import (
     BertForQuestionAnswering,
@@ -26,6 +26,7 @@ CONFIG_NAMES = {
     "attention_dropout": "attention_probs_dropout_prob", "pad_token_id": "pad_token_id",
     "max_position_embeddings": "max_position_embeddings", "id2label": "id2label",
     "num_labels": "num_labels", "initializer_range": "initializer_range",
+    **{name: name for name in ("label2id", "problem_type", *NEUTRAL)},
 }
 WEIGHT_NAMES = {
     "attention.q_lin": "attention.self.query", "attention.k_lin": "attention.self.key",
@@ -40,8 +41,8 @@ def convert_config(values: dict[str, Any], source: Path) -> BertConfig:
     """Return the shape of a DistilBERT as that of a BERT whose pooler has a ReLU."""
     known = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in values}
     try:
-        return BertConfig(**known, pooler_act=DISTILBERT_ACTIVATION)
-    except (UserError, TypeError, ValueError, AttributeError) as error:
+        return BertConfig.from_dict({**known, "pooler_act": DISTILBERT_ACTIVATION})
+    except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
