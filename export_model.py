@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from transformer.checkpoint import load_state, save_config, weights_record
+from transformer.checkpoint import clear_model, load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import (
     ONNX_NAME,
@@ -136,9 +136,6 @@ def load_source(folder: Path) -> Source:
     model_class, pipeline = next((kind for key, kind in KINDS.items() if key in state),
                                  (BertModel, ""))
     model = freeze(model_class.from_state(config, state, folder))
-    for name in ("fit_dense", "fit_denses"):  # only distillation uses them
-        if hasattr(model, name):
-            delattr(model, name)
     tokenizer = BertTokenizer.from_pretrained(folder)
     config.check_vocabulary(len(tokenizer), folder)
     dtype = next(iter(state.values())).dtype
@@ -154,12 +151,10 @@ def pad(model: BertPreTrainedModel) -> BertPreTrainedModel:
     config = copy.deepcopy(model.config)
     config.heads_per_layer = config.neurons_per_layer = None
     full = type(model)(config)
+    own = model.state_dict()
     for name, tensor in full.state_dict().items():
-        if (own := model.state_dict().get(name)) is not None:
-            tensor.zero_()[tuple(slice(size) for size in own.shape)] = own
-    for name in ("fit_dense", "fit_denses"):
-        if hasattr(full, name):
-            delattr(full, name)
+        if not name.startswith(model.only_distillation):
+            tensor.zero_()[tuple(slice(size) for size in own[name].shape)] = own[name]
     return freeze(full)
 
 
@@ -262,11 +257,17 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
                        source.folder)
 
     # The files
+    if output_dir.resolve() in (folder.resolve(), source.folder.resolve()):
+        raise UserError(f"--output_dir {output_dir}: is the model's own folder; expected another")
     prepare_output_dir(output_dir, args.overwrite_output_dir)
+    for path in (output_dir / name for name in GRAPHS.values()):
+        path.unlink(missing_ok=True)  # of another model
+    clear_model(output_dir)
     stored = copy.deepcopy(model).to(source.dtype)
     save_config(stored, output_dir, source.tokenizer)
+    left_out = ("cls.predictions.decoder.", *model.only_distillation)  # the word embeddings again
     state = {key: tensor.contiguous() for key, tensor in stored.state_dict().items()
-             if key != "cls.predictions.decoder.weight"}  # the word embeddings once more
+             if not key.startswith(left_out)}
     with atomic_path(output_dir / SAFE_WEIGHTS_NAME) as temporary:
         temporary.write_bytes(save(state, metadata={"format": "pt"}))
     graphs = write_graphs(source, methods, output_dir) if methods or source.graphs else {}
@@ -280,7 +281,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         **vars(args), "name": (args.push_to_hub or output_dir.resolve().name).rpartition("/")[2],
         "place": args.push_to_hub or ".", "pipeline": source.pipeline, "notes": notes,
         "model_type": config.model_type, "length": config.max_position_embeddings, "onnx": files,
-        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
+        "parameters": source.model.parameter_total,
         "tags": ["onnx", "transformers.js"] if files else [],
     }
     write_text(output_dir / "README.md", model_card(read_history(folder), config, facts))
