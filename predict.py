@@ -28,7 +28,7 @@ import torch
 from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
-from transformer.file_utils import UserError, parse_json
+from transformer.file_utils import TOKENIZER_CONFIG_NAME, UserError, parse_json, read_json
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
@@ -238,6 +238,14 @@ def answer_kind(config: BertConfig) -> str:
     return "scores" if config.problem_type == "regression" else "label"
 
 
+def longest_input(folder: Path, config: BertConfig) -> int:
+    """Return the word pieces that Hugging Face's tokenizer cuts to, or that the model takes."""
+    path = folder / TOKENIZER_CONFIG_NAME
+    limit = read_json(path).get("model_max_length") if path.is_file() else None
+    is_limit = isinstance(limit, int | float) and limit < config.max_position_embeddings
+    return int(limit) if is_limit else config.max_position_embeddings
+
+
 def trained_task(config: BertConfig) -> GlueTask | None:
     """Return the task that training, ours or Hugging Face's, noted; None for none or another."""
     try:
@@ -377,8 +385,7 @@ def main(args: argparse.Namespace) -> None:
     config = model.config
     tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
-    longest = args.max_seq_length or min(
-        config.max_position_embeddings, getattr(tokenizer, "model_max_length", None) or sys.maxsize)
+    longest = args.max_seq_length or longest_input(folder, config)
     config.check_length(longest, "the model")
     task = trained_task(config)
     freeze(model, dtype, device)

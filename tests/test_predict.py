@@ -93,10 +93,8 @@ def pipeline_answers(folder):
     """The number of each label that Hugging Face gives for each of `TEXTS`."""
     pipeline = pytest.importorskip("transformers").pipeline
     classify = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
-    longest = classify.model.config.max_position_embeddings
     return [{answer["label"]: answer["score"]
-             for answer in classify(dict(text), truncation=True, max_length=longest)}
-            for text in TEXTS]
+             for answer in classify(dict(text), truncation=True)} for text in TEXTS]
 
 
 def numbers_of(line, names):
@@ -109,6 +107,11 @@ def test_the_answers_are_those_of_the_pipeline(tmp_path, ask, kind):
     make_model(tmp_path / "model", **KINDS[kind])
     run(quantize, "--model", tmp_path / "model", "--output_dir", tmp_path / "onnx", "--method",
         "fp32", "--format", "onnx")
+    for folder in (tmp_path / "model", tmp_path / "onnx"):
+        path = folder / "tokenizer_config.json"  # the tokenizer may cut shorter than the model
+        longest = 50 if kind == "three labels" else read_json(folder / "config.json")[
+            "max_position_embeddings"]
+        write_json(path, {**read_json(path), "model_max_length": longest})
     expected = pipeline_answers(tmp_path / "model")
     text = "\n".join(map(json.dumps, TEXTS)).encode()
     for folder, batch_size in (("model", 1), ("model", 2), ("model", 32), ("onnx", 32)):
