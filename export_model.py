@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from transformer.checkpoint import clear_model, load_state, save_config, weights_record
+from transformer.checkpoint import load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import (
     ONNX_NAME,
@@ -257,12 +257,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
                        source.folder)
 
     # The files
-    if output_dir.resolve() in (folder.resolve(), source.folder.resolve()):
-        raise UserError(f"--output_dir {output_dir}: is the model's own folder; expected another")
-    prepare_output_dir(output_dir, args.overwrite_output_dir)
-    for path in (output_dir / name for name in GRAPHS.values()):
-        path.unlink(missing_ok=True)  # of another model
-    clear_model(output_dir)
+    prepare_output_dir(output_dir, args.overwrite_output_dir, [folder, source.folder])
     stored = copy.deepcopy(model).to(source.dtype)
     save_config(stored, output_dir, source.tokenizer)
     left_out = ("cls.predictions.decoder.", *model.only_distillation)  # the word embeddings again

@@ -34,6 +34,7 @@ from transformer.modeling import (
     BertModel,
     TinyBertForSequenceClassification,
 )
+from transformer.run_folder import lock_folder
 from transformer.runtime import run_script
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--models", type=str, nargs="+", default=DEFAULT_MODELS, help="one or more model folders")
+    add("--models", type=str, nargs="+", default=DEFAULT_MODELS,
+        help="model folders, which are repaired in place")
     add("--allow_missing_head", action="store_true",
         help="only warn of folders without masked-LM head or classifier")
     return parser
@@ -77,6 +79,7 @@ def check_complete(state: dict[str, torch.Tensor], folder: Path) -> None:
 def repair(folder: Path) -> str | None:
     """Repair one folder in place; return what head it has, None if it has none."""
     check_complete(load_state(folder), folder)
+    lock_folder(folder)
     for path in weights_paths(folder):
         head = repair_file(path)
     return head

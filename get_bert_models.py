@@ -40,6 +40,7 @@ from transformer.file_utils import (
 )
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
+from transformer.run_folder import check_not_input
 from transformer.runtime import run_script
 from transformer.tasks import get_task
 from transformer.tokenization import (
@@ -148,6 +149,7 @@ def save_model(
             raise
         logger.warning("%s; taking --fallback_model %s instead", error, fallback)
         model, source = fallback, fetch_model(fallback, **settings)
+    check_not_input(target, [source])
     loaded = load(source)
     with atomic_folder(target) as temporary:
         tokenizer = load_tokenizer(source, temporary)

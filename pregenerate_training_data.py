@@ -218,9 +218,10 @@ def main(args: argparse.Namespace) -> None:
     address = s3_address(args.data_url)
     tokenizer = BertTokenizer.from_pretrained(
         fetch_model(args.bert_model, weights=False), args.do_lower_case or None)
-    for folder in args.output_dir.glob(f"{UNFINISHED}*"):  # of a killed call
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir,
+                                    [args.train_corpus, args.bert_model], keep=True)
+    for folder in output_dir.glob(f"{UNFINISHED}*"):  # of a killed call
         shutil.rmtree(folder)
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     masking = Masking(
         tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
     )

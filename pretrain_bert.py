@@ -118,7 +118,7 @@ def training_batches(
     documents: list[Document], tokenizer: BertTokenizer, args: argparse.Namespace
 ) -> Iterator[Batch]:
     """Yield masked batches for ever; each pass over the text packs and masks it anew."""
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed % 2**64)
     while True:
         rows = [row for document in documents
                 for row in pack(document, tokenizer, args.max_seq_length, rng)]
@@ -298,14 +298,15 @@ def main(args: argparse.Namespace) -> None:
     documents = read_documents(args.train_corpus, tokenizer)
     held_out = documents[::HELD_OUT_EVERY]
     training = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY] or documents
-    rng = np.random.default_rng(args.seed + 1)
+    rng = np.random.default_rng((args.seed + 1) % 2**64)
     rows = [r for d in held_out for r in pack(d, tokenizer, args.max_seq_length, rng)]
     rows = rows[:HELD_OUT_ROWS]
     test = [mask_rows(rows[start : start + 32], tokenizer, args.masked_lm_prob, rng)
             for start in range(0, len(rows), 32)]
 
     # Training, with a measurement on held-out text on either side
-    run_folder.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    inputs = filter(None, (args.config, args.bert_model, args.vocab, args.train_corpus))
+    run_folder.prepare_output_dir(args.output_dir, args.overwrite_output_dir, inputs)
     start = runtime.log_start(args, device, dtype, parameters=runtime.parameter_count(model),
                               documents=len(training), held_out=len(held_out))
     model.to(device)

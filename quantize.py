@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from transformer.checkpoint import (
     check_weights,
-    clear_model,
     save_config,
     save_pretrained,
     weights_path,
@@ -49,7 +48,7 @@ from transformer.file_utils import (
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze, model_inputs
-from transformer.run_folder import prepare_output_dir
+from transformer.run_folder import check_not_input, prepare_output_dir
 from transformer.runtime import commit_id, get_device, run_script
 from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
 from transformer.tokenization import BertTokenizer
@@ -106,8 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> GlueTask | None:
     """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
-    if Path(args.model).resolve() == Path(args.output_dir).resolve():
-        raise UserError(f"--output_dir {args.output_dir}: is --model; expected another folder")
+    check_not_input(args.output_dir, [args.model])
     if args.format not in METHODS[args.method]:
         raise UserError(f"--method {args.method} --format {args.format}: {REASONS[args.method]};"
                         f" expected --format {METHODS[args.method][0]}")
@@ -147,7 +145,7 @@ def load_rows(args: argparse.Namespace, task: GlueTask, split: str, model: nn.Mo
 
 def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
     """Yield `count` rows at random as inputs of the model, a few at a time."""
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    chosen = np.random.default_rng(seed % 2**64).permutation(len(rows))[:count]
     for begin in range(0, len(chosen), CALIBRATION_BATCH):
         yield model_inputs(rows.collate(chosen[begin : begin + CALIBRATION_BATCH]))
 
@@ -235,8 +233,7 @@ def main(args: argparse.Namespace) -> None:
                   for split, rows in dev.items()}
 
     # The smaller model
-    folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    clear_model(folder)
+    folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir, [source])
     record = {"method": args.method, "format": args.format, "source": args.model,
               **weights_record(source)}
     if args.format == "torch":

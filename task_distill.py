@@ -328,9 +328,6 @@ def sweep(args: argparse.Namespace, shared: Shared, folder: RunFolder) -> None:
     """
     for source in args.student_model:
         load_student(args, shared, source)  # before anything is written: it may not fit
-    if folder.state == "new" and distributed.is_main():
-        for stale in [old for path in folder.paths for old in path.glob("lr*_batch*")]:
-            shutil.rmtree(stale)
     folder.start(log_start(args, shared.device, shared.dtype, task=shared.task.name))
     distributed.barrier()
     for batch_size in args.train_batch_size:
@@ -384,7 +381,7 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
         check_fit(args, student, tokenizer, student_dir)
         labels = label_order(task, student.config.id2label)
         dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
-        output_dir = prepare_output_dir(path, args.overwrite_output_dir)
+        output_dir = prepare_output_dir(path, args.overwrite_output_dir, keep=True)
         save_arguments(output_dir, log_start(
             args, device, dtype, task=task.name, parameters=parameter_count(student)))
         freeze(student, dtype, device)

@@ -95,7 +95,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     # Strictly, so that nothing is missing and nothing left over.
     load_weights(BertModel(config, **BertModel.stored_sizes(state)), state, bert_model)
     tokenizer = BertTokenizer.from_pretrained(bert_model)
-    output_dir = prepare_output_dir(output_dir, overwrite)
+    output_dir = prepare_output_dir(output_dir, overwrite, [bert_model])
     config.keep_layers([number - 1 for number in kept])
     architecture = ("BertForSequenceClassification" if "classifier.weight" in state
                     else "BertForMaskedLM" if "cls.predictions.bias" in state else "BertModel")

@@ -317,7 +317,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = torch.device(args.device)
     args.threads = args.threads if args.device == "cpu" else args.threads[:1]
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, keep=True)
 
     # Measurements
     with TemporaryDirectory(prefix="inference_") as folder:

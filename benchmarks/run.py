@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
     """Prepare the inputs, measure stage by stage, print and write the tables."""
     check_arguments(args)
     device = torch.device(args.device)
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, keep=True)
     other = "against" if args.against else "plain"
     trees = {other: args.against or ROOT, "ours": ROOT}
     content: dict[str, Any] = {"machine": machine(device), "stages": {}}

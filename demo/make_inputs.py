@@ -126,7 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Make every input of the demo."""
-    output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
+    output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, keep=True)
     plain_documents = load_documents()
     documents = add_reception(plain_documents, random.Random(f"{args.seed} reception"))
     lines = [sentence for document in documents for sentence in document.sentences]

@@ -566,7 +566,7 @@ def test_a_folder_that_is_read_is_not_written_into(tmp_path, capsys, flag):
     (tmp_path / "link").symlink_to(tmp_path / "other")
     message = error_line(capsys, kprune_main, *setup.arguments(
         "link", flag, tmp_path / "other", "--overwrite_output_dir"))
-    assert f"--output_dir {tmp_path / 'link'}: is {flag} as well" in message
+    assert f"{tmp_path / 'link'}: this call reads {tmp_path / 'other'}" in message
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["config.json"]
 
 

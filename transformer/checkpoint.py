@@ -39,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 # Parts of a checkpoint that stand beside the encoder; a model without them may leave them unread.
 HEADS = ("cls.", "classifier.", "fit_dense.", "fit_denses.", "qa_outputs.", "dropout.")
-# A model, and what evaluation, quantization and pruning write beside it.
-MODEL_FILES = (ONNX_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, "quantization.json", "kprune.json",
-               "eval_results.json", "eval_results.txt", "log.jsonl")
 # The forms in which a model directory may hold its weights: a file, or an index of its shards.
 INDEX_SUFFIX = ".index.json"
 WEIGHT_FORMS = [name + suffix for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
@@ -310,12 +307,6 @@ def save_pretrained(
     save_config(model, output_dir, tokenizer)
     save_weights(model, Path(output_dir) / WEIGHTS_NAME,
                  model.only_distillation if finished else ())
-
-
-def clear_model(folder: Path | str) -> None:
-    """Remove the model that is to be overwritten, in whatever format, and what is told of it."""
-    for name in MODEL_FILES:
-        (Path(folder) / name).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ states of a run

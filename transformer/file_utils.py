@@ -106,8 +106,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` to `path` as indented JSON, atomically.
+
+    Half a surrogate pair, such as a byte of a path that the locale cannot spell, is escaped.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def text_lines(path: Path | str) -> Iterator[tuple[int, str]]:
@@ -163,8 +167,15 @@ def _check_sha256(path: Path, expected: str | None, what: str) -> None:
 
 
 def cache_root() -> Path:
-    """Return the folder for what can be had again: `$TINYBERT_CACHE`, else `~/.cache/tinybert`."""
-    return Path(os.environ.get("TINYBERT_CACHE") or Path.home() / ".cache" / "tinybert")
+    """Return the folder for what can be had again: `$TINYBERT_CACHE`, else `~/.cache/tinybert`.
+
+    Raises:
+        UserError: there is neither; a container's user may be without a home.
+    """
+    try:
+        return Path(os.environ.get("TINYBERT_CACHE") or Path.home() / ".cache" / "tinybert")
+    except RuntimeError:
+        raise UserError("no home folder for the cache; TINYBERT_CACHE names another") from None
 
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer import distributed
 from transformer.file_utils import (
+    CONFIG_NAME,
+    TOKENIZER_FILES,
     UserError,
     read_json,
     s3_address,
@@ -35,6 +37,19 @@ STATE_FOLDER = "training_state"  # below the first student's folder
 EVENTS_FOLDER = "tensorboard"  # below a student's folder
 UNFINISHED = ".unfinished"  # the folder, or how it begins, of shards of an unfinished output
 
+# Weights of any origin, whole or in shards, and what is put beside them or in their place.
+WEIGHTS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model*.bin",
+                    "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
+                    "adapter_config.json", "model*.onnx", "model*.onnx_data", "onnx")
+# What a reader would take for a part of a model, or of the run that made it.
+MODEL_PATTERNS = (
+    *WEIGHTS_PATTERNS, CONFIG_NAME, *TOKENIZER_FILES, "quantization.json", "kprune.json",
+    ARGUMENTS_NAME, RESULTS_NAME, "eval_results.txt", "log.jsonl", EVENTS_FOLDER, STATE_FOLDER,
+    "last", "lr*_batch*")
+# Flags that name what a training script reads.
+INPUT_ARGUMENTS = ("teacher_model", "student_model", "bert_model", "vocab_dir", "data_dir",
+                   "pregenerated_data")
+
 # Arguments that may change from one call to the one that resumes it: they do not change results.
 FREE_ARGUMENTS = {
     "given", "resume", "overwrite_output_dir", "overwrite", "output_dir", "output_file",
@@ -46,8 +61,20 @@ FREE_ARGUMENTS = {
 # ------------------------------------------------------------------ one folder
 
 
-def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
-    """Raise a `UserError` for a file, or for a folder that holds files unless `overwrite`.
+def check_not_input(output: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Raise a `UserError` where the output is, or contains, a file or folder that is read."""
+    output = Path(output)
+    for path in map(Path, inputs):
+        if output.exists() and path.exists() and any(
+                place.samefile(output) for place in (path, *path.resolve().parents)):
+            raise UserError(f"{output}: this call reads {path} there, and would write over it;"
+                            " expected another place for the output")
+
+
+def check_output_dir(
+    path: Path | str, overwrite: bool = False, inputs: Iterable[Path | str] = ()
+) -> None:
+    """Raise a `UserError` for a file, an input, or a folder that holds files unless `overwrite`.
 
     Temporary files of a killed process do not count. Of several processes only the first checks:
     it may have written something already.
@@ -57,23 +84,59 @@ def check_output_dir(path: Path | str, overwrite: bool = False) -> None:
         return
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder")
+    check_not_input(path, inputs)
     if overwrite or not path.is_dir():
         return
-    if any(not file.name.endswith(".tmp") for file in path.iterdir()):
+    if any(not file.name.endswith(".tmp") and not file.name.startswith(UNFINISHED)
+           for file in path.iterdir()):
         resume = "--resume or " if (path / ARGUMENTS_NAME).is_file() else ""
         raise UserError(f"{path}: exists and is not empty; choose another folder or pass {resume}"
                         "--overwrite_output_dir")
 
 
-def prepare_output_dir(path: Path | str, overwrite: bool = False) -> Path:
-    """Make the output folder, without temporary files of a killed process; see the check above."""
+def prepare_output_dir(
+    path: Path | str, overwrite: bool = False, inputs: Iterable[Path | str] = (),
+    keep: bool = False,
+) -> Path:
+    """Make and lock the output folder of one model; with `overwrite` one that is there goes.
+
+    Args:
+        path, overwrite, inputs: see `check_output_dir`.
+        keep: remove temporary files of a killed process alone; to write over a model is an error.
+    """
     path = Path(path)
     if distributed.is_main():
-        check_output_dir(path, overwrite)
+        inputs = list(inputs)
+        check_output_dir(path, True, inputs)
         path.mkdir(parents=True, exist_ok=True)
-        for temporary in path.rglob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
+        lock_folder(path)  # before anything of it is removed
+        check_output_dir(path, overwrite, inputs)
+        if keep and (old := _matching(path, WEIGHTS_PATTERNS)):
+            raise UserError(f"{path}: holds a model ({old[0].name}); expected another folder for"
+                            " what is no model")
+        if not keep:
+            clear_model(path)
+        remove_temporary(path)
     return path
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def clear_model(folder: Path) -> None:
+    """Remove the model of a folder, whoever wrote it, and the records of the run that made it."""
+    for path in _matching(folder, MODEL_PATTERNS):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that a killed process has left."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def remove_training_states(path: Path) -> None:
@@ -128,6 +191,15 @@ def should_resume(args: argparse.Namespace, *records: Path) -> bool:
 _locks: dict[Path, int] = {}  # descriptors of the folders that this process has locked
 
 
+def _forget_locks() -> None:
+    """Close a new process's copies: it must not hold the locks longer than its parent."""
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 def lock_folder(path: Path) -> None:
     """Lock an existing folder for this process, until it ends, however it ends.
 
@@ -161,9 +233,9 @@ class RunFolder:
     """
 
     def __init__(self, paths: Sequence[Path], sources: Sequence[str], overwrite: bool,
-                 state: str, data_url: str) -> None:
+                 state: str, data_url: str, trains: bool) -> None:
         self.paths, self.sources, self.overwrite, self.state = paths, sources, overwrite, state
-        self.address = s3_address(data_url)
+        self.address, self.trains = s3_address(data_url), trains
 
     @classmethod
     def open(cls, args: argparse.Namespace, sources: Sequence[str]) -> "RunFolder":
@@ -174,8 +246,9 @@ class RunFolder:
             sources: the model that each student starts from.
 
         Raises:
-            UserError: not one folder a student; a folder that another run writes to, or that
-                holds other files; with --resume, other arguments than the earlier call's.
+            UserError: not one folder a student; a folder that another run writes to, that this
+                one reads, or that holds other files; with --resume, other arguments than the
+                earlier call's.
         """
         paths = [Path(folder) for folder in as_list(args.output_dir)]
         if len(paths) != len(sources):
@@ -186,25 +259,29 @@ class RunFolder:
         if len({path.resolve() for path in paths}) < len(paths):
             raise UserError(
                 f"--output_dir {' '.join(map(str, paths))}: expected a folder of its own for each")
+        inputs = [*sources, *(value for name in INPUT_ARGUMENTS
+                              for value in as_list(getattr(args, name, None)) if value)]
         resume = should_resume(args, *(path / ARGUMENTS_NAME for path in paths))
         for path in paths:
             begun = resume and (path / ARGUMENTS_NAME).is_file()
-            check_output_dir(path, args.overwrite_output_dir or begun)
+            check_output_dir(path, args.overwrite_output_dir or begun, inputs)
             if path.is_dir():
                 lock_folder(path)
         found = _earlier_state(args, paths, sources) if resume and distributed.is_main() else "new"
         state = distributed.from_main(found)
-        return cls(paths, sources, args.overwrite_output_dir, state, getattr(args, "data_url", ""))
+        return cls(paths, sources, args.overwrite_output_dir, state, getattr(args, "data_url", ""),
+                   not getattr(args, "do_eval", False))
 
     def start(self, record: Mapping[str, Any]) -> list[Path]:
         """Make the folders with their `args.json`: `record` and the student's source."""
         for path, source in zip(self.paths, self.sources, strict=True):
             if distributed.is_main():
-                path.mkdir(parents=True, exist_ok=True)
-                lock_folder(path)  # before anything of it is removed
-                prepare_output_dir(path, self.overwrite or self.state == "resume")
                 if self.state == "new":
-                    remove_training_states(path)
+                    prepare_output_dir(path, self.overwrite, keep=not self.trains)
+                else:
+                    path.mkdir(parents=True, exist_ok=True)
+                    lock_folder(path)
+                    remove_temporary(path)
                 (path / RESULTS_NAME).unlink(missing_ok=True)
             save_arguments(path, {**record, "student": source})
         self.upload(strict=True)  # a wrong address is an error now, not after days

@@ -77,6 +77,8 @@ def run_script(
     Ctrl-C and SIGTERM exit with 130 and 143 and, for a script with --resume, print the command
     that continues. In a terminal log lines appear above a progress bar, not in it.
     """
+    if sys.stderr is None:  # closed; progress bars would fail
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # for good
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
     setup_logging()
@@ -112,12 +114,14 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
     reason = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({reason}); what was finished is kept{how_to_continue(args)}"
-    if isinstance(error, (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
-                          PermissionError)):
+    if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        exists = isinstance(error, FileExistsError)  # where a folder is made
-        return f"{error.filename}: is a file; expected a folder" if exists else str(error)
+    if isinstance(error, FileExistsError) and error.filename is not None:  # where a folder is made
+        return f"{error.filename}: is a file; expected a folder"
+    if isinstance(error, OSError):
+        return reason
+    if isinstance(error, UnicodeEncodeError):
+        return f"{reason}; a UTF-8 locale, or PYTHONUTF8=1, has every character"
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in reason):
         return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"
@@ -252,6 +256,8 @@ def check_numbers(args: argparse.Namespace, *positive: str) -> None:
     warmup = getattr(args, "warmup_proportion", 0.0)
     if warmup >= 1:
         raise UserError(f"--warmup_proportion {warmup}; expected a share below 1")
+    if not -(2**63) <= (seed := getattr(args, "seed", 0)) < 2**63:
+        raise UserError(f"--seed {seed}; expected a whole number of 64 bits, below {2**63}")
     if getattr(args, "tensorboard", False) and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: there is no package tensorboard; expected it, by"
                         " pip install tensorboard")

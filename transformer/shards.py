@@ -39,6 +39,7 @@ from transformer.run_folder import (
     ARGUMENTS_NAME,
     UNFINISHED,
     check_same_arguments,
+    lock_folder,
     should_resume,
 )
 from transformer.runtime import argument_values, check_disk
@@ -98,6 +99,8 @@ class ShardedFile:
     def begin(self, args: argparse.Namespace, inputs: Mapping[str, str], size: int) -> bool:
         """Make the folder or, with --resume, keep its shards; False if the output is finished.
 
+        The folder is locked: of two runs with the same output the second is refused.
+
         Args:
             args: the command line, with `resume` and `overwrite`.
             inputs: for each flag that names files, their fingerprint.
@@ -112,6 +115,8 @@ class ShardedFile:
         return not distributed.from_main(finished)
 
     def _begin(self, args: argparse.Namespace, inputs: Mapping[str, str], size: int) -> bool:
+        if self.folder.is_dir():
+            lock_folder(self.folder)
         if args.resume and self.manifest.is_file():
             _check_same(self.manifest, args, inputs)
             logger.info("resuming %s", self.folder)
@@ -130,7 +135,8 @@ class ShardedFile:
             logger.warning("%s: the unfinished work of an earlier call is discarded; --resume"
                            " would have continued it", self.folder)
         self._remove_folder()
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.folder)
         write_json(self.manifest, {"arguments": argument_values(args), "inputs": dict(inputs),
                                    "launch": distributed.launch()})
         return False

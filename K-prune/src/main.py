@@ -32,7 +32,7 @@ from dataset.tasks import TASKS, data_folder, default_length, load_data, model_a
 from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
 from utils.checkpoint import is_distilbert, load_model
 
-from transformer.checkpoint import clear_model, save_pretrained
+from transformer.checkpoint import save_pretrained
 from transformer.file_utils import VOCAB_NAME, UserError, write_json
 from transformer.hub import fetch_model
 from transformer.modeling import freeze
@@ -100,15 +100,6 @@ def check_args(args: argparse.Namespace) -> None:
         args.output_dir = str(Path("outputs") / args.exp_name)
 
 
-def check_folders(args: argparse.Namespace) -> None:
-    """Raise a `UserError` where writing would meet what is read, or files of another run."""
-    for flag in ("ckpt_dir", "model_name"):
-        if Path(args.output_dir).resolve() == Path(getattr(args, flag)).resolve():
-            raise UserError(f"--output_dir {args.output_dir}: is --{flag} as well, whose files the"
-                            " pruned model would replace; expected another folder")
-    check_output_dir(args.output_dir, args.overwrite_output_dir)
-
-
 def load_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
     """Load the vocabulary of --model_name where that is a model, else that of --ckpt_dir's folder.
 
@@ -157,7 +148,8 @@ def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> Non
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_args(args)
-    check_folders(args)
+    inputs = (args.ckpt_dir, args.model_name, args.data_dir)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, inputs)
     device = get_device(args.no_cuda, args.gpu)
     set_seed(args.seed)
 
@@ -175,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     check_constraint(args.constraint, model.config, seq_len)
 
     # Before
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, inputs)
     start = log_start(
         args, device, None, task=args.task_name, sample_rows=len(sample),
         sample_tokens=int(sample.lengths.sum()), mean_length=round(seq_len, 2))
@@ -200,7 +192,6 @@ def main(args: argparse.Namespace) -> None:
     report(before, after, pruned)
 
     # Results
-    clear_model(output_dir)
     save_pretrained(pruned.model, output_dir, tokenizer)
     write_json(output_dir / "kprune.json", {
         "task": args.task_name, "model": args.ckpt_dir, "exp_name": args.exp_name,
