@@ -174,11 +174,7 @@ def load_features(
     content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.do_lower_case,
                max_seq_length, list(labels), max_rows)
     key = hashlib.sha256(repr(content).encode()).hexdigest()
-    try:
-        file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
-    except UserError as error:
-        logger.warning("%s: the features are not cached (%s)", path, error)
-        return encode()
+    file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
     with distributed.main_first():
         features = cached(file, encode, tokenizer)
     logger.info("%s: %d rows in %.1f s", path, len(features), time.monotonic() - began)

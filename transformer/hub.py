@@ -61,13 +61,19 @@ def fetch_model(
         return Path(name)
     if name.startswith(PACKAGE_PREFIX):
         return find_package(name.removeprefix(PACKAGE_PREFIX))
-    if "://" in name:
-        return fetch_from_url(name.rstrip("/"), Path(cache_dir or cache_root()), weights, settings)
     parts = name.split("/")
-    if name.startswith((".", "/", "~")) or not all(parts) or len(parts) > 2 or (
-            len(parts) == 2 and Path(parts[0]).is_dir()):
+    has_scheme = "://" in name
+    if not has_scheme and (name.startswith((".", "/", "~")) or not all(parts) or len(parts) > 2 or (
+            len(parts) == 2 and Path(parts[0]).is_dir())):
         raise UserError(f"{name}: no such folder; expected a model's folder, URL or hub id")
-    return fetch_from_hub(name, cache_dir or None, base_url or None, weights, **settings)
+    try:
+        if has_scheme:
+            return fetch_from_url(name.rstrip("/"), Path(cache_dir or cache_root()), weights,
+                                  settings)
+        return fetch_from_hub(name, cache_dir or None, base_url or None, weights, **settings)
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{name}: cannot be kept ({error}); TINYBERT_CACHE and HF_HOME name other"
+                        " folders for what is downloaded") from error
 
 
 def find_package(name: str) -> Path:
@@ -145,15 +151,13 @@ def fetch_from_hub(
         disable_progress_bars()
     constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
     get_session().timeout = timeout  # of the requests that ask which files there are
-    if cache_dir is None and constants.HF_HUB_CACHE.startswith("~"):
-        cache_dir = cache_root() / "hub"  # there is no home
     options = {"revision": revision or None, "endpoint": endpoint, "etag_timeout": timeout,
                "cache_dir": cache_dir}
     while True:
         try:
             return _snapshot(repository, weights, options)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
-                errors.HFValidationError) as error:
+                ValueError) as error:  # not the form of an id, or of an endpoint
             raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
                             f"login ({first_line(error)})") from error
         except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:

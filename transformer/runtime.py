@@ -77,8 +77,12 @@ def run_script(
     Ctrl-C and SIGTERM exit with 130 and 143 and, for a script with --resume, print the command
     that continues. In a terminal log lines appear above a progress bar, not in it.
     """
-    if sys.stderr is None:  # closed; progress bars would fail
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # for good
+    if sys.stderr is None:  # closed: a progress bar would fail
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    try:
+        Path.home()
+    except RuntimeError:  # no HOME and no account: what Docker sets then, for all libraries
+        os.environ["HOME"] = "/"
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
     setup_logging()
@@ -119,9 +123,11 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
     if isinstance(error, FileExistsError) and error.filename is not None:  # where a folder is made
         return f"{error.filename}: is a file; expected a folder"
     if isinstance(error, OSError):
-        return reason
-    if isinstance(error, UnicodeEncodeError):
-        return f"{reason}; a UTF-8 locale, or PYTHONUTF8=1, has every character"
+        return (str(error) or reason).splitlines()[0]
+    # Libraries in C++ raise the second about a path that is no UTF-8.
+    if isinstance(error, (UnicodeEncodeError, TypeError)) \
+            and sys.getfilesystemencoding() != "utf-8":
+        return f"a name or text outside this locale's ASCII; PYTHONUTF8=1 allows it ({reason})"
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in reason):
         return ("out of memory; a smaller --train_batch_size or --eval_batch_size, or more"
