@@ -12,6 +12,7 @@ from transformer.file_utils import (
     atomic_path,
     extract_zip,
     read_json,
+    write_json,
     write_text,
 )
 
@@ -55,6 +56,11 @@ def test_read_json_names_the_file_that_is_not_json(tmp_path, content, complaint)
         read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="absent.json: no such file"):
         read_json(tmp_path / "absent.json")
+
+
+def test_json_holds_a_path_that_the_locale_could_not_spell(tmp_path):
+    write_json(tmp_path / "a.json", {"path": "\udce6 日本"})
+    assert read_json(tmp_path / "a.json") == {"path": "\udce6 日本"}
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:

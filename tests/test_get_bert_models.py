@@ -1,5 +1,6 @@
 """get_bert_models.py and fix_teacher_layers.py on tiny models, in folders and on a local hub."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, same_weights, weights
+from helpers import REPO, error_line, make_glue, read_json, run, same_weights, weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from server import FileServer
 
+import finetune_teacher
 import fix_teacher_layers
 import get_bert_models
 from transformer.checkpoint import load_state
 from transformer.file_utils import UserError
+from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -280,6 +283,80 @@ def test_the_command_obeys_the_variables_of_the_hub_and_two_at_once_write_a_mode
     sent = [headers for place, headers in hub_server.requests if place == path]
     assert len(sent) == 1 and {**sent[0]}.get("authorization") == "Bearer hf_secret"
     assert (tmp_path / "home" / "hub" / "models--org--base").is_dir()
+
+
+def test_shards_come_from_the_hub_and_from_an_address_and_the_tokenizer_alone_if_wanted(
+    hub_server, tmp_path
+):
+    source = tmp_path / "source"
+    model = save_hub_model(source, "BertModel")
+    model.save_pretrained(source, max_shard_size="50KB")
+    (source / "model.safetensors").unlink()
+    publish(hub_server, source, "org/sharded")
+    for path in source.iterdir():
+        hub_server.files[f"/copy/{path.name}"] = path.read_bytes()
+    assert len([*source.glob("model-*")]) > 1
+    tokenizer = fetch_model("org/sharded", base_url=hub_server.url, weights=False)
+    assert files(tokenizer) == ["config.json", "tokenizer_config.json", "vocab.txt"]
+    for folder in (fetch_model("org/sharded", base_url=hub_server.url),
+                   fetch_model(f"{hub_server.url}/copy", tmp_path / "cache")):
+        assert files(folder) == files(source)
+        assert same_weights(load_state(folder), load_state(source))
+    count = len(hub_server.requests)
+    fetch_model(f"{hub_server.url}/copy", tmp_path / "cache")
+    assert len(hub_server.requests) == count
+
+
+@pytest.mark.parametrize("name", ["", "./x", "/x", "~/x", "a/b/c", "x/", "models/absent"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub_server, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match=f"^{name}: no such folder; expected .* URL or hub id"):
+        fetch_model(name, base_url=hub_server.url)
+    assert hub_server.requests == []
+
+
+CALLS = {
+    "predict": "--model {}", "quantize": "--method fp16 --model {}",
+    "task_distill": "--task_name SST-2 --data_dir d --student_model s --teacher_model {}",
+    "task_distill ": "--task_name SST-2 --data_dir d --do_eval --student_model {}",
+    "general_distill": "--pregenerated_data d --student_model s --teacher_model {}",
+    "finetune_teacher": "--task_name SST-2 --data_dir d --bert_model {}",
+    "finetune_teacher ": "--task_name SST-2 --data_dir d --from_scratch --bert_model {}",
+    "data_augmentation": "--glue_dir d --task_name x --compose_vectors t --glove_embs v "
+                         "--pretrained_bert_model {}",
+    "pregenerate_training_data": "--train_corpus corpus.txt --bert_model {}",
+    "tinybert_6_from_bert": "--bert_model {}", "pretrain_bert": "--train_corpus c --bert_model {}",
+    "pretrain_bert ": "--train_corpus c --config {}", "export_model": "--model {}",
+    "main": "--task_name sst2 --constraint 0.1 --model_name m --ckpt_dir {}",
+    "inference": "--models a={}", "get_bert_models": "--attempts 1 --base_model {}",
+}
+
+
+@pytest.mark.parametrize("script", CALLS)
+def test_every_script_takes_a_hub_id_for_a_model(hub_server, tmp_path, monkeypatch, capsys, script):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("K-prune/src", "benchmarks"):
+        monkeypatch.syspath_prepend(REPO / folder)
+    (tmp_path / "corpus.txt").write_text("a cat\n")
+    flags = CALLS[script].format("me/absent@v1").split()
+    output = [] if script in ("data_augmentation", "predict") else ["--output_dir", "out"]
+    module = importlib.import_module(script.strip())
+    assert "me/absent (no folder here, so an id on the" in error_line(
+        capsys, module, *flags, *output)
+    assert not [path for path in tmp_path.glob("out/*") if path.suffix != ".lock"]
+
+
+def test_a_model_of_the_hub_is_trained_from_and_recorded_by_its_id(hub, hub_server, tmp_path,
+                                                                  monkeypatch):
+    fetch_model("me/base-sst2", base_url=hub_server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    run(finetune_teacher, "--task_name", "SST-2", "--data_dir", make_glue(tmp_path / "data"),
+        "--bert_model", "me/base-sst2", "--output_dir", tmp_path / "out", "--num_train_epochs", 0,
+        "--max_seq_length", 16, "--no_cuda", "--precision", "fp32")
+    assert read_json(tmp_path / "out" / "args.json")["student"] == "me/base-sst2"
+    assert same_weights(load_state(tmp_path / "out"), load_state(hub / "me" / "base-sst2"))
 
 
 # ------------------------------------------------------------------ fix_teacher_layers.py

@@ -6,13 +6,15 @@ import json
 import logging
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from transformer import runtime
-from transformer.file_utils import UserError
+from transformer.file_utils import UserError, cache_root, write_text
 from transformer.run_folder import (
     JsonLog,
     RunFolder,
@@ -72,6 +74,8 @@ def test_only_the_flags_on_the_command_line_count_as_given():
 @pytest.mark.parametrize("error", [
     UserError("file.tsv, line 3: wrong"), FileNotFoundError("file.tsv"),
     IsADirectoryError("file.tsv"), NotADirectoryError("file.tsv"), PermissionError("file.tsv"),
+    OSError(errno.EIO, "Input/output error on file.tsv"),
+    OSError(errno.ENAMETOOLONG, "File name too long", "file.tsv"),
     OSError(errno.ENOSPC, "the disk is full", "file.tsv"),
     OSError(errno.ENAMETOOLONG, "File name too long", "file.tsv"),
     OSError(errno.EFBIG, "the disk takes no more of file.tsv"), FileExistsError(17, "", "file.tsv"),
@@ -84,6 +88,27 @@ def test_a_users_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, erro
 def test_a_bug_is_not_hidden_as_a_users_mistake(capsys):
     with pytest.raises(ZeroDivisionError):
         message_on(ZeroDivisionError(), capsys)
+
+
+def test_a_name_outside_the_locale_is_one_line_that_names_the_remedy(capsys, monkeypatch):
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    for error in (UnicodeEncodeError("ascii", "日", 0, 1, "no"), TypeError("Invoked with: str")):
+        assert "PYTHONUTF8=1" in message_on(error, capsys)
+
+
+def test_a_user_without_home_or_account_and_a_closed_stderr_are_no_obstacle(monkeypatch):
+    """As in a container that runs under a number."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("TINYBERT_CACHE")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    monkeypatch.setattr("sys.stderr", None)
+    found = []
+
+    def main(args):
+        found.extend(tqdm([cache_root()]))
+
+    run_script(main, parser(), ["--name", "x"])
+    assert found == [Path("/.cache/tinybert")]
 
 
 def test_ctrl_c_leaves_with_130(capsys):
@@ -107,7 +132,7 @@ def test_too_little_memory_is_one_line_that_names_what_needs_less(capsys, error)
 
 @pytest.mark.parametrize(("name", "value"), [
     *((name, smallest - 1) for name, smallest in SMALLEST_VALUES.items()),
-    ("num_workers", 10**6), ("timeout", 1e7), ("retry_delay", float("nan")),
+    ("num_workers", 10**6), ("seed", 2**63), ("timeout", 1e7), ("retry_delay", float("nan")),
     ("num_train_epochs", float("nan")), ("num_train_epochs", float("inf")),
     ("learning_rate", float("inf")), ("warmup_proportion", 1.0), ("temperature", 0.0),
 ])
@@ -221,6 +246,35 @@ def test_an_output_folder_is_new_or_empty_unless_overwriting_was_asked_for(tmp_p
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"is a file"):
         prepare_output_dir(tmp_path / "file", overwrite=True)
+
+
+OTHERS = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+          "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tokenizer.json",
+          "added_tokens.json", "special_tokens_map.json", "model.onnx", "onnx/model_quantized.onnx",
+          "quantization.json", "kprune.json", "step_5_pytorch_model.bin", "last/pytorch_model.bin",
+          "lr1e-05_batch16/pytorch_model.bin", "tensorboard/events.out.tfevents.1", "tf_model.h5",
+          "adapter_config.json", "training_state/step_0000000003.pt"]
+
+
+def test_overwriting_leaves_nothing_that_a_reader_takes_for_ours_and_the_users_own(tmp_path):
+    for name in (*OTHERS, "notes.txt"):
+        write_text(tmp_path / name, "{}")
+    with pytest.raises(UserError, match="holds a model .*expected another folder for what is no"):
+        prepare_output_dir(tmp_path, overwrite=True, keep=True)
+    assert all((tmp_path / name).is_file() for name in OTHERS)
+    prepare_output_dir(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_folder_is_never_an_input_by_whatever_name(tmp_path):
+    model = tmp_path / "out" / "model"
+    write_text(model / "config.json", "{}")
+    (tmp_path / "link").symlink_to(model)
+    for output, source in ((model, model / ".." / "model"), (tmp_path / "link", model),
+                           (model, tmp_path / "link"), (tmp_path / "out", model)):
+        with pytest.raises(UserError, match="this call reads .* and would write over it"):
+            prepare_output_dir(output, overwrite=True, inputs=["org/id", source])
+    assert (model / "config.json").is_file()
 
 
 def test_running_means_start_again_after_reading_and_go_on_from_a_saved_state():

@@ -85,8 +85,22 @@ def test_a_folder_that_is_not_empty_is_refused_and_untouched(setup, capsys):
     message = error_line(capsys, setup.script, *setup.arguments("full", *setup.flags, "--resume"))
     assert "--resume or" not in message
     assert [p.name for p in (setup.root / "full").iterdir()] == ["pytorch_model.bin"]
-    setup.run("full", *setup.flags, "--overwrite_output_dir", "--num_train_epochs", 1)
-    assert weights(setup.root / "full")
+    for name in ("model.safetensors", "tokenizer.json", "step_9_pytorch_model.bin"):
+        (setup.root / "full" / name).write_text("another model's")
+    full, new = (setup.run(name, *setup.flags, "--overwrite_output_dir", "--num_train_epochs", 1)
+                 for name in ("full", "new"))
+    assert {p.name for p in full.iterdir()} == {p.name for p in new.iterdir()}
+    assert same_weights(weights(full), weights(new))
+
+
+def test_the_output_is_never_what_is_read(setup, capsys):
+    (setup.root / "link").symlink_to(setup.trained)
+    files = {path: path.read_bytes() for path in setup.trained.iterdir()}
+    for output in ("link", "."):
+        message = error_line(capsys, setup.script, *setup.arguments(
+            output, *setup.flags, "--overwrite_output_dir"))
+        assert "this call reads" in message
+    assert {path: path.read_bytes() for path in setup.trained.iterdir()} == files
 
 
 def test_a_second_run_on_the_same_folder_is_one_line(setup, capsys):
