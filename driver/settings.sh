@@ -98,8 +98,21 @@ setting() {
 
 setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"); }
 
+# tidy_folder NAME...: a setting's folder without slashes at its end, dots or doubled slashes.
+tidy_folder() {
+  local name base
+  for name; do
+    [[ ${!name} && ${!name} != "~"* ]] ||
+      complain "$name=${!name}: expected a folder, its path written out"
+    base=()
+    [[ ${!name} == /* ]] || base=(--relative-to=.)
+    printf -v "$name" %s "$(realpath -sm "${base[@]}" -- "${!name}")"
+  done
+}
+
 derive() {
   local task known tasks=() names=()
+  tidy_folder DATA_DIR MODELS_DIR RESULTS_DIR ${WORK_DIR:+WORK_DIR} ${GLUE_DIR:+GLUE_DIR}
   WORK_DIR=${WORK_DIR:-$DATA_DIR}
   GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
   BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
@@ -116,9 +129,12 @@ derive() {
       [[ ${task,,} != "${known,,}" && ${task,,} != "${SLUG[$known]}" ]] || task=$known
     done
     [[ -n ${SLUG[$task]-} ]] || complain "TASKS: $task; expected some of: ${!SLUG[*]}"
+    [[ " ${tasks[*]} " != *" $task "* ]] || complain "TASKS: $task stands there twice"
     tasks+=("$task") names+=("${SLUG[$task]}")
   done
   TASKS=${tasks[*]} NAMES=${names[*]}
+  [[ " ${!SLUG[*]} " == *" $LATENCY_TASK "* ]] ||
+    complain "LATENCY_TASK=$LATENCY_TASK: expected one of: ${!SLUG[*]}"
   [[ " $TASKS " == *" $LATENCY_TASK "* ]] || LATENCY_TASK=${tasks[0]-}
   CORPUS=$WORK_DIR/wiki_for_bert.txt
   DIRECT=${SMART_STUDENT}_direct # that student without general distillation
@@ -154,14 +170,22 @@ expect() {
 }
 
 check_values() {
-  local entry student config
+  local entry student config known=()
   expect "a number" '[1-9][0-9]*' GPUS JOBS ${SMART_STUDENT:+SMART_LAYERS}
   expect "a number" '[0-9]+' DISK_GB
+  expect "a number" ' *([1-9][0-9]*)? *' "${!GENERAL_BATCH_SIZE@}" # they are compared
   expect "yes or no" 'yes|no' NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
     "${!PREDICTION_AUGMENTED@}"
   expect "given or demo" 'given|demo' INPUTS
   expect "hub, demo or minilm" 'hub|demo|minilm' MODEL_SOURCE
+  [[ $BASE_MODEL_NAME =~ ^[^/\ ]+$ ]] ||
+    complain "BASE_MODEL_NAME=$BASE_MODEL_NAME: expected the name of a folder"
   [[ -n ${TASKS// /} && -n ${STUDENTS// /} ]] || complain "TASKS, STUDENTS: expected one at least"
+  for student in $STUDENTS $SMART_STUDENT; do # part of settings' names and of folders
+    [[ $student =~ ^[A-Za-z0-9_]+$ && " ${known[*]} " != *" $student "* ]] ||
+      complain "student $student: expected a name of letters, digits and _, once"
+    known+=("$student")
+  done
   for entry in $STUDENTS $BASELINES; do
     student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
     if [[ $entry =~ ^(general|smart): ]]; then

@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        return json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
+        return read_record(self.record_path) if self.record_path.is_file() else {}
 
     @property
     def script(self) -> str:
@@ -119,6 +119,17 @@ def state_folder(output: str) -> Path:
     return Path(output).parent / ".state"
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a step's record; a `RefusalError` where it is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        [Path(output) for output in record["outputs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusalError(f"{path}: damaged ({error!r}); delete it and what its step made, to"
+                           " make that again") from error
+    return record
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -128,7 +139,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 def makers(output: str) -> dict[Path, dict[str, Any]]:
     """Return the records of the steps that have begun to make an output, by file."""
-    records = {path: json.loads(path.read_text()) for path in state_folder(output).glob("*.json")}
+    records = {path: read_record(path) for path in state_folder(output).glob("*.json")}
     return {path: record for path, record in records.items()
             if Path(output).name in (Path(other).name for other in record["outputs"])}
 
@@ -195,7 +206,7 @@ def make_room(step: Step) -> None:
         if finished:
             path.rename(old)
         for maker in {*records} - {step.record_path}:  # another group of students, unfinished now
-            others = json.loads(maker.read_text())["outputs"]
+            others = read_record(maker)["outputs"]
             write_record(maker, {"outputs": [o for o in others if Path(o).name != path.name]})
 
 
@@ -449,6 +460,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main(get_args_parser().parse_args())
-    except RefusalError as refusal:
+    except (RefusalError, OSError) as refusal:  # OSError: a folder or disk that takes no file
         sys.stderr.write(f"reproduction.sh: error: {refusal}\n")
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_what_the_driver_did_not_make_is_never_touched(plan):
     assert "stage first: m/b exists, but this script did not make it; move it away" in output
     assert mine.read_text() == "mine"
     assert not mine.parent.with_name("b.old").exists()
+
+
+def test_a_damaged_record_and_a_file_in_a_folders_place_are_one_line(plan):
+    plan.step("one", "m/a")
+    plan.run()
+    (plan.folder / "m" / ".state" / "one.json").write_text("[")
+    assert plan.run(code=2).startswith("reproduction.sh: error: m/.state/one.json: damaged")
+    shutil.rmtree(plan.folder / "m")
+    (plan.folder / "m").touch()
+    assert plan.run(code=2).startswith("reproduction.sh: error: [Errno")
 
 
 def test_a_command_that_deals_with_what_is_there_gets_it(plan):

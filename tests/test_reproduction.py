@@ -208,6 +208,19 @@ def test_demo_and_seed_are_other_names_of_a_profile_and_a_recipe():
     assert dry_run("--demo") == dry_run("--profile", "demo", "--recipe", "seed")
 
 
+@pytest.mark.parametrize(("given", "used"), [
+    ("/new/", "/new"), ("./new//here/", "new/here"), ("../a b/.", "../a b"), ("/", "/"),
+])
+def test_a_folder_may_be_written_with_slashes_and_dots_and_need_not_be_there(given, used):
+    [command] = dry_run("--demo", "--only", "inputs", DATA_DIR=given)
+    assert command[-2:] == ["--output_dir", used]
+
+
+def test_a_container_without_a_home_or_a_name_for_its_user_is_enough():
+    result = drive("--demo", "--dry-run", "--only", "glue", HOME="")
+    assert result.returncode == 0 and not result.stderr
+
+
 def test_the_environment_wins_over_profile_and_recipe():
     settings = {"TASKS": "RTE", "INTERMEDIATE_EPOCHS": "7", "MODELS_DIR": "elsewhere",
                 "DATA_DIR": "my data", "PREDICTION_BATCH_SIZES": "",
@@ -245,6 +258,13 @@ def test_a_setting_for_one_task_wins_and_what_is_harmless_is_forgiven(tmp_path):
         ("", {"STUDENTS": "mine"}, "student mine: no STUDENT_CONFIG_mine=FOLDER/config.json"),
         ("", {"BASELINES": "clean:tinybert_4l"}, "expected scratch:, general: or smart:"),
         ("", {"BASELINES": "smart:tinybert_4l"}, "this run makes no such model of tinybert_4l"),
+        ("", {"GENERAL_BATCH_SIZE": "0"}, "GENERAL_BATCH_SIZE=0: expected a number"),
+        ("", {"TASKS": "RTE,rte"}, "TASKS: RTE stands there twice"),
+        ("", {"STUDENTS": "../tinybert_4l"}, "student ../tinybert_4l: expected a name"),
+        ("", {"LATENCY_TASK": "SST"}, "LATENCY_TASK=SST: expected one of"),
+        ("", {"DATA_DIR": ""}, "DATA_DIR=: expected a folder"),
+        ("", {"RESULTS_DIR": "~/results"}, "RESULTS_DIR=~/results: expected a folder"),
+        ("", {"BASE_MODEL_NAME": ""}, "BASE_MODEL_NAME=: expected the name of a folder"),
         ("", {"MODEL_SOURCE": "web"}, "MODEL_SOURCE=web: expected hub, demo or minilm"),
         ("--profile {typo}", {}, "no setting is called TEACHER_EPOCH;"),
         ("--profile {other}", {}, "TEACHER_EPOCHS_ret: ret is neither a task nor a student"),
@@ -254,7 +274,7 @@ def test_a_mistake_is_one_line_and_nothing_runs(tmp_path, folders, arguments, se
     (tmp_path / "typo").write_text("TEACHER_EPOCH=3\n")
     (tmp_path / "other").write_text("TEACHER_EPOCHS_ret=3\n")
     words = arguments.format(typo=tmp_path / "typo", other=tmp_path / "other").split()
-    result = drive(*words, **folders, **settings)
+    result = drive(*words, **{**folders, **settings})
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
