@@ -102,7 +102,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     write_json(output_dir / CONFIG_NAME, {
         "architectures": [architecture], **config.to_dict(),
         "dtype": dtype_name(next(iter(state.values())))})
-    tokenizer.save_vocabulary(output_dir)
+    tokenizer.save_vocabulary(output_dir, config.max_position_embeddings)
     with atomic_path(output_dir / WEIGHTS_NAME) as temporary:
         write_tensors(copy_layers(state, kept), temporary)
     logger.info("%s: layers %s of %s", output_dir, ", ".join(map(str, kept)), bert_model)

@@ -438,7 +438,7 @@ def test_missing_folder_and_missing_weights_are_told_apart(tmp_path):
 def test_a_saved_folder_has_what_hugging_face_expects(tmp_path):
     make_model(tmp_path / "m", labels=("no", "yes"))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
-        "config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt"]
+        "config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["model_type"] == "bert"
     assert config["architectures"] == ["BertForSequenceClassification"]

@@ -35,7 +35,6 @@ from transformer.tokenization import BertTokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is one of the readers")
 
-WAITING = pytest.mark.xfail(reason="BertTokenizer writes no tokenizer.json yet")
 PRUNED = {"heads_per_layer": [2, 0, 1, 0], "neurons_per_layer": [24, 5, 0, 0]}
 TEXTS = ["a good film .", "the story was AWFUL, sad and ugly", "we saw it", "books " * 90]
 SECONDS = ["we saw it", "very fine", "a lovely story and a film", "good"]
@@ -73,7 +72,6 @@ def close(found: list[dict[str, float]], expected: list[dict[str, float]], toler
 # ------------------------------------------------------------------ the readers
 
 
-@WAITING
 @pytest.mark.parametrize("task", ["SST-2", "RTE", "MNLI", "STS-B"])
 def test_transformers_and_onnxruntime_answer_as_predict_py(tmp_path, task):
     labels = get_task(task).labels or ("LABEL_0",)
@@ -107,7 +105,6 @@ def test_transformers_and_onnxruntime_answer_as_predict_py(tmp_path, task):
         close(found, wanted, 1e-5)
 
 
-@WAITING
 def test_other_tokenizers_give_the_ids_of_ours(tmp_path):
     make_model(tmp_path / "model")
     out = export(tmp_path)
@@ -253,7 +250,6 @@ def code_blocks(card: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", card, re.S | re.M)
 
 
-@WAITING
 @pytest.mark.parametrize(("task", "metrics", "named"), [
     ("sst-2", {"dev": {"acc": 0.75}}, [("accuracy", 0.75, "sst2", "validation")]),
     ("mnli", {"dev": {"acc": 0.5}, "dev_mm": {"acc": 0.25}},
@@ -447,7 +443,6 @@ def transformers_js(folder: Path) -> list[str]:
     return ["node", f"{folder}/ask.mjs"]
 
 
-@WAITING
 @pytest.mark.slow
 @pytest.mark.parametrize("client", [optimum, transformers_js])
 def test_programs_in_folders_of_their_own_answer_as_we_do(tmp_path, client):

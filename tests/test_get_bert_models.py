@@ -94,8 +94,8 @@ def test_base_and_teachers_keep_heads_and_label_names_and_are_left_alone_from_th
     assert files(tmp_path) == list(MODELS)
     for name, (origin, kind, our_class) in MODELS.items():
         folder = tmp_path / name
-        assert files(folder) == ["config.json", "pytorch_model.bin", "tokenizer_config.json",
-                                 "vocab.txt"]
+        assert files(folder) == ["config.json", "pytorch_model.bin", "tokenizer.json",
+                                 "tokenizer_config.json", "vocab.txt"]
         assert BertTokenizer.from_pretrained(folder).do_lower_case
         load = getattr(transformers, kind).from_pretrained
         source, saved = load(hub / origin), load(folder)

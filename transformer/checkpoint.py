@@ -291,7 +291,7 @@ def save_config(
                else {"model_type": "bert"})
     write_json(Path(output_dir) / CONFIG_NAME, config)
     if tokenizer is not None:
-        tokenizer.save_vocabulary(output_dir)
+        tokenizer.save_vocabulary(output_dir, model.config.max_position_embeddings)
 
 
 def save_pretrained(

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from transformer.file_utils import (
     TOKENIZER_CONFIG_NAME,
@@ -352,13 +354,26 @@ class BertTokenizer:
         """Look ids of the vocabulary up."""
         return [self._pieces[index] for index in ids]
 
-    def save_vocabulary(self, directory: Path | str) -> None:
-        """Write `vocab.txt` and `tokenizer_config.json`, as Hugging Face has them."""
+    def save_vocabulary(self, directory: Path | str, model_max_length: int | None = None) -> None:
+        """Write `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`, as Hugging Face.
+
+        `model_max_length` is the longest input in word pieces, special tokens included.
+        """
         directory = Path(directory)
         write_text(directory / VOCAB_NAME, "".join(f"{piece}\n" for piece in self.vocab))
+        whole = Tokenizer.from_str(self._fast.to_str())
+        whole.add_special_tokens(list(SPECIAL_TOKENS))
+        whole.decoder = WordPieceDecoder()
+        whole.post_processor = TemplateProcessing(
+            f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1",
+            [(CLS, self.cls_id), (SEP, self.sep_id)])
+        write_text(directory / FAST_TOKENIZER_NAME, whole.to_str(pretty=True))
+        limit = {} if model_max_length is None else {"model_max_length": model_max_length}
         write_json(
             directory / TOKENIZER_CONFIG_NAME,
-            {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case,
+            {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case, **limit,
+             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+             "strip_accents": None, "tokenize_chinese_chars": True,
              "unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS,
              "mask_token": MASK},
         )
