@@ -165,6 +165,8 @@ def read_mrpc(path: Path) -> tuple[str, list[list[str]]]:
     """Return the header line, byte-order mark included, and the five cells of each row."""
     rows = []
     for number, cells in iterate_tsv(path):
+        if cells == [""]:
+            continue
         if len(cells) != 5:
             raise UserError(f"{path}, line {number}: {len(cells)} columns; expected 5")
         rows.append(cells)

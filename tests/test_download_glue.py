@@ -191,7 +191,7 @@ def mrpc_folder(path: Path, end: str = "\n", ids: bytes | None = b"3\t1003\n8\t1
     return path
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r\n\r\n"])  # blank rows, too
 def test_mrpc_is_split_by_the_dev_ids_without_a_network(tmp_path, end):
     source = mrpc_folder(tmp_path / "source", end)
     run(tmp_path / "glue", tasks="mrpc", path_to_mrpc=source)

@@ -206,6 +206,9 @@ RTE_HEADER = "index\tsentence1\tsentence2\tlabel"
      r"line 1: label 'label'; expected one of 0, 1; cola files have no header"),
     ("cola", ["sentence\tlabel", "A\t1"], r"line 1: 2 columns.*expected 4; cola files have no"),
     ("sst-2", ["sentence\tlabel", "A\t0", "sentence\tlabel"], r"line 3: label 'label'"),
+    ("sst-2", ["sentence\tlabel", "A\t1.0"], r"line 2: label '1.0'"),
+    ("sst-2", ["sentence\tlabel", "A\t-1"], r"line 2: label '-1'"),
+    ("sst-2", ["sentence  label", "A\t1"], r"no column 'sentence'.*found \['sentence  label'\]"),
     ("sts-b", ["sentence1\tsentence2\tscore", "A\tB\thigh"],
      r"line 2: label 'high'; expected a score, a number from 0 to 5"),
     ("sts-b", ["sentence1\tsentence2\tscore", "A\tB\tnan"], r"'nan'; expected a score"),
@@ -216,6 +219,12 @@ def test_bad_rows_are_named_with_file_line_value_and_expectation(tmp_path, task,
     with pytest.raises(UserError, match=message) as error:
         load_examples(task, tmp_path, "dev")
     assert "dev.tsv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_blank_lines_are_passed_over_and_rows_that_are_too_wide_counted(tmp_path, caplog):
+    put(tmp_path, "dev.tsv", "sentence\tlabel", "", "A\t1\tmore", "B\t0", "", "")
+    assert [row.text_a for row in load_examples("sst-2", tmp_path, "dev")] == ["A", "B"]
+    assert "1 rows have more than 2 columns" in caplog.text
 
 
 def test_only_qqp_skips_short_rows_and_it_counts_them(tmp_path, caplog):

@@ -4,13 +4,20 @@ import argparse
 import errno
 import json
 import logging
+import os
+import pty
 import random
+import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import REPO
 from tqdm import tqdm
 
 from transformer import runtime
@@ -83,6 +90,33 @@ def test_only_the_flags_on_the_command_line_count_as_given():
 def test_a_users_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, error):
     message = message_on(error, capsys)
     assert message.startswith("X.py: error: ") and "file.tsv" in message
+
+
+TERMINAL = """
+import argparse, logging, sys
+from helpers import REPO
+from tqdm import tqdm
+from transformer.runtime import run_script
+def main(args):
+    for step in tqdm(range(5), mininterval=0):
+        logging.getLogger("x").info("step %d", step)
+run_script(main, argparse.ArgumentParser("x.py"))
+"""
+
+
+def test_in_a_terminal_a_log_line_has_a_row_without_a_progress_bar():
+    screen, end = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL], cwd=REPO, stdout=end, stderr=end)
+    os.close(end)
+    shown = ""
+    with suppress(OSError):  # the terminal was closed
+        while part := os.read(screen, 1 << 16).decode():
+            shown += part
+    assert process.wait() == 0
+    rows = [row.rstrip("\r").split("\r") for row in shown.split("\n") if " I step" in row]
+    assert len(rows) == 5
+    for *before, last in rows:  # what the row shows, and what cleared it
+        assert re.fullmatch(r"[\d:]+ I step \d", last) and not "".join(before[-1:]).strip()
 
 
 def test_a_bug_is_not_hidden_as_a_users_mistake(capsys):
