@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,7 +95,6 @@ def test_a_users_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, erro
 
 TERMINAL = """
 import argparse, logging, sys
-from helpers import REPO
 from tqdm import tqdm
 from transformer.runtime import run_script
 def main(args):
@@ -106,13 +106,15 @@ run_script(main, argparse.ArgumentParser("x.py"))
 
 def test_in_a_terminal_a_log_line_has_a_row_without_a_progress_bar():
     screen, end = pty.openpty()
+    termios.tcsetwinsize(screen, (24, 80))
     process = subprocess.Popen([sys.executable, "-c", TERMINAL], cwd=REPO, stdout=end, stderr=end)
     os.close(end)
     shown = ""
     with suppress(OSError):  # the terminal was closed
         while part := os.read(screen, 1 << 16).decode():
             shown += part
-    assert process.wait() == 0
+    assert process.wait() == 0, shown
+    assert "5/5" in shown
     rows = [row.rstrip("\r").split("\r") for row in shown.split("\n") if " I step" in row]
     assert len(rows) == 5
     for *before, last in rows:  # what the row shows, and what cleared it
