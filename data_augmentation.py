@@ -40,6 +40,7 @@ from transformer.augmentation import (
 from transformer.file_utils import UserError, check_output_file
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, freeze
+from transformer.run_folder import check_not_input
 from transformer.runtime import (
     add_precision_argument,
     add_resume_argument,
@@ -199,7 +200,8 @@ def write_composed_vectors(args: argparse.Namespace) -> None:
         return
     output_file = Path(args.glove_embs)
     model_dir = fetch_model(args.pretrained_bert_model)
-    check_output_file(output_file, [*args.compose_vectors, *model_dir.glob("*")])
+    check_output_file(output_file)
+    check_not_input(output_file, [*args.compose_vectors, *model_dir.glob("*")])
     if output_file.exists() and not (args.overwrite or args.resume):
         raise UserError(f"--glove_embs {output_file}: exists; --overwrite replaces it")
     words, vectors = compose_vectors(model_dir, args.compose_vectors)
@@ -230,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
 
     # A new start, or where an earlier call was stopped
     output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
-    check_output_file(output_file, [
+    check_not_input(output_file, [
         *(data_dir / name for split, name in task.files.items() if split != "aug"),
         Path(args.glove_embs), *model_dir.glob("*")])
     size = output_bytes(table, varied, args.N)

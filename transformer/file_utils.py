@@ -10,7 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -51,14 +51,12 @@ class UnreachableError(UserError):
     """A server did not answer, or not well, however often it was asked."""
 
 
-def check_output_file(path: Path | str, inputs: Iterable[Path] = ()) -> None:
-    """Raise a `UserError` for a folder, a device, a pipe, and for a file that is an input, too."""
+def check_output_file(path: Path | str) -> None:
+    """Raise a `UserError` for a folder, a device and a pipe."""
     path = Path(path)
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise UserError(f"{path}: is {kind}; expected a file to write")
-    if path.resolve() in {source.resolve() for source in inputs}:
-        raise UserError(f"{path}: is read by this call; expected another file to write")
 
 
 @contextmanager
