@@ -28,15 +28,12 @@ from torch import nn
 
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import (
-    VOCAB_NAME,
     UnreachableError,
     UserError,
     add_download_arguments,
     atomic_folder,
     download_settings,
     file_lock,
-    read_json,
-    write_text,
 )
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
@@ -44,9 +41,7 @@ from transformer.run_folder import check_not_input
 from transformer.runtime import run_script
 from transformer.tasks import get_task
 from transformer.tokenization import (
-    FAST_TOKENIZER_NAME,
     BertTokenizer,
-    saved_lower_case,
 )
 
 logger = logging.getLogger(__name__)
@@ -102,17 +97,6 @@ def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
 # ------------------------------------------------------------------ saving a model
 
 
-def load_tokenizer(source: Path, scratch: Path) -> BertTokenizer:
-    """Load the vocabulary of `source`: vocab.txt, or what tokenizer.json says."""
-    if (source / VOCAB_NAME).is_file() or not (source / FAST_TOKENIZER_NAME).is_file():
-        return BertTokenizer.from_pretrained(source)
-    vocab = read_json(source / FAST_TOKENIZER_NAME).get("model", {}).get("vocab", {})
-    if not isinstance(vocab, dict):
-        raise UserError(f"{source / FAST_TOKENIZER_NAME}: expected a WordPiece vocabulary")
-    write_text(scratch / VOCAB_NAME, "".join(f"{p}\n" for p in sorted(vocab, key=vocab.get)))
-    return BertTokenizer.from_pretrained(scratch, saved_lower_case(source))
-
-
 def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
     """Load a teacher with its classifier, whose size must be the task's."""
     model = TinyBertForSequenceClassification.from_pretrained(
@@ -152,7 +136,7 @@ def save_model(
     check_not_input(target, [source])
     loaded = load(source)
     with atomic_folder(target) as temporary:
-        tokenizer = load_tokenizer(source, temporary)
+        tokenizer = BertTokenizer.from_pretrained(source)
         loaded.config.check_vocabulary(len(tokenizer), source)
         save_pretrained(loaded, temporary, tokenizer)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from transformer import tokenization
 from transformer.file_utils import UserError
@@ -168,9 +169,6 @@ def test_the_case_rule_comes_from_the_model_directory_unless_a_flag_says_otherwi
     assert tokenizer.tokenize("Berlin berlin") == ["Berlin", "[UNK]"]  # has capitals: cased
     write_vocab(tmp_path / "vocab.txt", *SPECIAL_TOKENS, "a", "b")
     assert BertTokenizer.from_pretrained(tmp_path).do_lower_case
-    normalizer = {"normalizer": {"type": "BertNormalizer", "lowercase": False}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(normalizer))
-    assert not BertTokenizer.from_pretrained(tmp_path).do_lower_case
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     assert BertTokenizer.from_pretrained(tmp_path).do_lower_case
     with caplog.at_level(logging.WARNING):
@@ -178,6 +176,95 @@ def test_the_case_rule_comes_from_the_model_directory_unless_a_flag_says_otherwi
         assert not caplog.records
         assert not BertTokenizer.from_pretrained(tmp_path, False).do_lower_case
     assert "do_lower_case=True" in caplog.text
+
+
+# ------------------------------------------------------------------ Hugging Face's files
+
+PIECES = ("[PAD] [UNK] [CLS] [SEP] [MASK] good film cafe caf\u00e9 ##s a ##b \u4e2d \u6587"
+          " \u4e2d\u6587 hello [ ] e1 \u2028 \u00a0").split(" ")
+FOREIGN_TEXTS = ["Caf\u00e9 \u4e2d\u6587 good", "good[E1]film Hello hello", "a<user> ,  ab",
+                 "[E1] [E1]", "HELLO caf\u00e9s", "x [MASK] y", "Goods good", ""]
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Makes a folder as Hugging Face's library saves a BERT tokenizer, tokens added."""
+    transformers = pytest.importorskip("transformers")
+    write_vocab(tmp_path / "vocab.txt", *PIECES[:-1])
+
+    def make(*added, **settings) -> Path:
+        theirs = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), **settings)
+        theirs.add_tokens([*added])
+        theirs.save_pretrained(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return make
+
+
+@pytest.mark.parametrize("added", [
+    (), ("[E1]", "Hello"), (AddedToken("good", single_word=True),),
+    (AddedToken("<user>", lstrip=True, rstrip=True, normalized=False, special=True), "[E1]")])
+@pytest.mark.parametrize("settings", [
+    {}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False},
+    {"do_lower_case": False, "strip_accents": True}])
+def test_a_tokenizer_of_hugging_face_gives_its_ids_here_and_when_saved_again(
+        foreign, tmp_path, added, settings):
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    folder = foreign(*added, **settings)
+    for _ in range(2):
+        ours, theirs = BertTokenizer.from_pretrained(folder), auto.from_pretrained(folder)
+        assert len(ours) == len(theirs)
+        assert ours.encode_batch(FOREIGN_TEXTS) == theirs(
+            FOREIGN_TEXTS, add_special_tokens=False)["input_ids"]
+        folder = tmp_path / "again"
+        ours.save_vocabulary(folder, model_max_length=16)
+    again = auto.from_pretrained(folder)
+    assert again.model_max_length == 16
+    assert again("a " * 30, "b", truncation=True)["input_ids"][-2:] == [ours.unk_id, ours.sep_id]
+    assert ours.settings == BertTokenizer.from_pretrained(folder).settings
+
+
+def test_pieces_that_look_blank_are_pieces(tmp_path):
+    write_vocab(tmp_path / "vocab.txt", *PIECES)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    tokenizer.save_vocabulary(tmp_path / "again")
+    assert list(BertTokenizer.from_pretrained(tmp_path / "again").vocab) == PIECES
+
+
+@pytest.mark.parametrize(("file", "place", "value", "message"), [
+    ("tokenizer.json", "normalizer.type", "NFC", "normalizer.type is 'NFC'; expected 'BertNorm"),
+    ("tokenizer.json", "normalizer.clean_text", False, "clean_text is False; expected True"),
+    ("tokenizer.json", "normalizer", None, "normalizer is None; expected that of BERT"),
+    ("tokenizer.json", "normalizer.lowercase", False, "another file of the folder says the contr"),
+    ("tokenizer.json", "pre_tokenizer.type", "Whitespace", "pre_tokenizer.type is 'Whitespace'"),
+    ("tokenizer.json", "model.type", "BPE", "model.type is 'BPE'; expected 'WordPiece'"),
+    ("tokenizer.json", "model.max_input_chars_per_word", 5, "max_input_chars_per_word is 5"),
+    ("tokenizer.json", "model.continuing_subword_prefix", "@", "prefix is '@'; expected '##'"),
+    ("tokenizer.json", "model.vocab.good", 6, "hold different vocabularies"),
+    ("tokenizer.json", "post_processor", None, r"as \[\] in segments \[\]; expected \[CLS\]"),
+    ("tokenizer_config.json", "tokenizer_class", "RobertaTokenizer", "is 'RobertaTokenizer'"),
+    ("tokenizer_config.json", "do_basic_tokenize", False, "do_basic_tokenize is False"),
+    ("tokenizer_config.json", "never_split", ["good"], "never_split is"),
+    ("tokenizer_config.json", "truncation_side", "left", "truncation_side is 'left'"),
+    ("tokenizer_config.json", "strip_accents", "no", "strip_accents is 'no'; expected true"),
+    ("special_tokens_map.json", "unk_token", {"content": "<unk>"}, "unk_token is '<unk>'"),
+    ("special_tokens_map.json", "additional_special_tokens", ["<x>"], "'<x>' was added, but"),
+    ("added_tokens.json", "<y>", 21, "'<y>' was added, but"),
+])
+def test_what_is_not_supported_of_a_tokenizer_is_refused_by_its_name(
+        tmp_path, file, place, value, message):
+    write_vocab(tmp_path / "vocab.txt", *PIECES)
+    BertTokenizer.from_pretrained(tmp_path).save_vocabulary(tmp_path)
+    values = json.loads((tmp_path / file).read_text()) if (tmp_path / file).is_file() else {}
+    *parents, name = place.split(".")
+    inner = values
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message) as error:
+        BertTokenizer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("lower", [True, False])

@@ -171,7 +171,7 @@ def load_features(
     if not cache:
         return encode()
     # The name tells all that the features depend on, the rows' bytes and the vocabulary included.
-    content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.do_lower_case,
+    content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.settings,
                max_seq_length, list(labels), max_rows)
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"

@@ -8,12 +8,13 @@ punctuation, then take the longest matching word piece from the left.
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import WordPiece as WordPieceDecoder
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -24,16 +25,24 @@ from transformer.file_utils import (
     TOKENIZER_CONFIG_NAME,
     VOCAB_NAME,
     UserError,
-    read_json,
     write_json,
     write_text,
+)
+from transformer.tokenizer_files import (
+    CLS,
+    FAST_TOKENIZER_NAME,
+    MASK,
+    MAX_CHARACTERS_PER_WORD,
+    PAD,
+    SEP,
+    SPECIAL_TOKENS,
+    UNK,
+    load_vocab,
+    read_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
 
-UNK, SEP, PAD, CLS, MASK = SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-MAX_CHARACTERS_PER_WORD = 100
-FAST_TOKENIZER_NAME = "tokenizer.json"
 FINAL_SIGMA_CANDIDATE = "\u03a3"
 
 ASCII_PUNCTUATION = [bytes([code]) for code in b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"]
@@ -45,60 +54,29 @@ CACHE_BYTES = 64 << 20
 CACHE_ENTRY_BYTES = 200  # of an entry beside its text: three Python objects and its ids
 
 
-def load_vocab(vocab_file: Path | str) -> dict[str, int]:
-    """Read one word piece a line; the line's number, from 0, is its id.
-
-    A missing file, a blank line inside the file, a piece that appears twice and a file without
-    one of the five special tokens are `UserError`s.
-    """
-    vocab_file = Path(vocab_file)
-    if not vocab_file.is_file():
-        raise UserError(f"{vocab_file}: no such file; expected a vocabulary, one word piece a line")
-    try:
-        lines = vocab_file.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{vocab_file}: not UTF-8 text ({error})") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    pieces = [line.rstrip("\r") for line in lines]
-    vocab = dict(zip(pieces, range(len(pieces)), strict=True))
-    for line, piece in enumerate(pieces, start=1):
-        if not piece.strip():
-            raise UserError(f"{vocab_file}: line {line} is blank; expected one word piece a line")
-        if vocab[piece] != line - 1:
-            raise UserError(f"{vocab_file}: lines {line} and {vocab[piece] + 1} are both {piece!r};"
-                            " expected each word piece once")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise UserError(f"{vocab_file}: lacks {', '.join(missing)}; expected a BERT vocabulary")
-    return vocab
-
-
-def saved_lower_case(model_dir: Path) -> bool | None:
-    """Whether the files beside `vocab.txt` say that text is lower-cased; None if none says so."""
-    settings = []
-    if (model_dir / TOKENIZER_CONFIG_NAME).is_file():
-        settings.append(read_json(model_dir / TOKENIZER_CONFIG_NAME).get("do_lower_case"))
-    if (model_dir / FAST_TOKENIZER_NAME).is_file():
-        normalizer = read_json(model_dir / FAST_TOKENIZER_NAME).get("normalizer") or {}
-        settings.append(normalizer.get("lowercase"))
-    return next((setting for setting in settings if isinstance(setting, bool)), None)
-
-
 class BasicTokenizer:
-    """Text to words and punctuation marks; a special token that stands alone is kept whole."""
+    """Text to words and punctuation marks; a special token that stands alone is kept whole.
 
-    def __init__(self, do_lower_case: bool = True):
+    strip_accents: None: as `do_lower_case`
+    kept: the tokens that are kept whole
+    """
+
+    def __init__(self, do_lower_case: bool = True, strip_accents: bool | None = None,
+                 tokenize_chinese_chars: bool = True, kept: Sequence[str] = SPECIAL_TOKENS):
         self.do_lower_case = do_lower_case
-        self._cleaner = BertNormalizer(strip_accents=False, lowercase=False)
-        self.normalizer = BertNormalizer(strip_accents=do_lower_case, lowercase=do_lower_case)
+        self.kept = kept
+        self._cleaner = BertNormalizer(strip_accents=False, lowercase=False,
+                                       handle_chinese_chars=tokenize_chinese_chars)
+        self.normalizer = BertNormalizer(
+            strip_accents=do_lower_case if strip_accents is None else strip_accents,
+            lowercase=do_lower_case, handle_chinese_chars=tokenize_chinese_chars)
         self.pre_tokenizer = BertPreTokenizer()
 
     def tokenize(self, text: str) -> list[str]:
         """Split one text into its basic tokens."""
         words = []
         for part in self.parts(text):
-            if part in SPECIAL_TOKENS:
+            if part in self.kept:
                 words.append(part)
             else:
                 split = self.pre_tokenizer.pre_tokenize_str(self.normalizer.normalize_str(part))
@@ -113,12 +91,12 @@ class BasicTokenizer:
         """
         if self.do_lower_case and FINAL_SIGMA_CANDIDATE in text:
             text = self._lower_sigma(text)
-        if not any(token in text for token in SPECIAL_TOKENS):
+        if not any(token in text for token in self.kept):
             return [text]
         parts: list[str] = []
         plain: list[str] = []
         for word in self._cleaner.normalize_str(text).split():
-            if word in SPECIAL_TOKENS:
+            if word in self.kept:
                 parts.extend([" ".join(plain), word] if plain else [word])
                 plain = []
             else:
@@ -202,39 +180,69 @@ class ChunkTable(dict[bytes, int]):
 class BertTokenizer:
     """Text to word pieces and ids, with the vocabulary of one model.
 
-    `vocab` maps pieces to ids in id order. A word longer than 100 characters, or one that the
-    pieces cannot spell, becomes `[UNK]`.
+    `vocab` maps pieces, and after them the added tokens, to ids in id order. A word longer than
+    100 characters, or one that the pieces cannot spell, becomes `[UNK]`.
+
+    Args:
+        vocab: file of word pieces, or their ids.
+        do_lower_case, strip_accents, tokenize_chinese_chars: settings of the same names in Hugging
+            Face's `BertTokenizer`; accents are stripped where text is lower-cased unless told.
+        added_tokens: tokens that are found in a text before anything else, by id.
     """
 
-    def __init__(self, vocab_file: Path | str, do_lower_case: bool = True):
-        self.vocab = load_vocab(vocab_file)
-        self.do_lower_case = do_lower_case
-        self.basic_tokenizer = BasicTokenizer(do_lower_case)
-        self._pieces = list(self.vocab)
-        self.unk_id, self.sep_id, self.pad_id, self.cls_id, self.mask_id = (
-            self.vocab[token] for token in SPECIAL_TOKENS
-        )
+    def __init__(self, vocab: Path | str | Mapping[str, int], do_lower_case: bool = True,
+                 strip_accents: bool | None = None, tokenize_chinese_chars: bool = True,
+                 added_tokens: Mapping[int, AddedToken] | None = None):
+        self.vocab = dict(vocab) if isinstance(vocab, Mapping) else load_vocab(vocab)
+        self.word_pieces = len(self.vocab)  # those of vocab.txt
+        self.do_lower_case, self.strip_accents = do_lower_case, strip_accents
+        self.tokenize_chinese_chars = tokenize_chinese_chars
+        self.added_tokens = dict(added_tokens or {})
+        kept = (*SPECIAL_TOKENS, *(token.content for token in self.added_tokens.values()))
+        self.basic_tokenizer = BasicTokenizer(
+            do_lower_case, strip_accents, tokenize_chinese_chars, kept)
         self._fast = Tokenizer(WordPiece(
             self.vocab, unk_token=UNK, max_input_chars_per_word=MAX_CHARACTERS_PER_WORD))
         self._fast.normalizer = self.basic_tokenizer.normalizer
         self._fast.pre_tokenizer = self.basic_tokenizer.pre_tokenizer
+        if self.added_tokens:
+            self._add_tokens()
+        self._pieces = list(self.vocab)
+        self.unk_id, self.sep_id, self.pad_id, self.cls_id, self.mask_id = (
+            self.vocab[token] for token in SPECIAL_TOKENS
+        )
         self.table = self._new_table()
+
+    def _add_tokens(self) -> None:
+        """Have the added tokens, and BERT's five beside them, found anywhere in a text."""
+        self._fast.add_special_tokens(list(SPECIAL_TOKENS))
+        for index, token in self.added_tokens.items():
+            add = self._fast.add_special_tokens if token.special else self._fast.add_tokens
+            add([token])
+            if (got := self._fast.token_to_id(token.content)) != index:
+                raise UserError(f"the added token {token.content!r} has id {index}; expected {got},"
+                                " the next after the vocabulary")
+            self.vocab[token.content] = index
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the vocabulary that ids depend on."""
+        return {"do_lower_case": self.do_lower_case, "strip_accents": self.strip_accents,
+                "tokenize_chinese_chars": self.tokenize_chinese_chars,
+                "added_tokens": {index: repr(token) for index, token in self.added_tokens.items()}}
 
     @classmethod
     def from_pretrained(
         cls, model_dir: Path | str, do_lower_case: bool | None = None
     ) -> "BertTokenizer":
-        """Load the vocabulary of a model directory, with the case rule that the model was made for.
+        """Load the tokenizer of a model directory, with the settings that the model was made for.
 
-        `do_lower_case=None` takes the rule from `tokenizer_config.json` or `tokenizer.json`, else
-        lower-cases if the vocabulary has no capitals. A given value wins, with a warning where
-        the directory says otherwise. A missing `vocab.txt` is a `UserError`.
+        `do_lower_case=None` takes the rule from the directory's files, else lower-cases if the
+        vocabulary has no capitals. A given value wins, with a warning where the directory says
+        otherwise. See `read_tokenizer` for what is refused.
         """
-        model_dir = Path(model_dir)
-        vocab_file = model_dir / VOCAB_NAME
-        if model_dir.is_file():
-            vocab_file, model_dir = model_dir, model_dir.parent
-        saved = saved_lower_case(model_dir)
+        files = read_tokenizer(model_dir)
+        saved = files.settings.get("do_lower_case")
         if do_lower_case is None:
             do_lower_case = saved
         elif saved is not None and saved != do_lower_case:
@@ -243,9 +251,13 @@ class BertTokenizer:
                 "become [UNK]", model_dir, saved, do_lower_case,
             )
         if do_lower_case is None:  # special tokens aside
-            do_lower_case = all(piece == piece.lower() for piece in load_vocab(vocab_file)
-                                if not piece.startswith("["))
-        return cls(vocab_file, do_lower_case)
+            do_lower_case = all(
+                piece == piece.lower() for piece in files.vocab if not piece.startswith("["))
+        settings = {**files.settings, "do_lower_case": do_lower_case}
+        try:
+            return cls(files.vocab, **settings, added_tokens=files.added_tokens)
+        except UserError as error:
+            raise UserError(f"{model_dir}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.vocab)
@@ -289,6 +301,12 @@ class BertTokenizer:
         Raises:
             UnicodeDecodeError: the text is not UTF-8.
         """
+        if self.added_tokens:  # found anywhere, not between white space only
+            encoded = self._fast.encode_batch_fast(
+                block.decode().split("\n"), add_special_tokens=False)
+            ids = [each.ids for each in encoded]
+            return (np.array([*chain.from_iterable(ids)], np.int32),
+                    np.array([*map(len, ids)], np.int32))
         if not self.table.usable:
             self.table = self._new_table()
         chunks = self._chunks(block)
@@ -360,7 +378,8 @@ class BertTokenizer:
         `model_max_length` is the longest input in word pieces, special tokens included.
         """
         directory = Path(directory)
-        write_text(directory / VOCAB_NAME, "".join(f"{piece}\n" for piece in self.vocab))
+        write_text(directory / VOCAB_NAME, "".join(
+            f"{piece}\n" for piece in islice(self.vocab, self.word_pieces)))
         whole = Tokenizer.from_str(self._fast.to_str())
         whole.add_special_tokens(list(SPECIAL_TOKENS))
         whole.decoder = WordPieceDecoder()
@@ -373,7 +392,8 @@ class BertTokenizer:
             directory / TOKENIZER_CONFIG_NAME,
             {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case, **limit,
              "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-             "strip_accents": None, "tokenize_chinese_chars": True,
+             "strip_accents": self.strip_accents,
+             "tokenize_chinese_chars": self.tokenize_chinese_chars,
              "unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS,
              "mask_token": MASK},
         )

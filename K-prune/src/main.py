@@ -38,7 +38,7 @@ from transformer.hub import fetch_model
 from transformer.modeling import freeze
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
-from transformer.tokenization import BertTokenizer, saved_lower_case
+from transformer.tokenization import FAST_TOKENIZER_NAME, BertTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,11 @@ def load_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
                             f" nor the published name of what {folder} was made from")
         return BertTokenizer.from_pretrained(folder, "uncased" in name if "cased" in name else None)
     tokenizer = BertTokenizer.from_pretrained(fetch_model(args.model_name, weights=False))
-    same_case = saved_lower_case(folder) in (None, tokenizer.do_lower_case)
-    own_vocabulary = (folder / VOCAB_NAME).is_file()
-    if not same_case or (own_vocabulary
-                         and BertTokenizer.from_pretrained(folder).vocab != tokenizer.vocab):
-        raise UserError(f"--model_name {args.model_name}: another vocabulary or lower-casing than"
-                        f" --ckpt_dir {folder}; expected the same")
+    if any((folder / file).is_file() for file in (VOCAB_NAME, FAST_TOKENIZER_NAME)):
+        own = BertTokenizer.from_pretrained(folder)
+        if (own.vocab, own.settings) != (tokenizer.vocab, tokenizer.settings):
+            raise UserError(f"--model_name {args.model_name}: another vocabulary or lower-casing"
+                            f" than --ckpt_dir {folder}; expected the same")
     return tokenizer
 
 
