@@ -1,10 +1,13 @@
 """Tiny models, vocabularies, GLUE folders and corpora that the tests of the scripts share."""
 
+import fcntl
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -196,6 +199,16 @@ def error_line(capsys, module, *arguments) -> str:
     assert message.endswith("\n") and message.count("\n") == 1, message
     assert "Traceback" not in message
     return message.strip()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, as another run that writes into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+    os.close(descriptor)
 
 
 class ScriptSetup:

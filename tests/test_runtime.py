@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPO
+from helpers import REPO, locked
 from tqdm import tqdm
 
 from transformer import runtime
@@ -311,6 +311,14 @@ def test_an_output_folder_is_never_an_input_by_whatever_name(tmp_path):
         with pytest.raises(UserError, match="this call reads .* and would write over it"):
             prepare_output_dir(output, overwrite=True, inputs=["org/id", source])
     assert (model / "config.json").is_file()
+
+
+def test_of_two_runs_that_write_a_folder_the_second_is_refused_and_removes_nothing(tmp_path):
+    write_text(tmp_path / "model.safetensors", "")
+    with locked(tmp_path), pytest.raises(UserError, match="another run is writing to this folder"):
+        prepare_output_dir(tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").is_file()
+    prepare_output_dir(tmp_path, overwrite=True)
 
 
 def test_running_means_start_again_after_reading_and_go_on_from_a_saved_state():

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from helpers import GOOD, NEUTRAL, error_line, make_glue, make_model, run
+from helpers import GOOD, NEUTRAL, error_line, locked, make_glue, make_model, run
 from kill import Process, script, survive, torchrun
 
 import data_augmentation
@@ -135,6 +135,16 @@ def interrupted(setups, tmp_path):
         return tmp_path / name
 
     return interrupt
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_two_runs_that_write_a_file_the_second_is_refused(setups, tmp_path, capsys, name, flag):
+    with locked(tmp_path / ".unfinished-result"):
+        (tmp_path / ".unfinished-result" / "0.shard").write_text("the other's")
+        message = error_line(capsys, setups[name].module, *setups[name].arguments(tmp_path, flag))
+    assert "another run is writing to this folder" in message
+    assert finished_shards(tmp_path) == {"0"}
 
 
 # ------------------------------------------------------------------ killed and resumed

@@ -8,7 +8,6 @@ import random
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +19,12 @@ import kill
 import pytest
 import torch
 from helpers import (
-    REPO,
     FinetuneSetup,
     GeneralSetup,
     TaskSetup,
     config_folder,
     error_line,
+    locked,
     make_glue,
     make_model,
     make_pregenerated,
@@ -104,29 +103,13 @@ def test_the_output_is_never_what_is_read(setup, capsys):
 
 
 def test_a_second_run_on_the_same_folder_is_one_line(setup, capsys):
-    held = subprocess.Popen(
-        [sys.executable, "-c", HOLD_FOLDER, str(REPO), str(setup.root / "out")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    held.stdout.readline()
     arguments = setup.arguments("out", *setup.flags, "--overwrite_output_dir",
                                 "--num_train_epochs", 1)
-    assert "another run is writing to this folder" in error_line(capsys, setup.script, *arguments)
-    held.kill()  # the lock goes with the process
-    held.wait()
+    with locked(setup.root / "out"):
+        message = error_line(capsys, setup.script, *arguments)
+    assert "another run is writing to this folder" in message
+    assert not any((setup.root / "out").iterdir())
     run(setup.script, *arguments)
-
-
-HOLD_FOLDER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from transformer.run_folder import lock_folder
-folder = Path(sys.argv[2])
-folder.mkdir()
-lock_folder(folder)
-print("locked", flush=True)
-sys.stdin.read()
-"""
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(setup):
