@@ -159,7 +159,9 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
     if (args.config is None) == (args.bert_model is None):
         raise UserError("give either --config (random weights) or --bert_model (trained ones)")
     source = fetch_model(args.config or args.bert_model, weights=args.config is None)
-    vocabulary = fetch_model(args.vocab, weights=False) if args.vocab else source
+    vocabulary = args.vocab or source
+    if not Path(vocabulary).is_file():
+        vocabulary = fetch_model(vocabulary, weights=False)
     tokenizer = BertTokenizer.from_pretrained(vocabulary)
     if args.config is not None:
         if args.head_only:

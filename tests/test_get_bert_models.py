@@ -311,8 +311,10 @@ def test_shards_come_from_the_hub_and_from_an_address_and_the_tokenizer_alone_if
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub_server, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    with pytest.raises(UserError, match=f"^{name}: no such folder; expected .* URL or hub id"):
-        fetch_model(name, base_url=hub_server.url)
+    (tmp_path / "corpus.txt").write_text("the cat sat")
+    for model, what in ((name, "no such folder"), ("corpus.txt", "is a file")):
+        with pytest.raises(UserError, match=f"^{model}: {what}; expected .* URL or hub id"):
+            fetch_model(model, base_url=hub_server.url)
     assert hub_server.requests == []
 
 

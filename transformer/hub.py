@@ -54,10 +54,13 @@ def fetch_model(
         settings: those of `download`.
 
     Raises:
-        UserError: neither a folder nor an id; `UnreachableError` where a server does not answer.
+        UserError: a file, or neither a folder nor an id; `UnreachableError` where a server does
+            not answer.
     """
     name = str(model)
     if name and Path(name).exists():
+        if not Path(name).is_dir():
+            raise UserError(f"{name}: is a file; expected a model's folder, URL or hub id")
         return Path(name)
     if name.startswith(PACKAGE_PREFIX):
         return find_package(name.removeprefix(PACKAGE_PREFIX))
