@@ -293,11 +293,14 @@ OTHERS = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safete
 
 
 def test_overwriting_leaves_nothing_that_a_reader_takes_for_ours_and_the_users_own(tmp_path):
-    for name in (*OTHERS, "notes.txt"):
+    for name in (*OTHERS, "notes.txt", "README.md"):
         write_text(tmp_path / name, "{}")
     with pytest.raises(UserError, match="holds a model .*expected another folder for what is no"):
         prepare_output_dir(tmp_path, overwrite=True, keep=True)
     assert all((tmp_path / name).is_file() for name in OTHERS)
+    prepare_output_dir(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "README.md"}
+    write_text(tmp_path / "README.md", "Exported by `export_model.py`")
     prepare_output_dir(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

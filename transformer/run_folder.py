@@ -131,6 +131,9 @@ def clear_model(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    card = folder / "README.md"
+    if card.is_file() and b"export_model.py" in card.read_bytes():
+        card.unlink()  # ours; the user's own stays
 
 
 def remove_temporary(folder: Path) -> None:
