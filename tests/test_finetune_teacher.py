@@ -36,8 +36,8 @@ def test_every_task_is_trained_and_named(tmp_path, name):
     setup = FinetuneSetup(tmp_path, name, rows=11, dev_rows=8)
     output = setup.run("out", "--num_train_epochs", 2)
     assert {p.name for p in output.iterdir()} == {
-        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "args.json",
-        "eval_results.txt", "eval_results.json", "log.jsonl"}
+        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+        "args.json", "eval_results.txt", "eval_results.json", "log.jsonl"}
     result = read_json(output / "eval_results.json")
     assert result["task"] == name and set(result["metrics"]) == set(setup.task.metrics)
     config = read_json(output / "config.json")

@@ -63,8 +63,8 @@ def test_from_a_corpus_to_a_task_student_without_copying_anything(setup):
 def test_the_output_is_a_model_folder_with_a_checkpoint_every_eval_step(setup):
     output = setup.run("out", "--num_train_epochs", 2, "--eval_step", 2)
     assert {p.name for p in output.iterdir()} == {
-        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "args.json",
-        "eval_results.txt", "eval_results.json", "log.jsonl",
+        "config.json", "pytorch_model.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+        "args.json", "eval_results.txt", "eval_results.json", "log.jsonl",
         *(f"step_{n}_pytorch_model.bin" for n in (2, 4, 6))}
     last = torch.load(output / "step_6_pytorch_model.bin", weights_only=True)
     assert same_weights(last, weights(output))

@@ -28,7 +28,7 @@ from transformer.modeling import (
 from transformer.tasks import label_order, load_examples
 from transformer.tokenization import BertTokenizer
 
-FILES = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json",
+FILES = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
          "eval_results.txt", "eval_results.json", "log.jsonl", "args.json"}
 
 
@@ -302,6 +302,7 @@ def test_a_missing_teacher_is_an_error(sst2, capsys):
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.txt"])
 def test_a_missing_file_of_the_teacher_is_named(sst2, capsys, name):
     (sst2.teacher / name).unlink()
+    (sst2.teacher / "tokenizer.json").unlink(missing_ok=True)  # it alone would do
     sst2.expect_error(capsys, contains=[name])
 
 
