@@ -240,7 +240,10 @@ def test_pieces_that_look_blank_are_pieces(tmp_path):
     ("tokenizer.json", "model.type", "BPE", "model.type is 'BPE'; expected 'WordPiece'"),
     ("tokenizer.json", "model.max_input_chars_per_word", 5, "max_input_chars_per_word is 5"),
     ("tokenizer.json", "model.continuing_subword_prefix", "@", "prefix is '@'; expected '##'"),
-    ("tokenizer.json", "model.vocab.good", 6, "hold different vocabularies"),
+    ("tokenizer.json", "model.vocab.good", 6, "word pieces with the ids 0, 1, "),
+    ("vocab.txt", "good", "bad", "hold different vocabularies"),
+    ("tokenizer.json", "truncation", {"direction": "Left"}, "truncation.direction is 'Left'"),
+    ("tokenizer_config.json", "added_tokens_decoder", {"x": {}}, "its added tokens cannot be read"),
     ("tokenizer.json", "post_processor", None, r"as \[\] in segments \[\]; expected \[CLS\]"),
     ("tokenizer_config.json", "tokenizer_class", "RobertaTokenizer", "is 'RobertaTokenizer'"),
     ("tokenizer_config.json", "do_basic_tokenize", False, "do_basic_tokenize is False"),
@@ -255,13 +258,17 @@ def test_what_is_not_supported_of_a_tokenizer_is_refused_by_its_name(
         tmp_path, file, place, value, message):
     write_vocab(tmp_path / "vocab.txt", *PIECES)
     BertTokenizer.from_pretrained(tmp_path).save_vocabulary(tmp_path)
-    values = json.loads((tmp_path / file).read_text()) if (tmp_path / file).is_file() else {}
+    if file == "vocab.txt":
+        write_vocab(tmp_path / file, *(value if piece == place else piece for piece in PIECES))
+    is_json = file != "vocab.txt" and (tmp_path / file).is_file()
+    values = json.loads((tmp_path / file).read_text()) if is_json else {}
     *parents, name = place.split(".")
     inner = values
     for parent in parents:
         inner = inner[parent]
     inner[name] = value
-    (tmp_path / file).write_text(json.dumps(values))
+    if file != "vocab.txt":
+        (tmp_path / file).write_text(json.dumps(values))
     with pytest.raises(UserError, match=message) as error:
         BertTokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)

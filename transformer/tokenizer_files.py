@@ -24,6 +24,7 @@ CLASSES = ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrain
 ONLY = {
     "tokenizer_class": [*CLASSES, *(f"{name}Fast" for name in CLASSES), "TokenizersBackend"],
     "do_basic_tokenize": [True], "never_split": [[]], "truncation_side": ["right"],
+    "padding_side": ["right"], "truncation.direction": ["Right"], "padding.direction": ["Right"],
     "unk_token": [UNK], "sep_token": [SEP], "pad_token": [PAD], "cls_token": [CLS],
     "mask_token": [MASK],
     "model.type": ["WordPiece"], "model.unk_token": [UNK],
@@ -103,16 +104,22 @@ def read_tokenizer(model_dir: Path | str) -> TokenizerFiles:
     vocab = load_vocab(vocab_file) if vocab_file.is_file() or fast is None else None
     settings = _settings(folder, fast)
     if fast is not None:
-        ids = fast["model"].get("vocab") or {}
+        ids = fast["model"].get("vocab")
+        if not isinstance(ids, dict) or [*range(len(ids))] != sorted(
+                index for index in ids.values() if isinstance(index, int)):
+            raise UserError(f"{file}: expected word pieces with the ids 0, 1, ... in model.vocab")
         # Hugging Face's library trims pieces of white space to nothing; no text ever has them.
         pieces = [piece.rstrip() or BLANK for piece in sorted(ids, key=ids.get)]
         vocab = vocab or check_vocab(pieces, file)
-        same = [piece.rstrip() or BLANK for piece in vocab] == pieces
-        if not same or sorted(ids.values()) != [*range(len(ids))]:
+        if [piece.rstrip() or BLANK for piece in vocab] != pieces:
             raise UserError(f"{vocab_file} and {file} hold different vocabularies; expected the"
-                            " same word pieces with ids from 0, or one file only")
+                            " same word pieces, or one file only")
         _check_frame(file, vocab)
-    return TokenizerFiles(vocab, settings, _added_tokens(folder, fast))
+    try:
+        return TokenizerFiles(vocab, settings, _added_tokens(folder, fast))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its added tokens cannot be read ({error!r}); expected them as"
+                        " Hugging Face's library writes them") from error
 
 
 def _said(folder: Path, fast: dict[str, Any] | None) -> Iterator[tuple[Path, str, Any]]:
@@ -121,8 +128,11 @@ def _said(folder: Path, fast: dict[str, Any] | None) -> Iterator[tuple[Path, str
         if (folder / name).is_file():
             for key, value in read_json(folder / name).items():
                 yield folder / name, key, value
-    for part in () if fast is None else ("model", "normalizer", "pre_tokenizer"):
+    parts = ("model", "normalizer", "pre_tokenizer", "truncation", "padding")
+    for part in () if fast is None else parts:
         values = fast.get(part)
+        if values is None and part in parts[3:]:  # not asked for
+            continue
         if not isinstance(values, dict):
             raise UserError(f"{folder / FAST_TOKENIZER_NAME}: {part} is {values!r}; expected that"
                             " of BERT")
@@ -166,10 +176,10 @@ def _added_tokens(folder: Path, fast: dict[str, Any] | None) -> dict[int, AddedT
     """Return the tokens that were added to a tokenizer, by id, in their order."""
     config = {}
     if (folder / TOKENIZER_CONFIG_NAME).is_file():
-        config = read_json(folder / TOKENIZER_CONFIG_NAME).get("added_tokens_decoder", {})
+        config = read_json(folder / TOKENIZER_CONFIG_NAME).get("added_tokens_decoder") or {}
     described = {int(index): value for index, value in config.items()}
     if fast is not None:
-        described |= {value["id"]: value for value in fast.get("added_tokens", ())}
+        described |= {value["id"]: value for value in fast.get("added_tokens") or ()}
     tokens = {index: AddedToken(value["content"], **{
         flag: value[flag] for flag in ADDED_TOKEN_FLAGS if flag in value})
         for index, value in sorted(described.items()) if value["content"] not in SPECIAL_TOKENS}
@@ -189,5 +199,6 @@ def _named_tokens(folder: Path) -> Iterator[str]:
     for name in (TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME):
         if (folder / name).is_file():
             for key in ("additional_special_tokens", "extra_special_tokens"):
-                for token in read_json(folder / name).get(key) or ():
+                tokens = read_json(folder / name).get(key) or ()
+                for token in tokens.values() if isinstance(tokens, dict) else tokens:
                     yield token["content"] if isinstance(token, dict) else token
