@@ -31,8 +31,11 @@ from torch import Tensor, nn
 from transformer.checkpoint import load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import (
+    CONFIG_NAME,
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
+    TOKENIZER_CONFIG_NAME,
+    VOCAB_NAME,
     UserError,
     atomic_path,
     read_json,
@@ -64,6 +67,8 @@ KINDS = {
 # What the readers of a hub look for, by method of quantize.py.
 GRAPHS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx",
           "int8-dynamic": "onnx/model_quantized.onnx", "int8-static": "onnx/model_quantized.onnx"}
+PUBLISHED = [SAFE_WEIGHTS_NAME, CONFIG_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME, "tokenizer.json",
+             "README.md", *GRAPHS.values()]  # what is uploaded
 # Largest difference of logits to the source that passes, as a share of the largest logit.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "int8-dynamic": 0.3, "int8-static": 0.3}
 
@@ -230,7 +235,8 @@ def push(output_dir: Path, repo: str) -> None:
     disable_progress_bars()
     try:
         address = HfApi().create_repo(repo, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=output_dir)
+        HfApi().upload_folder(repo_id=repo, folder_path=output_dir,
+                              allow_patterns=PUBLISHED)
     except (errors.HTTPError, OSError, ValueError) as error:
         raise UserError(f"--push_to_hub {repo}: {first_line(error)}; the folder is complete, to"
                         f" upload it later: hf upload {repo} {output_dir}") from error

@@ -37,7 +37,7 @@ from transformer.file_utils import (
 )
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequenceClassification
-from transformer.run_folder import check_not_input
+from transformer.run_folder import check_not_input, lock_folder
 from transformer.runtime import run_script
 from transformer.tasks import get_task
 from transformer.tokenization import (
@@ -134,6 +134,8 @@ def save_model(
         logger.warning("%s; taking --fallback_model %s instead", error, fallback)
         model, source = fallback, fetch_model(fallback, **settings)
     check_not_input(target, [source])
+    if target.is_dir():
+        lock_folder(target)  # a run may be writing to what is replaced
     loaded = load(source)
     with atomic_folder(target) as temporary:
         tokenizer = BertTokenizer.from_pretrained(source)

@@ -197,15 +197,20 @@ def cell_texts(where: str, text: str, layout: Layout) -> list[str]:
 def check_no_label(where: str, texts: list[str], labels: Collection[str]) -> None:
     """Raise a `UserError` where one of two columns does not hold texts."""
     for cell in (text.strip(' "') for text in texts):
-        if len(texts) == 2 and (cell in labels or cell in NO_TEXTS or NUMBER.fullmatch(cell)):
+        if len(texts) == 2 and (cell.casefold() in labels or cell in NO_TEXTS
+                                or NUMBER.fullmatch(cell)):
             raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected two"
                             " texts (--columns says which columns are)")
 
 
 def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
               labels: Collection[str]) -> Iterator[list[Row]]:
-    """Yield the rows of a stream as they arrive; `labels` are the model's."""
+    """Yield the rows of a stream as they arrive.
+
+    `labels` are those of a model that is not known to take pairs, else empty.
+    """
     layout, line, unchecked = None, 0, 2  # a header of other names may stand above the labels
+    labels = {label.casefold() for label in labels}
     for lines in arriving_lines(stream, name):
         rows = []
         for raw in lines:
@@ -218,9 +223,9 @@ def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
             if text == layout.header:  # once more where files follow one another
                 continue
             texts = (json_texts if layout.is_json else cell_texts)(where, text, layout)
-            if unchecked and not (layout.is_json or layout.columns):
+            if (labels or unchecked) and not (layout.is_json or layout.columns):
                 check_no_label(where, texts, labels)
-                unchecked -= 1
+                unchecked = max(0, unchecked - 1)
             rows.append(Row(line, *texts, *[None] * (2 - len(texts))))
         if rows:
             yield rows
@@ -243,6 +248,8 @@ def longest_input(folder: Path, config: BertConfig) -> int:
     path = folder / TOKENIZER_CONFIG_NAME
     limit = read_json(path).get("model_max_length") if path.is_file() else None
     is_limit = isinstance(limit, int | float) and limit < config.max_position_embeddings
+    if is_limit and limit < 3:
+        raise UserError(f"{path}: model_max_length is {limit}; expected at least 3")
     return int(limit) if is_limit else config.max_position_embeddings
 
 
@@ -398,7 +405,8 @@ def main(args: argparse.Namespace) -> None:
     def lines() -> Iterator[str]:
         if args.format == "tsv":
             yield header(kind, names)
-        for rows in read_rows(stream, name, args, names):
+        takes_pairs = task is not None and task.text_b is not None
+        for rows in read_rows(stream, name, args, () if takes_pairs else names):
             check_pairs(rows, name, config, task)
             logits = predict(model, tokenizer, rows, longest, args.batch_size, device, dtype)
             yield from (format_line(each, args.format)

@@ -411,7 +411,9 @@ def main(args: argparse.Namespace) -> None:
     finished = {step for step in steps if is_finished(step, keys[step.name])}
     driver = Driver(args, keys, [])
     waiting = any(step.stage in chosen for step in {*steps} - finished)
-    if waiting and (args.mode == "run" or (args.mode == "dry-run" and find_spec("torch"))):
+    if waiting and args.mode == "dry-run" and find_spec("torch") is None:
+        print("# The values of settings are not checked: this Python has no PyTorch (PYTHON=...)")
+    elif waiting and args.mode != "list":
         check(steps)
     if args.mode == "run" and waiting:
         folders = {os.path.realpath(folder): tidy(folder) for folder in args.folders}

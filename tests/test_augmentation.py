@@ -304,6 +304,7 @@ def test_cased_vectors_are_found_by_lower_case_words(tmp_path):
     [
         (None, "no such file"),
         ([], "no word vectors"),
+        (["BZh9"], "a packed file; expected word vectors as text"),
         (["cat"], "line 1"),
         (["cat 1 2", "dog 1 2", "bird 1"], "line 3: 2 fields"),
         (["cat 1 2", "dog 1 x"], "line 2: 'dog 1 x'"),

@@ -213,6 +213,12 @@ def test_every_flag_setting_and_file_name_in_the_text_occurs_in_a_program(docume
             assert name in text or (REPO / word).exists(), f"{word}: no program writes it"
 
 
+def test_every_test_that_the_table_of_reported_cases_names_exists():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (REPO / "tests").glob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", read(REPO / "docs" / "interoperability.md")))
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 def test_the_readme_has_at_most_235_lines_and_8_entries_of_troubleshooting():
     assert len(read(README).splitlines()) <= 235
     section = read(README).partition("## Troubleshooting")[2].partition("\n## ")[0]

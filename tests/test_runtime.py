@@ -289,7 +289,8 @@ OTHERS = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safete
           "added_tokens.json", "special_tokens_map.json", "model.onnx", "onnx/model_quantized.onnx",
           "quantization.json", "kprune.json", "step_5_pytorch_model.bin", "last/pytorch_model.bin",
           "lr1e-05_batch16/pytorch_model.bin", "tensorboard/events.out.tfevents.1", "tf_model.h5",
-          "adapter_config.json", "training_state/step_0000000003.pt"]
+          "adapter_config.json", "training_args.bin", "modules.json",
+          "training_state/step_0000000003.pt"]
 
 
 def test_overwriting_leaves_nothing_that_a_reader_takes_for_ours_and_the_users_own(tmp_path):

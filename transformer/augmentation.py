@@ -163,6 +163,8 @@ def _vector_lines(path: Path, vocab_size: int) -> Iterator[tuple[int, bytes]]:
     found = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith((b"\x1f\x8b", b"PK", b"BZh")):
+                raise UserError(f"{path}: a packed file; expected word vectors as text: unpack it")
             line = line.rstrip(b" \r\n")
             header = number == 1 and re.fullmatch(rb"\d+ \d+", line)
             if header or line.startswith(UNKNOWN_VECTOR):

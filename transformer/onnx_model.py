@@ -446,4 +446,7 @@ class OnnxClassifier(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {name: tensor.cpu().numpy() for name, tensor in
                   zip(INPUTS, (input_ids, segments, mask), strict=True)}
-        return TaskOutput(torch.from_numpy(self.session.run([OUTPUT], inputs)[0]), [], [])
+        logits = self.session.run([OUTPUT], inputs)[0]
+        if not np.isfinite(logits).all():
+            raise UserError("the ONNX model's logits are not finite: it is damaged; do not use it")
+        return TaskOutput(torch.from_numpy(logits), [], [])

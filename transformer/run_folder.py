@@ -40,12 +40,14 @@ UNFINISHED = ".unfinished"  # the folder, or how it begins, of shards of an unfi
 # Weights of any origin, whole or in shards, and what is put beside them or in their place.
 WEIGHTS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model*.bin",
                     "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
-                    "adapter_config.json", "model*.onnx", "model*.onnx_data", "onnx")
+                    "rust_model.ot", "adapter_config.json", "adapter_model.*", "model*.onnx",
+                    "model*.onnx_data", "onnx", "openvino")
 # What a reader would take for a part of a model, or of the run that made it.
 MODEL_PATTERNS = (
     *WEIGHTS_PATTERNS, CONFIG_NAME, *TOKENIZER_FILES, "quantization.json", "kprune.json",
     ARGUMENTS_NAME, RESULTS_NAME, "eval_results.txt", "log.jsonl", EVENTS_FOLDER, STATE_FOLDER,
-    "last", "lr*_batch*")
+    "last", "lr*_batch*", "generation_config.json", "training_args.bin", "trainer_state.json",
+    "modules.json", "sentence_bert_config.json", "chat_template.jinja")
 # Flags that name what a training script reads.
 INPUT_ARGUMENTS = ("teacher_model", "student_model", "bert_model", "vocab_dir", "data_dir",
                    "pregenerated_data")

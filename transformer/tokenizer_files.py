@@ -24,7 +24,8 @@ CLASSES = ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrain
 ONLY = {
     "tokenizer_class": [*CLASSES, *(f"{name}Fast" for name in CLASSES), "TokenizersBackend"],
     "do_basic_tokenize": [True], "never_split": [[]], "truncation_side": ["right"],
-    "padding_side": ["right"], "truncation.direction": ["Right"], "padding.direction": ["Right"],
+    "split_special_tokens": [False], "padding_side": ["right"],
+    "truncation.direction": ["Right"], "padding.direction": ["Right"],
     "unk_token": [UNK], "sep_token": [SEP], "pad_token": [PAD], "cls_token": [CLS],
     "mask_token": [MASK],
     "model.type": ["WordPiece"], "model.unk_token": [UNK],
@@ -143,14 +144,21 @@ def _said(folder: Path, fast: dict[str, Any] | None) -> Iterator[tuple[Path, str
 def _settings(folder: Path, fast: dict[str, Any] | None) -> dict[str, bool]:
     """Return the settings that are obeyed, after all others were found to be BERT's."""
     settings: dict[str, bool] = {}
-    for file, name, value in _said(folder, fast):
+    said = [*_said(folder, fast)]
+    distil = any(name == "tokenizer_class" and "DistilBert" in str(value)
+                 for _, name, value in said)
+    for file, name, value in said:
         if isinstance(value, dict) and "content" in value:  # a token with its flags
             value = value["content"]
         if name in ONLY and value is not None and value not in ONLY[name]:
             raise UserError(f"{file}: {name} is {value!r}; expected {ONLY[name][0]!r}")
-        if name not in OBEYED or value is None:
+        if name == "model_input_names" and "token_type_ids" not in value and not distil:
+            raise UserError(f"{file}: {name} has no token_type_ids; expected a BERT's, which tell"
+                            " the two texts of a pair apart")
+        is_default = value is None and name == "strip_accents"  # as for its reader: by the case
+        if name not in OBEYED or (value is None and not is_default):
             continue
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and not is_default:
             raise UserError(f"{file}: {name} is {value!r}; expected true or false")
         if settings.setdefault(OBEYED[name], value) != value:
             raise UserError(f"{file}: {name} is {value}, and another file of the folder says the"
