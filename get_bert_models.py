@@ -148,7 +148,8 @@ def save_model(
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for teachers or tasks that are none."""
-    parse_teachers(args.teachers, args.tasks)
+    if not args.base_only:
+        parse_teachers(args.teachers, args.tasks)
 
 
 def main(args: argparse.Namespace) -> None:
