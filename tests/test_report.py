@@ -13,7 +13,6 @@ from helpers import make_rows, read_json
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
-from transformer.tables import text_table
 from transformer.tasks import get_task, write_tsv
 
 
@@ -309,11 +308,3 @@ def test_pictures_are_written(smaller, monkeypatch):
     smaller.report()
     assert all((smaller.results / name).read_bytes()[:4] == b"\x89PNG"
                for name in ("scores.png", "loss_curves.png", "tradeoff.png"))
-
-
-def test_a_table_for_the_terminal_keeps_within_80_columns():
-    rows = [["a student with quite a long name, labels only, copied layers", *["40.1/39.0"] * 7]]
-    lines = text_table(["dev", *(f"task-{i} spearmanr" for i in range(7))], rows).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert sum(line.count("40.1/39.0") for line in lines) == 7
-    assert all(f"task-{i}" in "\n".join(lines) for i in range(7))
