@@ -1,6 +1,9 @@
-"""Atomic files and folders, JSON, and archives made by hand."""
+"""Atomic files and folders, JSON, encodings, and archives made by hand."""
 
 import os
+import random
+import re
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from transformer.file_utils import (
     atomic_path,
     extract_zip,
     read_json,
+    text_lines,
     write_json,
     write_text,
 )
@@ -61,6 +65,79 @@ def test_read_json_names_the_file_that_is_not_json(tmp_path, content, complaint)
 def test_json_holds_a_path_that_the_locale_could_not_spell(tmp_path):
     write_json(tmp_path / "a.json", {"path": "\udce6 日本"})
     assert read_json(tmp_path / "a.json") == {"path": "\udce6 日本"}
+
+
+# ------------------------------------------------------------------ text in other encodings
+
+CHINESE = "1\t这家店的味道不错，送餐很快。\n0\t难吃，再也不来了……\n" * 40
+FRENCH = "Le café était fermé, hélas.\nCréée en été, naïve.\n" * 40
+
+
+def encoding_error(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(text_lines(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("text", "encoding", "name", "place"), [
+    (CHINESE, "gb18030", "looks like GB18030 .*这家店的味道", "line 1: byte 0xd5 at position 2"),
+    ("label,review\n" + CHINESE, "gb2312", "looks like GB18030", "line 2"),
+    (CHINESE, "utf-16", "is UTF-16", "line 1: byte 0xff at position 0"),
+    (CHINESE, "utf-32", "is UTF-32", "line 1"),
+    ("label\ttext\n1\tfine\n", "utf-16-le", "is UTF-16LE", "line 1: byte 0x00 at position 1"),
+    ("label\ttext\n1\tfine\n", "utf-16-be", "is UTF-16BE", "line 1: byte 0x00 at position 0"),
+    (FRENCH, "latin-1", "looks like WINDOWS-1252 .*café", "line 1: byte 0xe9 at position 6"),
+    ("It’s “good” – 5 €\n", "cp1252", "looks like WINDOWS-1252", "line 1"),
+])
+def test_text_in_another_encoding_is_named_with_the_command_that_converts_it(
+    tmp_path, text, encoding, name, place
+):
+    path = tmp_path / "my reviews.tsv"
+    message = encoding_error(path, text.encode(encoding))
+    pattern = f"^{path}, {place}.*; this {name}.*: (iconv -f [^ ]* -t utf-8 '{path}' > )NEW$"
+    match = re.match(pattern, message)
+    assert match, message
+    subprocess.run(f"{match[1]}{tmp_path}/new", shell=True, check=True)
+    assert (tmp_path / "new").read_text(encoding="utf-8") == text
+
+
+def test_a_line_in_another_encoding_than_the_others_is_shown_with_its_own_command(tmp_path):
+    line = "送餐很快，不错\n"
+    for before, after in [("好的\n" * 3, ""), ("", "好的\n"), ("好的\n", "好的\n")]:
+        path = tmp_path / "mix.txt"
+        content = before.encode() + line.encode("gb18030") + after.encode()
+        message = encoding_error(path, content)
+        assert "a mix of encodings: this line looks like GB18030 ('送餐很快，不错'): sed" in message
+        command = message.partition("): ")[2]
+        assert subprocess.check_output(command, shell=True, text=True) == line
+
+
+@pytest.mark.parametrize("content", [
+    "這家餐廳的味道不錯。\n".encode("big5") * 9, "この店は美味しいです。\n".encode("shift_jis") * 9,
+    "この店は美味しいです。\n".encode("euc-jp") * 9, "영화는 정말 좋아요.\n".encode("euc-kr") * 9,
+    "Очень хороший фильм.\n".encode("cp1251") * 9, "好的\n".encode() + b"\xe5\xa5\n",
+    bytes(range(256)), random.Random(0).randbytes(1000),
+], ids=["big5", "shift_jis", "euc_jp", "euc_kr", "cp1251", "damaged", "binary", "random"])
+def test_no_encoding_is_guessed_where_it_is_not_clear(tmp_path, content):
+    message = encoding_error(tmp_path / "file", content)
+    assert re.fullmatch(f"{tmp_path}/file, line \\d+: byte 0x.. at position \\d+; "
+                        "expected text in UTF-8", message)
+
+
+def test_text_with_a_mark_or_with_nul_characters_is_read_as_it_is(tmp_path):
+    (tmp_path / "file").write_bytes("\ufeff好\0\nb\n".encode())
+    assert list(text_lines(tmp_path / "file")) == [(1, "\ufeff好\0\n"), (2, "b\n")]
+
+
+def test_json_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "task.json").write_bytes('{"labels": ["差评", "好评"]}'.encode("gb18030"))
+    with pytest.raises(UserError, match="task.json: not valid JSON .*looks like GB18030"):
+        read_json(tmp_path / "task.json")
+
+
+# ------------------------------------------------------------------ archives
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:

@@ -14,11 +14,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import requests
 from filelock import FileLock
 from tqdm import tqdm
+
+from transformer.text_encoding import SAMPLE_BYTES, describe_bytes, guess_encoding
 
 log = logging.getLogger(__name__)
 
@@ -113,17 +115,32 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def text_lines(path: Path | str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its "\\n") of a file; a `UserError` where it is not UTF-8."""
+    """Yield (number from 1, line with its "\\n") of a file.
+
+    Bytes that are not UTF-8 are a `UserError` that says what they look like.
+    """
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {raw[error.start]:#04x} at position "
-                    f"{error.start}; expected text in UTF-8"
-                ) from error
+                raise UserError(_not_utf8(path, number, raw, error.start, file)) from error
+            if number == 1 and "\0" in line and guess_encoding(raw):  # UTF-16 without its mark
+                raise UserError(_not_utf8(path, number, raw, raw.index(0), file))
             yield number, line
+
+
+def _not_utf8(
+    path: Path | str, number: int, line: bytes, position: int, file: BinaryIO
+) -> str:
+    """Describe a line of `file`, which was read up to its end."""
+    rest, before = b"", b""
+    if file.seekable():
+        end = file.tell()
+        rest = file.read(SAMPLE_BYTES)
+        file.seek(0)
+        before = file.read(min(SAMPLE_BYTES, end - len(line)))
+    return describe_bytes(path, number, line, position, rest, before)
 
 
 def parse_json(text: str | bytes, place: str, expected: str = "a JSON object") -> dict[str, Any]:
@@ -132,7 +149,9 @@ def parse_json(text: str | bytes, place: str, expected: str = "a JSON object") -
         value = json.loads(text)
     # ValueError: also bytes that are no text, and numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}); expected {expected}") from error
+        encoding = guess_encoding(text) if isinstance(error, UnicodeDecodeError) else ""
+        hint = f"; this looks like {encoding.upper()}, not UTF-8" if encoding else ""
+        raise UserError(f"{place}: not valid JSON ({error}){hint}; expected {expected}") from error
     if not isinstance(value, dict):
         raise UserError(f"{place}: {type(value).__name__} as JSON; expected {expected}")
     return value
