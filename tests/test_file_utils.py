@@ -1,5 +1,7 @@
 """Atomic files and folders, JSON, encodings, and archives made by hand."""
 
+import bz2
+import gzip
 import os
 import random
 import re
@@ -129,6 +131,22 @@ def test_no_encoding_is_guessed_where_it_is_not_clear(tmp_path, content):
 def test_text_with_a_mark_or_with_nul_characters_is_read_as_it_is(tmp_path):
     (tmp_path / "file").write_bytes("\ufeff好\0\nb\n".encode())
     assert list(text_lines(tmp_path / "file")) == [(1, "\ufeff好\0\n"), (2, "b\n")]
+
+
+@pytest.mark.parametrize("module", [gzip, bz2])
+def test_compressed_text_is_read_whatever_its_name_and_a_damaged_file_is_named(tmp_path, module):
+    path, lines = tmp_path / "file", [(1, "好\n"), (2, "b")]
+    content = module.compress("好\nb".encode())
+    path.write_bytes(content)
+    assert list(text_lines(path)) == lines
+    packed = tmp_path / f"file.{module.__name__.removesuffix('ip')}"
+    for damaged in (content[:-9], content[:20] + bytes(20), b"no such file", b""):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{packed}: not a "):
+            list(text_lines(packed))
+    packed.write_bytes(module.compress(CHINESE.encode("gb18030")))
+    with pytest.raises(UserError, match=r"GB18030 .*: \w+ -dc .* \| iconv .* > NEW"):
+        list(text_lines(packed))
 
 
 def test_json_in_another_encoding_is_named(tmp_path):

@@ -1,16 +1,19 @@
 """File names, errors, atomic writing, downloads and copies to S3 that every script shares."""
 
 import argparse
+import bz2
+import gzip
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -39,6 +42,8 @@ MISSING_STATUSES = (401, 403, 404, 410)  # a store that does not list its files 
 LONGEST_WAIT_SECONDS = 60
 LOG_SECONDS = 30.0  # between two lines of progress where stderr is a file
 PART_SUFFIXES = (".part", ".part.json")  # an unfinished download; its URL and version
+# What opens a compressed file, by how it begins.
+PACKERS = {b"\x1f\x8b\x08": gzip.open, b"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open}
 
 
 class UserError(Exception):
@@ -114,12 +119,42 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+def _packer(file: BinaryIO) -> Callable[..., BinaryIO] | None:
+    start = file.peek(10)  # leaves them there, also in a pipe
+    return next((opener for magic, opener in PACKERS.items() if re.match(magic, start)), None)
+
+
+def is_packed(path: Path | str) -> bool:
+    """Say whether a file is compressed by gzip or bzip2, whatever its name."""
+    with Path(path).open("rb") as file:
+        return _packer(file) is not None
+
+
+@contextmanager
+def open_text(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, which are decompressed where they are gzip's or bzip2's.
+
+    Damaged compressed bytes, met on the way, are a `UserError`; so is an empty .gz or .bz2.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        opener = _packer(file)
+        if opener is None and path.suffix in (".gz", ".bz2"):
+            raise UserError(f"{path}: not a {path.suffix} file")
+        try:
+            yield opener(file) if opener else file
+        except (OSError, EOFError, zlib.error) as error:
+            if opener is None or getattr(error, "errno", None):
+                raise
+            raise UserError(f"{path}: not a whole {opener.__module__} file ({error})") from error
+
+
 def text_lines(path: Path | str) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its "\\n") of a file.
 
     Bytes that are not UTF-8 are a `UserError` that says what they look like.
     """
-    with Path(path).open("rb") as file:
+    with open_text(path) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8")
