@@ -12,13 +12,14 @@ Example:
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.batching import Batch, padded_collate, padding_multiple, shuffled_passes
 from transformer.distillation import no_teacher
-from transformer.evaluation import Selection, evaluate_splits
+from transformer.evaluation import Selection, evaluate_splits, warn_of_chance
 from transformer.features import load_features
 from transformer.file_utils import UserError
 from transformer.hub import fetch_model
@@ -173,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
         save_steps=args.save_steps, save_minutes=args.save_minutes,
         resume=folder.state == "resume")
 
-    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+    def evaluate(model: nn.Module) -> dict[str, dict[str, Any]]:
         return evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
 
     if run.step == 0:
@@ -183,8 +184,10 @@ def main(args: argparse.Namespace) -> None:
             run.report(evaluate)
 
     # Results
-    output.finish({"task": task.name, "before": output.selection.first["dev"],
+    selection = output.selection
+    output.finish({"task": task.name, "before": selection.first["dev"],
                    "rows": len(dev["dev"]), "train_rows": len(train_rows)})
+    warn_of_chance(task, selection.best, selection.per_class)
     run.finish()
 
 

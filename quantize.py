@@ -35,7 +35,7 @@ from transformer.checkpoint import (
     weights_path,
     weights_record,
 )
-from transformer.evaluation import evaluate, write_results
+from transformer.evaluation import by_split, evaluate_splits, warn_of_chance, write_results
 from transformer.features import Features, load_features
 from transformer.file_utils import (
     ONNX_NAME,
@@ -192,22 +192,21 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
     model = load_classifier(folder, task.num_labels, device)
     dtype = computed_in(args.method, device)
     freeze(model, dtype, device)
-    after = {split: evaluate(model, rows, task, device, args.eval_batch_size, dtype)
-             for split, rows in dev.items()}
-    metrics = {split: result["metrics"] for split, result in after.items()}
+    after = evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
+    metrics, per_class = by_split(after, "metrics"), by_split(after, "per_class")
     changed = {split: int((after[split]["predictions"] != before[split]["predictions"]).sum())
                for split in dev}
     write_results(folder, {
         "task": task.name, "split": "dev", "model": str(folder), "method": args.method,
         "format": args.format, "metrics": metrics["dev"], "all_metrics": metrics,
-        "before": {split: result["metrics"] for split, result in before.items()},
-        "rows": len(dev["dev"]),
+        "before": by_split(before, "metrics"), "per_class": per_class, "rows": len(dev["dev"]),
         **({} if task.is_regression else {"changed_predictions": changed}),
         "selection": "none: this checkpoint as it is",
     })
     for split, rows in dev.items():
         print(f"{task.name} {split} ({len(rows)} rows)  before {format_metrics(before[split])}"
               f"  after {format_metrics(after[split])}")
+    warn_of_chance(task, metrics, per_class)
     for split in dev:
         kinds = [len(np.unique(result[split]["predictions"])) for result in (before, after)]
         if kinds[1] == 1 < kinds[0]:
@@ -229,8 +228,7 @@ def main(args: argparse.Namespace) -> None:
         calibration = calibration_batches(train, args.calibration_rows, args.seed)
     if args.do_eval:
         dev = {split: load_rows(args, task, split, model, tokenizer) for split in task.dev_files}
-        before = {split: evaluate(model, rows, task, "cpu", args.eval_batch_size)
-                  for split, rows in dev.items()}
+        before = evaluate_splits(model, dev, task, "cpu", args.eval_batch_size)
 
     # The smaller model
     folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir, [source])

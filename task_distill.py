@@ -29,7 +29,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,10 @@ from transformer.distillation import (
 )
 from transformer.evaluation import (
     Selection,
+    by_split,
     evaluate_splits,
     predict_logits,
+    warn_of_chance,
     write_results,
 )
 from transformer.features import Features, load_features
@@ -295,7 +297,7 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
         save_steps=args.save_steps, save_minutes=args.save_minutes,
         resume=folder.state == "resume")
 
-    def evaluate(student: nn.Module) -> dict[str, dict[str, float]]:
+    def evaluate(student: nn.Module) -> dict[str, dict[str, Any]]:
         return evaluate_splits(student, shared.dev, shared.task, device, args.eval_batch_size,
                                shared.dtype)
 
@@ -313,6 +315,9 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
             output.save("last")
         output.finish({"task": shared.task.name, "rows": len(shared.dev["dev"]),
                        "train_rows": len(rows), "steps": total_steps})
+        if args.pred_distill:
+            selection = output.selection
+            warn_of_chance(shared.task, selection.best, selection.per_class)
     run.finish()
 
 
@@ -385,13 +390,16 @@ def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device
         save_arguments(output_dir, log_start(
             args, device, dtype, task=task.name, parameters=parameter_count(student)))
         freeze(student, dtype, device)
-        metrics = evaluate_splits(student, dev, task, device, args.eval_batch_size, dtype)
+        results = evaluate_splits(student, dev, task, device, args.eval_batch_size, dtype)
+        metrics, per_class = (by_split(results, name) for name in ("metrics", "per_class"))
         write_results(output_dir, {
             "task": task.name, "split": "dev", "model": source,
             "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
+            "per_class": per_class,
             "selection": "none: this checkpoint as it is",
         })
         logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), format_values(metrics))
+        warn_of_chance(task, metrics, per_class)
 
 
 def main(args: argparse.Namespace) -> None:

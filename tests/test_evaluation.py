@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 
 from transformer import evaluation
 from transformer.evaluation import (
+    Selection,
     compute_metrics,
     evaluate,
     majority_baseline,
+    warn_of_chance,
     write_results,
 )
 from transformer.features import Features
@@ -103,6 +106,22 @@ def test_every_task_reports_exactly_the_metrics_of_its_table_row(name):
     assert all(value == pytest.approx(1.0) for value in metrics.values())
 
 
+def test_macro_f1_is_the_mean_over_the_classes_that_occur_or_are_predicted():
+    task = replace(GLUE_TASKS["mnli"], labels=("a", "b", "c", "d"), metrics=("macro_f1", "acc"))
+    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 1])
+    # a: precision 1, recall 2/3; b: 2/4 and 1; c: never predicted; d: neither.
+    metrics = compute_metrics(task, one_hot(predicted, 4), gold)
+    assert metrics == pytest.approx({"macro_f1": (0.8 + 2 / 3 + 0) / 3, "acc": 4 / 6})
+
+
+@pytest.mark.parametrize("metrics", [("mcc", "acc"), ("acc", "mcc", "macro_f1"), ("macro_f1",)])
+def test_a_task_may_name_any_metrics_for_any_number_of_classes(metrics):
+    task = replace(GLUE_TASKS["cola"], labels=tuple(map(str, range(119))), metrics=metrics)
+    gold = np.arange(300) % 119
+    assert compute_metrics(task, one_hot(gold, 119), gold) == dict.fromkeys(metrics, 1.0)
+    assert Selection(task).metric == metrics[0]
+
+
 @pytest.mark.parametrize(
     ("task", "logits", "said"),
     [
@@ -132,6 +151,39 @@ def test_majority_baseline_is_the_share_of_the_most_common_class(caplog):
     assert majority_baseline("sst-2", labels) == {"acc": 0.75}
     assert majority_baseline("cola", labels) == {"mcc": 0.0}
     assert majority_baseline("mrpc", labels)["f1"] == pytest.approx(2 * 0.75 / 1.75)
+    assert majority_baseline("sts-b", ["2.5", "4"]) == {
+        "pearson": 0.0, "spearmanr": 0.0, "corr": 0.0}
+    own = replace(GLUE_TASKS["mnli"], labels=("\u597d\u8bc4", "1", "0"), metrics=("macro_f1",))
+    assert majority_baseline(own, labels) == {"macro_f1": pytest.approx(6 / 7 / 2)}
+    assert not caplog.records
+
+
+def counts(**rows):
+    return {label: {"rows": count, "predicted": 0, "correct": 0} for label, count in rows.items()}
+
+
+@pytest.mark.parametrize(("metrics", "rows", "said"), [
+    ({"acc": 0.6}, {"a": 6, "b": 4}, "acc 0.6000 on dev is no better than always predicting 'a',"
+     " the commonest of 2 classes (60.0 % of 10 rows): that gives 0.6000"),
+    ({"acc": 0.61}, {"a": 6, "b": 4}, ""),
+    ({"acc": 0.01}, {f"c{n}": 1 + (n == 7) for n in range(119)}, "'c7', the commonest of 119"),
+    ({"acc": 1.0}, {"a": 6, "b": 0}, ""),  # nothing to tell apart
+    ({"acc": float("nan")}, {"a": 6, "b": 4}, "acc nan"),
+])
+def test_a_final_score_that_the_commonest_class_reaches_is_said_loudly(
+        metrics, rows, said, caplog):
+    task = replace(GLUE_TASKS["mnli"], labels=tuple(rows))
+    warn_of_chance(task, {"dev": metrics}, {"dev": counts(**rows)})
+    assert (said in caplog.text) if said else not caplog.records
+
+
+def test_the_commonest_class_is_judged_by_the_metric_that_selects(caplog):
+    per_class = {"dev": counts(**{"0": 3, "1": 7})}
+    warn_of_chance(GLUE_TASKS["cola"], {"dev": {"mcc": 0.0}}, per_class)
+    assert "mcc 0.0000 on dev is no better than always predicting '1'" in caplog.text
+    caplog.clear()
+    warn_of_chance(GLUE_TASKS["cola"], {"dev": {"mcc": 0.1}}, per_class)
+    warn_of_chance(GLUE_TASKS["sts-b"], {"dev": {"corr": 0.0}}, {})
     assert not caplog.records
 
 
@@ -148,8 +200,13 @@ def test_results_come_in_the_order_of_the_rows_whatever_the_batch_size(rows, bat
     np.testing.assert_allclose(result["logits"], expected.numpy(), rtol=1e-4, atol=1e-5)
     assert result["predictions"].tolist() == expected.argmax(1).tolist()
     assert result["logits"].dtype == np.float32
-    accuracy = (expected.argmax(1) == torch.tensor(gold)).float().mean()
-    assert result["metrics"]["acc"] == pytest.approx(float(accuracy))
+    right = expected.argmax(1) == torch.tensor(gold)
+    assert result["metrics"]["acc"] == pytest.approx(float(right.float().mean()))
+    assert list(result["per_class"]) == ["contradiction", "entailment", "neutral"]
+    for number, counted in enumerate(result["per_class"].values()):
+        assert counted == {
+            "rows": gold.count(number), "predicted": int((expected.argmax(1) == number).sum()),
+            "correct": int(right[torch.tensor(gold) == number].sum())}
 
 
 def test_a_gpu_gets_widths_in_multiples_of_8_that_the_model_can_take(rows, monkeypatch):
@@ -167,6 +224,7 @@ def test_regression_is_judged_by_correlation(rows):
     result = evaluate(model, make_features(rows, (expected + 0.5).tolist(), ()), "sts-b", "cpu")
     assert result["metrics"]["corr"] == pytest.approx(1.0)
     np.testing.assert_allclose(result["predictions"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert result["per_class"] == {}
 
 
 def test_dropout_is_off_during_evaluation_and_the_model_is_not_touched(rows):
@@ -218,3 +276,23 @@ def test_result_files_hold_sorted_lines_and_the_whole_structure(tmp_path):
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == {
         **result, "best": {"acc": None, "step": 100}, "sweep": [{"acc": None}]}
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_counts_by_class_are_in_the_json_alone_and_not_where_there_are_none(tmp_path):
+    result = {"metrics": {"acc": 1.0}, "per_class": {"dev": counts(a=1, b=2)}}
+    write_results(tmp_path, result)
+    assert (tmp_path / "eval_results.txt").read_text() == "acc = 1.0\n"
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == result
+    write_results(tmp_path, {**result, "per_class": {}})
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"metrics": {"acc": 1.0}}
+
+
+def test_the_counts_of_a_selection_are_those_of_its_best_dev_evaluation():
+    def result(acc, rows):
+        return {split: {"metrics": {"acc": score}, "per_class": counts(a=rows)}
+                for split, score in (("dev", acc), ("dev_mm", 1.0))}
+
+    selection = Selection(GLUE_TASKS["mnli"])
+    assert [selection.update(result(*given)) for given in ((0.5, 1), (0.7, 2), (0.6, 3))] == [
+        True, True, False]
+    assert selection.results()["per_class"] == {"dev": counts(a=2), "dev_mm": counts(a=2)}

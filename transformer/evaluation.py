@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> boo
     return constant
 
 
-def _correlations(predicted: np.ndarray, gold: np.ndarray) -> dict[str, float]:
+def _correlations(
+    task: GlueTask, predicted: np.ndarray, gold: np.ndarray
+) -> dict[str, float]:
     """Pearson and Spearman correlation and their mean; 0 where one side does not vary."""
     from scipy.stats import pearsonr, spearmanr  # here: a second to load, for STS-B alone
 
@@ -45,23 +48,29 @@ def _correlations(predicted: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     elif not _warn_if_constant(predicted, gold, "one score only") and np.any(gold != gold[0]):
         pearson = float(pearsonr(predicted, gold)[0])
         spearman = float(spearmanr(predicted, gold)[0])
-    return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+    found = {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+    return {name: value for name, value in found.items() if name in task.metrics}
 
 
 def _classification_metrics(
     task: GlueTask, predicted: np.ndarray, gold: np.ndarray, labels_order: tuple[str, ...]
 ) -> dict[str, float]:
-    """Metrics of class numbers [rows] that count in `labels_order`."""
+    """Metrics of class numbers [rows] that count in `labels_order`.
+
+    The mean of `macro_f1` is over the classes that rows have or are predicted to have.
+    """
     from sklearn.metrics import f1_score, matthews_corrcoef  # here: a second to load
 
-    if task.metrics == ("mcc",):
-        return {"mcc": float(matthews_corrcoef(gold, predicted))}
-    accuracy = float(np.mean(predicted == gold))
-    if "f1" not in task.metrics:
-        return {"acc": accuracy}
-    positive = labels_order.index(POSITIVE)
-    f1 = float(f1_score(gold == positive, predicted == positive, zero_division=0.0))
-    return {"acc": accuracy, "f1": f1, "acc_and_f1": (accuracy + f1) / 2}
+    found = {"acc": float(np.mean(predicted == gold))}
+    if "f1" in task.metrics or "acc_and_f1" in task.metrics:
+        positive = labels_order.index(POSITIVE)
+        found["f1"] = float(f1_score(gold == positive, predicted == positive, zero_division=0.0))
+        found["acc_and_f1"] = (found["acc"] + found["f1"]) / 2
+    if "macro_f1" in task.metrics:
+        found["macro_f1"] = float(f1_score(gold, predicted, average="macro", zero_division=0.0))
+    if "mcc" in task.metrics:
+        found["mcc"] = float(matthews_corrcoef(gold, predicted))
+    return {name: value for name, value in found.items() if name in task.metrics}
 
 
 def compute_metrics(
@@ -81,7 +90,7 @@ def compute_metrics(
     if len(logits) != len(labels) or not len(labels):
         raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels")
     if task.is_regression:
-        return _correlations(logits.reshape(len(labels)).astype(np.float64), labels)
+        return _correlations(task, logits.reshape(len(labels)).astype(np.float64), labels)
     order = task.labels if labels_order is None else tuple(labels_order)
     predicted = logits.argmax(axis=1)
     _warn_if_constant(predicted, labels, f"one class only ({order[predicted[0]]!r})")
@@ -91,15 +100,45 @@ def compute_metrics(
 def majority_baseline(task: str | GlueTask, labels: Sequence[str]) -> dict[str, float]:
     """Compute the task's metrics of always predicting the most common class, as fractions of 1.
 
-    `labels` are those of the rows, as their file spells them. For STS-B all metrics are 0: those
-    of always predicting the same score.
+    `labels` are those of the rows, as their file spells them. For a regression all metrics are 0:
+    those of always predicting the same score.
     """
     task = get_task(task)
     if task.is_regression:
-        return dict.fromkeys(("pearson", "spearmanr", "corr"), 0.0)
+        return _correlations(task, np.zeros(1), np.zeros(1))
     gold = np.array([task.labels.index(label) for label in labels])
     predicted = np.full_like(gold, np.bincount(gold).argmax())
     return _classification_metrics(task, predicted, gold, task.labels)
+
+
+def count_classes(
+    predicted: np.ndarray, gold: np.ndarray, labels_order: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Count by class its rows, the rows that are predicted to be of it, and the right ones."""
+    counts = [np.bincount(numbers, minlength=len(labels_order)).tolist()
+              for numbers in (gold, predicted, gold[predicted == gold])]
+    return {label: {"rows": rows, "predicted": found, "correct": correct}
+            for label, rows, found, correct in zip(labels_order, *counts, strict=True)}
+
+
+def warn_of_chance(
+    task: GlueTask, metrics: Mapping[str, Mapping[str, float]],
+    per_class: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> None:
+    """Warn where a final score is no better than always predicting the commonest class.
+
+    `metrics` and `per_class` are by split; of rows that are all of one class nothing is said.
+    """
+    metric = task.metrics[0]
+    for split, classes in per_class.items():
+        labels = [label for label, counts in classes.items() for _ in range(counts["rows"])]
+        score, baseline = metrics[split][metric], majority_baseline(task, labels)[metric]
+        common, rows = Counter(labels).most_common(1)[0]
+        if rows < len(labels) and not score > baseline:
+            logger.warning(
+                "!!! %s %.4f on %s is no better than always predicting %r, the commonest of %d"
+                " classes (%.1f %% of %d rows): that gives %.4f. !!!", metric, score, split,
+                common, len(classes), 100 * rows / len(labels), len(labels), baseline)
 
 
 def predict_logits(
@@ -137,12 +176,14 @@ def predict_logits(
 
 def evaluate_splits(
     model: nn.Module, splits: Mapping[str, Features], *arguments: Any
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of each split (MNLI has two); `arguments` are those of `evaluate`."""
-    return {
-        split: evaluate(model, features, *arguments)["metrics"]
-        for split, features in splits.items()
-    }
+) -> dict[str, dict[str, Any]]:
+    """Return the result of `evaluate` on each split (MNLI has two dev sets)."""
+    return {split: evaluate(model, features, *arguments) for split, features in splits.items()}
+
+
+def by_split(results: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Return one value of each split that `evaluate_splits` returned, where it is not empty."""
+    return {split: result[name] for split, result in results.items() if result[name]}
 
 
 def evaluate(
@@ -155,17 +196,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a classifier on encoded rows, on a copy of it that computes in `dtype`.
 
-    Returns "metrics" (see `compute_metrics`), "logits" [rows, labels] float32 and "predictions"
-    [rows] (class numbers or scores), in the order of `features`.
+    Returns "metrics" (see `compute_metrics`), "per_class" (see `count_classes`; empty for a
+    regression), "logits" [rows, labels] float32 and "predictions" [rows] (class numbers or
+    scores), in the order of `features`.
     """
     task = get_task(task)
     if not len(features):
         raise UserError(f"no rows of {task.name} to evaluate; expected at least one")
     logits = predict_logits(model, features, device, batch_size, dtype)
-    metrics = compute_metrics(task, logits.numpy(), features.labels.numpy(), features.label_names)
-    logits = logits.numpy()
+    logits, gold = logits.numpy(), features.labels.numpy()
+    metrics = compute_metrics(task, logits, gold, features.label_names)
     predictions = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
-    return {"metrics": metrics, "logits": logits, "predictions": predictions}
+    per_class = {} if task.is_regression else count_classes(
+        predictions, gold, features.label_names)
+    return {"metrics": metrics, "per_class": per_class, "logits": logits,
+            "predictions": predictions}
 
 
 class Selection:
@@ -181,9 +226,11 @@ class Selection:
         self.first: dict[str, dict[str, float]] = {}
         self.best: dict[str, dict[str, float]] = {}
         self.last: dict[str, dict[str, float]] = {}
+        self.per_class: dict[str, dict[str, Any]] = {}  # counts of the best, by split
 
-    def update(self, metrics: dict[str, dict[str, float]]) -> bool:
-        """Note the metrics by split; returns whether those on "dev" are the best so far."""
+    def update(self, results: dict[str, dict[str, Any]]) -> bool:
+        """Note what `evaluate_splits` returned; says whether it is the best on "dev" so far."""
+        metrics = by_split(results, "metrics")
         self.count += 1
         self.first = self.first or metrics
         self.last = metrics
@@ -191,6 +238,7 @@ class Selection:
         if not score > self.best_score:
             return False
         self.best_score, self.best = score, metrics
+        self.per_class = by_split(results, "per_class")
         return True
 
     def results(self) -> dict[str, Any]:
@@ -201,6 +249,7 @@ class Selection:
             "all_metrics": self.best,
             "best": self.best["dev"],
             "last": self.last["dev"],
+            "per_class": self.per_class,
             "selection": f"best of {self.count} dev evaluations by {self.metric}",
         }
 
@@ -230,11 +279,14 @@ def write_results(output_dir: Path | str, result: Mapping[str, Any]) -> None:
     """Write a result as `eval_results.txt` and `eval_results.json`, each atomically.
 
     The text has one "key = value" line a value, sorted, as the original wrote it: metrics under
-    their own names, a loss as `eval_loss`, other nested values as "outer_inner". Of several
-    processes the first writes.
+    their own names, a loss as `eval_loss`, other nested values as "outer_inner". The counts of
+    "per_class" are in the JSON alone, and not where there are none. Of several processes the first
+    writes.
     """
     if not distributed.is_main():
         return
-    lines = [f"{key} = {value}\n" for key, value in sorted(dict(_flatten(result)).items())]
+    short = {key: value for key, value in result.items() if key != "per_class"}
+    result = result if result.get("per_class") else short
+    lines = [f"{key} = {value}\n" for key, value in sorted(dict(_flatten(short)).items())]
     write_text(Path(output_dir, "eval_results.txt"), "".join(lines))
     write_json(Path(output_dir, "eval_results.json"), _as_json(result))

@@ -26,7 +26,7 @@ from transformer.checkpoint import (
     save_training_state,
     save_weights,
 )
-from transformer.evaluation import Selection, write_results
+from transformer.evaluation import Selection, by_split, write_results
 from transformer.file_utils import UserError
 from transformer.run_folder import STATE_FOLDER, JsonLog, RunningMean, remove_training_states
 from transformer.runtime import Stopped, check_disk, format_values
@@ -55,15 +55,16 @@ class StudentOutput:
         self.log = JsonLog(self.folder / "log.jsonl", keep=True, tensorboard=self.tensorboard)
 
     def report(
-        self, progress: dict[str, Any], metrics: dict[str, dict[str, float]] | None, eta: str
+        self, progress: dict[str, Any], results: dict[str, dict[str, Any]] | None, eta: str
     ) -> None:
         """Log progress, mean losses and dev metrics, if any; save the best student so far."""
         steps, self.losses = self.means.count, self.means.read()
         record = {**progress, "steps": steps, "lr": self.trainer.optimizer.get_lr()[0],
                   **self.losses}
-        if metrics is not None:
+        if results is not None:
+            metrics = by_split(results, "metrics")
             record |= {"metrics": metrics["dev"], "all_metrics": metrics}
-            if self.selection.update(metrics):
+            if self.selection.update(results):
                 self.save()
         self.log.write(record)
         record.pop("all_metrics", None)
@@ -193,16 +194,19 @@ class TrainingRun:
         return self.step % self.report_every == 0 or self.step == self.total_steps
 
     def report(
-        self, evaluate: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None
+        self, evaluate: Callable[[nn.Module], dict[str, dict[str, Any]]] | None = None
     ) -> None:
-        """Log every student's losses and, with `evaluate`, its dev metrics by split."""
+        """Log every student's losses and, with `evaluate`, its dev metrics by split.
+
+        `evaluate` returns what `evaluate_splits` does.
+        """
         seconds = max(time.perf_counter() - self.report_began, 1e-9)
         progress = {"step": self.step, "epoch": self.epoch(),
                     "rows_per_second": round(self.rows / seconds, 1),
                     "waiting": round(self.waited / seconds, 4)}
         for output in self.outputs:
-            metrics = evaluate and evaluate(output.trainer.student)
-            output.report(progress, metrics, self.eta())
+            results = evaluate and evaluate(output.trainer.student)
+            output.report(progress, results, self.eta())
         # From here on, as the time that the report took does not count.
         self.rows, self.waited, self.report_began = 0, 0.0, time.perf_counter()
 

@@ -9,7 +9,7 @@ from evaluate.squad import evaluate_squad
 from torch import nn
 
 from dataset.squad import SQUAD_FILES, make_windows, read_squad, squad_path
-from transformer.evaluation import evaluate_splits
+from transformer.evaluation import by_split, evaluate_splits
 from transformer.features import Features, load_features
 from transformer.modeling import BertForQuestionAnswering, TinyBertForSequenceClassification
 from transformer.tasks import GlueTask, get_task, label_order
@@ -75,7 +75,8 @@ def _glue_data(
                                  cache=True)
             for split in ("train", *task.dev_files)}
     train = rows.pop("train")
-    return TaskData(train, lambda model: evaluate_splits(model, rows, task, device, EVAL_BATCH))
+    return TaskData(train, lambda model: by_split(
+        evaluate_splits(model, rows, task, device, EVAL_BATCH), "metrics"))
 
 
 def _squad_data(
