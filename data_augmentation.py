@@ -50,7 +50,8 @@ from transformer.runtime import (
     run_script,
 )
 from transformer.shards import Shard, ShardedFile, cut, fingerprint
-from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_path, task_rows, tsv_line
+from transformer.table_files import tsv_line
+from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_paths, task_rows
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")
@@ -231,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
     model_dir = fetch_model(args.pretrained_bert_model)
 
     # A new start, or where an earlier call was stopped
-    output, source = ShardedFile(output_file), split_path(task, data_dir, "train")
+    output, source = ShardedFile(output_file), split_paths(task, data_dir, "train")[0]
     check_not_input(output_file, [
         *(data_dir / name for split, name in task.files.items() if split != "aug"),
         Path(args.glove_embs), *model_dir.glob("*")])

@@ -31,7 +31,8 @@ from transformer.file_utils import (
     write_text,
 )
 from transformer.runtime import run_script
-from transformer.tasks import GLUE_TASKS, get_task, iterate_tsv
+from transformer.table_files import iterate_tsv
+from transformer.tasks import GLUE_TASKS, get_task
 
 logger = logging.getLogger(__name__)
 

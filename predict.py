@@ -38,7 +38,8 @@ from transformer.runtime import (
     resolve_precision,
     run_script,
 )
-from transformer.tasks import BYTE_ORDER_MARK, GLUE_TASKS, Example, GlueTask, get_task
+from transformer.table_files import BYTE_ORDER_MARK
+from transformer.tasks import GLUE_TASKS, Example, Task, get_task
 from transformer.tokenization import BertTokenizer, truncate_pair
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ def longest_input(folder: Path, config: BertConfig) -> int:
     return int(limit) if is_limit else config.max_position_embeddings
 
 
-def trained_task(config: BertConfig) -> GlueTask | None:
+def trained_task(config: BertConfig) -> Task | None:
     """Return the task that training, ours or Hugging Face's, noted; None for none or another."""
     try:
         return get_task(str(config.other.get("finetuning_task")))
@@ -261,7 +262,7 @@ def trained_task(config: BertConfig) -> GlueTask | None:
         return None
 
 
-def check_pairs(rows: list[Row], name: str, config: BertConfig, task: GlueTask | None) -> None:
+def check_pairs(rows: list[Row], name: str, config: BertConfig, task: Task | None) -> None:
     """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse."""
     why = ("has one type of segments" if config.type_vocab_size == 1 else
            f"was trained on {task.name}" if task is not None and task.text_b is None else "")

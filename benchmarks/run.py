@@ -35,8 +35,9 @@ from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
 from transformer.modeling import BertConfig, find_config
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import resolve_precision, run_script
+from transformer.table_files import read_tsv, write_tsv
 from transformer.tables import markdown_table
-from transformer.tasks import get_task, read_tsv, write_tsv
+from transformer.tasks import get_task
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from transformer.modeling import (  # noqa: E402
     TinyBertForSequenceClassification,
 )
 from transformer.runtime import run_script  # noqa: E402
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, write_tsv  # noqa: E402
+from transformer.table_files import write_tsv  # noqa: E402
+from transformer.tasks import GLUE_TASKS, GlueTask, get_task  # noqa: E402
 from transformer.tokenization import BertTokenizer  # noqa: E402
 
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))

@@ -14,7 +14,8 @@ from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
 from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
-from transformer.tasks import GLUE_TASKS, get_task, load_examples, read_tsv, write_tsv
+from transformer.table_files import read_tsv, write_tsv
+from transformer.tasks import GLUE_TASKS, get_task, load_examples
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
 
 WORD_LIST = """

@@ -16,7 +16,8 @@ from transformer.distillation import intermediate_losses
 from transformer.features import Features, encode_examples, load_features
 from transformer.file_utils import UserError
 from transformer.modeling import TinyBertForSequenceClassification
-from transformer.tasks import get_task, load_examples, read_tsv, write_tsv
+from transformer.table_files import read_tsv, write_tsv
+from transformer.tasks import get_task, load_examples
 from transformer.tokenization import BertTokenizer
 
 GLUE_DATA = SHARED / "data" / "glue_data"

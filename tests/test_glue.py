@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from transformer.batching import batches
 from transformer.features import encode_examples
 from transformer.file_utils import UserError
+from transformer.table_files import read_tsv, write_tsv
 from transformer.tasks import (
     GLUE_TASKS,
     Example,
     get_task,
     label_order,
     load_examples,
-    read_tsv,
     task_rows,
-    write_tsv,
 )
 from transformer.tokenization import BertTokenizer, truncate_pair
 

@@ -13,7 +13,8 @@ from helpers import make_rows, read_json
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
-from transformer.tasks import get_task, write_tsv
+from transformer.table_files import write_tsv
+from transformer.tasks import get_task
 
 
 class Run:

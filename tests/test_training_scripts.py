@@ -43,7 +43,7 @@ from transformer.checkpoint import load_state, load_training_state, read_tensors
 from transformer.file_utils import UserError, write_json
 from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForPreTraining
 from transformer.run_folder import JsonLog, flat_numbers
-from transformer.tasks import write_tsv
+from transformer.table_files import write_tsv
 
 MAY_DIFFER = ("args.json", "log.jsonl")  # from run to run
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

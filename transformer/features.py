@@ -14,7 +14,7 @@ import torch
 
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
-from transformer.tasks import Example, GlueTask, get_task, iterate_examples, split_path
+from transformer.tasks import Example, Task, get_task, iterate_examples, split_paths
 from transformer.tokenization import BertTokenizer, flat_indices, offsets_of, truncate_pair
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None
 
 
 def load_features(
-    task: str | GlueTask, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
+    task: str | Task, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
     max_seq_length: int, labels: Sequence[str], max_rows: int = 0, cache: bool = False,
 ) -> Features:
     """Read and encode one split, its first `max_rows` rows (0: all).
@@ -162,7 +162,7 @@ def load_features(
     """
     began = time.monotonic()
     task = get_task(task)
-    path = split_path(task, data_dir, split)
+    paths = split_paths(task, data_dir, split)
 
     def encode() -> Features:
         examples = iterate_examples(task, data_dir, split, max_rows or None)
@@ -171,13 +171,13 @@ def load_features(
     if not cache:
         return encode()
     # The name tells all that the features depend on, the rows' bytes and the vocabulary included.
-    content = (task, file_sha256(path), list(tokenizer.vocab), tokenizer.settings,
-               max_seq_length, list(labels), max_rows)
+    content = (task, [file_sha256(path) for path in paths], list(tokenizer.vocab),
+               tokenizer.settings, max_seq_length, list(labels), max_rows)
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
     with distributed.main_first():
         features = cached(file, encode, tokenizer)
-    logger.info("%s: %d rows in %.1f s", path, len(features), time.monotonic() - began)
+    logger.info("%s: %d rows in %.1f s", paths[0], len(features), time.monotonic() - began)
     return features
 
 

@@ -1,31 +1,39 @@
-"""GLUE: the table of tasks, TSV reading and writing, rows, and the order of a model's labels."""
+"""Classification and regression tasks: what their files look like, their rows, their labels."""
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from transformer.file_utils import UserError, atomic_path, text_lines
+from transformer.file_utils import UserError
+from transformer.table_files import CSV, JSON, TSV, format_of, iterate_table, names_columns
 
 logger = logging.getLogger(__name__)
-
-BYTE_ORDER_MARK = "\ufeff"
 
 
 # ------------------------------------------------------------------ the tasks, one row each
 
 
 @dataclass(frozen=True)
-class GlueTask:
-    """What one GLUE task's files look like and how its models are judged.
+class Task:
+    """What one task's files look like and how its models are judged.
 
-    `labels` stand in the order of the original's classifiers and are empty for regression.
-    `columns` names the columns of files without a header and is empty where the file names them.
-    `metrics` starts with the one that selects the best model. `max_seq_length` and
-    `intermediate_epochs` are the paper's, `augmentation_n` the original code's.
+    `labels` stand in the order of the original's classifiers and are empty for regression, whose
+    scores lie in `range`. `columns` names the columns of files without a header and is empty where
+    the file names them. `splits` names the file of each split, or a pattern of several files.
+    `metrics` starts with the one that selects the best model; its F1 is that of the label
+    `positive`. `max_seq_length` and `intermediate_epochs` are the paper's, `augmentation_n` the
+    original code's. `aliases` are (other spelling, label).
+
+    `dev_share` of the training rows, chosen by a hash of their texts, serve as the dev set, and
+    `test_share` as the test set; `train_split` "train" or "transfer" takes half of the others.
+    Rows of `skip_labels` are passed over. Rows of a `ragged` file hold a text, perhaps another,
+    whatever else, and the label.
     """
 
     name: str
@@ -36,17 +44,21 @@ class GlueTask:
     label: str
     metrics: tuple[str, ...] = ("acc",)
     columns: tuple[str, ...] = ()
-    dev_files: Mapping[str, str] = field(default_factory=lambda: {"dev": "dev.tsv"})
-    aliases: tuple[str, ...] = ()
+    splits: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train.tsv", "dev": "dev.tsv"}, hash=False)
+    aliases: tuple[tuple[str, str], ...] = ()
+    positive: str = ""
+    range: tuple[float, float] = (0.0, 5.0)
     max_seq_length: int = 128
     intermediate_epochs: int = 20
     augmentation_n: int = 30
     skip_short_rows: bool = False
-
-    @property
-    def has_header(self) -> bool:
-        """Whether the first line of the task's files names the columns."""
-        return not self.columns
+    skip_labels: tuple[str, ...] = ()
+    ragged: bool = False
+    dev_share: float = 0.0
+    test_share: float = 0.0
+    train_split: str = ""
+    is_glue: bool = False
 
     @property
     def is_regression(self) -> bool:
@@ -60,136 +72,106 @@ class GlueTask:
 
     @property
     def files(self) -> dict[str, str]:
-        """The file of each split, by the split's name."""
-        return {"train": "train.tsv", **self.dev_files, "aug": "train_aug.tsv"}
+        """The file of each split, by the split's name, the augmented training rows among them."""
+        train = PurePosixPath(self.splits["train"])
+        part = f"_{self.train_split}" if self.train_split else ""
+        aug = train.with_name(f"{train.stem}{part}_aug{train.suffix}")
+        if "*" in str(train) or format_of(train) not in (TSV, CSV, JSON):
+            aug = PurePosixPath(f"train{part}_aug.jsonl")
+        return {**self.splits, "aug": str(aug)}
 
+    @property
+    def dev_files(self) -> dict[str, str]:
+        """The files of the splits on which a training run is measured; MNLI has two."""
+        return {split: file for split, file in self.splits.items() if split.startswith("dev")}
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """The label of every spelling that the files may hold."""
+        return {**dict(self.aliases), **{label: label for label in self.labels}}
+
+
+GlueTask = Task
 
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 PAIR_METRICS = ("acc", "f1", "acc_and_f1")
 
-# `aliases` are the names that Hugging Face's checkpoints give to the same labels, same order.
+
+def _glue(name: str, folder: str, labels: tuple[str, ...], *columns: str | None,
+          hub_names: tuple[str, ...] = (), **settings: object) -> Task:
+    """Describe a task of GLUE; `hub_names` are those that Hugging Face gives to its labels."""
+    aliases = tuple(zip(hub_names, labels, strict=bool(hub_names)))
+    return Task(name, folder, labels, *columns, aliases=aliases, is_glue=True, **settings)
+
+
 _TASKS = (
-    GlueTask(
-        "cola", "CoLA", BINARY, "sentence", None, "label", ("mcc",),
+    _glue(
+        "cola", "CoLA", BINARY, "sentence", None, "label", metrics=("mcc",),
         columns=("source", "label", "star", "sentence"),
-        aliases=("unacceptable", "acceptable"), max_seq_length=64, intermediate_epochs=50,
+        hub_names=("unacceptable", "acceptable"), max_seq_length=64, intermediate_epochs=50,
     ),
-    GlueTask(
+    _glue(
         "sst-2", "SST-2", BINARY, "sentence", None, "label",
-        aliases=("negative", "positive"), max_seq_length=64, augmentation_n=20,
+        hub_names=("negative", "positive"), max_seq_length=64, augmentation_n=20,
     ),
-    GlueTask(
-        "mrpc", "MRPC", BINARY, "#1 String", "#2 String", "Quality", PAIR_METRICS,
-        aliases=("not_equivalent", "equivalent"),
+    _glue(
+        "mrpc", "MRPC", BINARY, "#1 String", "#2 String", "Quality", metrics=PAIR_METRICS,
+        positive="1", hub_names=("not_equivalent", "equivalent"),
     ),
-    GlueTask(
+    _glue(
         "sts-b", "STS-B", (), "sentence1", "sentence2", "score",
-        ("corr", "pearson", "spearmanr"),
+        metrics=("corr", "pearson", "spearmanr"),
     ),
     # Three rows of the published training file are cut in two by a line break in a question;
     # the original skipped them as well.
-    GlueTask(
-        "qqp", "QQP", BINARY, "question1", "question2", "is_duplicate", PAIR_METRICS,
-        aliases=("not_duplicate", "duplicate"), intermediate_epochs=10, augmentation_n=10,
-        skip_short_rows=True,
+    _glue(
+        "qqp", "QQP", BINARY, "question1", "question2", "is_duplicate", metrics=PAIR_METRICS,
+        positive="1", hub_names=("not_duplicate", "duplicate"), intermediate_epochs=10,
+        augmentation_n=10, skip_short_rows=True,
     ),
-    GlueTask(
+    _glue(
         "mnli", "MNLI", ("contradiction", "entailment", "neutral"),
         "sentence1", "sentence2", "gold_label",
-        dev_files={"dev": "dev_matched.tsv", "dev_mm": "dev_mismatched.tsv"},
+        splits={"train": "train.tsv", "dev": "dev_matched.tsv", "dev_mm": "dev_mismatched.tsv"},
         intermediate_epochs=10, augmentation_n=10,
     ),
-    GlueTask(
+    _glue(
         "qnli", "QNLI", ENTAILMENT, "question", "sentence", "label",
         intermediate_epochs=10, augmentation_n=20,
     ),
-    GlueTask("rte", "RTE", ENTAILMENT, "sentence1", "sentence2", "label"),
-    GlueTask(
+    _glue("rte", "RTE", ENTAILMENT, "sentence1", "sentence2", "label"),
+    _glue(
         "wnli", "WNLI", BINARY, "sentence1", "sentence2", "label",
-        aliases=("not_entailment", "entailment"),
+        hub_names=("not_entailment", "entailment"),
     ),
 )
-GLUE_TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
+GLUE_TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
-def get_task(name: str | GlueTask) -> GlueTask:
-    """Find a task by name; case, "-" and "_" do not matter ("SST-2", "sst2", "STS_B").
+def plain_name(text: str) -> str:
+    """Return a task's name without what does not matter in it: case, "-" and "_"."""
+    return text.strip().lower().replace("-", "").replace("_", "")
+
+
+def get_task(name: str | Task) -> Task:
+    """Find a task of GLUE by name, in any spelling ("SST-2", "sst2", "STS_B").
 
     An unknown name is a `UserError` that lists the tasks.
     """
-    if isinstance(name, GlueTask):
+    if isinstance(name, Task):
         return name
-
-    def plain(text: str) -> str:
-        return text.strip().lower().replace("-", "").replace("_", "")
-
     for task in _TASKS:
-        if plain(task.name) == plain(name):
+        if plain_name(task.name) == plain_name(name):
             return task
     raise UserError(f"unknown task {name!r}; expected one of {', '.join(GLUE_TASKS)}")
-
-
-# ------------------------------------------------------------------ tab-separated files
-
-
-def iterate_tsv(path: Path | str) -> Iterator[tuple[int, list[str]]]:
-    r"""Yield (line number from 1, cells) of a tab-separated UTF-8 file.
-
-    The dialect is GLUE's: quotes mean nothing, only "\n" ends a line (a sentence may hold any
-    other separator of Unicode), "\r"s before it are dropped, so is a byte-order mark at the
-    start. A missing file, or bytes that are not UTF-8, is a `UserError`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected tab-separated text")
-    for number, line in text_lines(path):
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        yield number, line.removesuffix("\n").rstrip("\r").split("\t")
-
-
-def read_tsv(path: Path | str) -> list[list[str]]:
-    """Read a whole tab-separated file in the dialect of `iterate_tsv`: the cells of each line."""
-    return [cells for _, cells in iterate_tsv(path)]
-
-
-def tsv_line(row: Sequence[str], path: Path | str, number: int) -> str:
-    """Return the line of a row; one that the dialect cannot express is a `UserError`.
-
-    `path` and `number`, which counts rows from 1, are the file's and the row's in the message.
-    """
-    line = "\t".join(row)
-    expressible = (
-        len(row) > 0
-        and line.count("\t") == len(row) - 1
-        and "\n" not in line
-        and not line.endswith("\r")
-        and not (number == 1 and line.startswith(BYTE_ORDER_MARK))
-    )
-    if not expressible:
-        raise UserError(
-            f"{path}, row {number}: {list(row)!r} cannot be written; "
-            "expected cells without tab, line break or byte-order mark"
-        )
-    return line + "\n"
-
-
-def write_tsv(path: Path | str, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows that `read_tsv` reads back unchanged; the file appears when all are written.
-
-    A row that the dialect cannot express (a tab or line break inside a cell) is a `UserError`.
-    """
-    with atomic_path(path) as temporary, temporary.open(
-            "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(tsv_line(row, path, number) for number, row in enumerate(rows, start=1))
 
 
 # ------------------------------------------------------------------ rows of a task
 
 
 class Example(NamedTuple):
-    """One row of a task: one sentence or two, and the label as it is written in the file."""
+    """One row of a task: one sentence or two, and the label as the task names it."""
 
     guid: str
     text_a: str
@@ -200,7 +182,8 @@ class Example(NamedTuple):
 class TaskRows(NamedTuple):
     """All cells of a training file, for writing it again with other sentences.
 
-    `header` is None where the file has none; `text_a` and `text_b` are column numbers from 0.
+    `header` names the columns; None where the file has none. `text_a` and `text_b` are column
+    numbers from 0.
     """
 
     header: list[str] | None
@@ -216,37 +199,61 @@ class _Columns(NamedTuple):
     label: int
 
 
-def split_path(task: str | GlueTask, data_dir: Path | str, split: str) -> Path:
-    """Find the file of a split in the task's own folder.
+RAGGED_COLUMNS = ("text_a", "text_b", "label")  # to which such a row is brought
 
-    Where it is missing, the `UserError` says what the folder holds, and which folder was
+
+def split_paths(task: str | Task, data_dir: Path | str, split: str) -> list[Path]:
+    """Find the files of a split in the task's own folder, or beside the one file that it is.
+
+    Where they are missing, the `UserError` says what the folder holds, and which folder was
     probably meant when `data_dir` is the one above.
     """
     task, data_dir = get_task(task), Path(data_dir)
-    if split not in task.files:
-        raise UserError(f"unknown split {split!r} of {task.name}; expected {', '.join(task.files)}")
-    path = data_dir / task.files[split]
-    if path.is_file():
-        return path
+    name = task.files.get(split)
+    if name is None:
+        hint = " (--dev_share 0.1 sets a tenth of train aside)" if split == "dev" else ""
+        raise UserError(f"{data_dir}: unknown split {split!r} of {task.name}; expected"
+                        f" {', '.join(task.files)}{hint}")
+    folder = data_dir.parent if data_dir.is_file() else data_dir
+    if "*" not in name and (folder / name).is_file():
+        return [folder / name]
+    if "*" in name and (paths := sorted(path for path in folder.glob(name) if path.is_file())):
+        return paths
     if not data_dir.is_dir():
         found = "a file" if data_dir.exists() else "no such folder"
-        raise UserError(f"{data_dir}: {found}; expected the folder with {path.name} of {task.name}")
-    names = sorted(entry.name for entry in data_dir.iterdir() if not entry.name.startswith("."))
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    message = f"{path}: no such file; the folder " + (f"holds {shown}" if names else "is empty")
-    folder = next((name for name in names if name.lower() == task.folder.lower()), None)
-    if folder and (data_dir / folder).is_dir():
-        message += f"; did you mean {data_dir / folder}?"
+        raise UserError(f"{data_dir}: {found}; expected the folder with {name} of {task.name}")
+    message = f"{data_dir / name}: no such file; {folder_content(data_dir)}"
+    meant = next((entry for entry in data_dir.iterdir()
+                  if entry.is_dir() and entry.name.lower() == task.folder.lower()), None)
+    if meant:
+        message += f"; did you mean {meant}?"
     elif split == "aug":
         message += "; data_augmentation.py writes it"
     raise UserError(message)
 
 
-def _find_columns(task: GlueTask, path: Path) -> _Columns:
+def folder_content(folder: Path) -> str:
+    """Say for a message what a folder holds."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return "the folder " + (f"holds {shown}" if names else "is empty")
+
+
+def _has_header(task: Task, path: Path) -> bool:
+    """Say whether the first row of a file names its columns."""
+    return names_columns(_format(task, path)) or not (task.columns or task.ragged)
+
+
+def _format(task: Task, path: Path) -> str:
+    patterns = [file for file in task.splits.values() if "*" in file and path.match(file)]
+    return format_of(patterns[0] if patterns else path)
+
+
+def find_columns(task: Task, path: Path) -> _Columns:
     """Find the task's columns by name, in the file's header where it has one."""
-    names = list(task.columns)
-    if task.has_header:
-        _, names = next(iterate_tsv(path), (0, []))
+    names = list(RAGGED_COLUMNS if task.ragged else task.columns)
+    if _has_header(task, path):
+        _, names = next(iterate_table(path, _format(task, path)), (0, []))
         if not names:
             raise UserError(f"{path}: an empty file; expected a header and rows of {task.name}")
     wanted = [name for name in (task.text_a, task.text_b, task.label) if name is not None]
@@ -260,28 +267,38 @@ def _find_columns(task: GlueTask, path: Path) -> _Columns:
     return _Columns(len(names), names.index(task.text_a), text_b, names.index(task.label))
 
 
-def _check_label(task: GlueTask, label: str) -> str | None:
+def _check_label(task: Task, label: str) -> str | None:
     """Say what was expected instead of `label`, or None when it is fine."""
     if not task.is_regression:
-        return None if label in task.labels else f"one of {', '.join(task.labels)}"
+        return None if label in task.spellings else f"one of {', '.join(task.labels)}"
+    low, high = task.range
+    bounds = f"from {low:g} to {high:g}"
     try:
-        return None if 0.0 <= float(label) <= 5.0 else "a score from 0 to 5"
+        return None if low <= float(label) <= high else f"a score {bounds}"
     except ValueError:
-        return "a score, a number from 0 to 5"
+        return f"a score, a number {bounds}"
 
 
-def _iterate_rows(task: GlueTask, path: Path, columns: _Columns) -> Iterator[tuple[int, list[str]]]:
+def iterate_cells(
+    task: Task, path: Path, columns: _Columns, check_labels: bool = True
+) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) of every row after the header, each checked.
 
-    Blank lines are passed over. A row with too few columns is an error, except for QQP, where
-    such rows are skipped and counted in a warning.
+    Blank lines and rows of `skip_labels` are passed over. A row with too few columns is an error,
+    except for QQP, where such rows are skipped and counted in a warning. Rows with too many and
+    texts that are empty are errors, but in GLUE's own files.
     """
-    read = skipped = wide = 0
-    for number, cells in iterate_tsv(path):
-        if cells == [""] or (number == 1 and task.has_header):
+    form, has_header = _format(task, path), _has_header(task, path)
+    known = set(task.spellings) if check_labels and not task.is_regression else set()
+    read = skipped = wide = unlabelled = 0
+    rows = iterate_table(path, form)
+    if has_header:
+        next(rows)
+    for number, cells in _even_rows(rows, path) if task.ragged else rows:
+        if cells == [""]:
             continue
         # The first line of a file without header may be a header that somebody added.
-        hint = "" if task.has_header or number > 1 else f"; {task.name} files have no header"
+        hint = "" if has_header or number > 1 else f"; {task.name} files have no header"
         if len(cells) < columns.width:
             if not task.skip_short_rows:
                 raise UserError(
@@ -290,22 +307,59 @@ def _iterate_rows(task: GlueTask, path: Path, columns: _Columns) -> Iterator[tup
                 )
             skipped += 1
             continue
-        expected = _check_label(task, cells[columns.label])
-        if expected:
+        label = cells[columns.label]
+        if label in task.skip_labels:
+            unlabelled += 1
+            continue
+        if check_labels and label not in known and (expected := _check_label(task, label)):
             raise UserError(
-                f"{path}, line {number}: label {cells[columns.label][:40]!r}; "
-                f"expected {expected}{hint}"
-            )
+                f"{path}, line {number}: label {label[:40]!r}; expected {expected}{hint}")
         wide += len(cells) > columns.width
+        if not task.is_glue:
+            _check_own_row(task, path, number, cells, columns)
         read += 1
         yield number, cells
     if skipped:
         logger.warning("%s: skipped %d rows with too few columns", path, skipped)
+    if unlabelled:
+        logger.info("%s: passed over %d rows with the label %s", path, unlabelled,
+                    " or ".join(map(repr, task.skip_labels)))
     if wide:
         logger.warning("%s: %d rows have more than %d columns", path, wide, columns.width)
     if not read:
-        what = "no rows after the header" if task.has_header else "an empty file"
+        what = "no rows after the header" if has_header else "an empty file"
         raise UserError(f"{path}: {what}; expected rows of {task.name}")
+
+
+def _check_own_row(task: Task, path: Path, number: int, cells: Sequence[str],
+                   columns: _Columns) -> None:
+    """Raise a `UserError` for a row of a user's own file that is probably a mistake."""
+    where = f"{path}, line {number}"
+    if len(cells) > columns.width:
+        raise UserError(f"{where}: {len(cells)} columns in {_shorten(cells)}; expected"
+                        f" {columns.width}")
+    for column, name in ((columns.text_a, task.text_a), (columns.text_b, task.text_b)):
+        if column is not None and not cells[column].strip() and not task.ragged:
+            raise UserError(f"{where}: {name!r} is empty; expected a text")
+
+
+def _even_rows(rows: Iterator[tuple[int, list[str]]],
+               path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Bring rows of a text, perhaps another, whatever else, and a class number to three cells.
+
+    As in Lisennlp/TinyBert, from where the layout comes, other rows are passed over; here with a
+    warning.
+    """
+    dropped = []
+    for number, cells in rows:
+        *texts, label = "\t".join(cells).strip().split("\t")
+        if texts and label.strip().removeprefix("-").isdecimal():
+            yield number, [texts[0], texts[1] if len(texts) > 1 else "", label.strip()]
+        elif "".join(cells).strip():
+            dropped.append(number)
+    if dropped:
+        logger.warning("%s: passed over %d lines that do not end in a class number, the first is"
+                       " line %d", path, len(dropped), dropped[0])
 
 
 def _shorten(cells: Sequence[str]) -> str:
@@ -313,23 +367,74 @@ def _shorten(cells: Sequence[str]) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+def row_share(text_a: str, text_b: str | None) -> float:
+    """Return a number from 0 to 1 that depends on the texts alone, evenly spread."""
+    text = f"{text_a}\t{text_b or ''}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest()) / 2**64
+
+
+def _in_split(task: Task, split: str) -> Callable[[str, str | None], bool] | None:
+    """Return the rule by which rows of train belong to a split; None: all of the file's rows.
+
+    With `dev_share` 0.1, "train" and "transfer" are the 45 % and 45 % of Vooblin/distillation,
+    where the teacher and the student learn from different rows.
+    """
+    dev, kept = task.dev_share, task.dev_share + task.test_share
+    middle = (1 + kept) / 2
+    begin, end = {
+        "dev": (0.0, dev), "test": (dev, kept),
+        "train": {"": (kept, 1.0), "train": (kept, middle), "transfer": (middle, 1.0)}[
+            task.train_split]}.get(split, (0.0, 1.0))
+    if begin == end or end - begin == 1:  # a file of its own, or all of train
+        return None
+    return lambda text_a, text_b: begin <= row_share(text_a, text_b) < end
+
+
+def _split_rows(task: Task, data_dir: Path | str, split: str,
+                check_labels: bool = True) -> Iterator[tuple[int, list[str], _Columns]]:
+    """Yield (line number, cells, columns) of the rows of a split."""
+    belongs = _in_split(task, split)
+    count = 0
+    for path in split_paths(task, data_dir, split):
+        columns = find_columns(task, path)
+        for number, cells in iterate_cells(task, path, columns, check_labels):
+            if belongs is None or belongs(cells[columns.text_a], _text_b(task, cells, columns)):
+                count += 1
+                yield number, cells, columns
+    if not count:
+        raise UserError(f"{data_dir}: no row of train falls to {split!r} by its share; expected"
+                        " more rows or larger shares")
+
+
+def _text_b(task: Task, cells: Sequence[str], columns: _Columns) -> str | None:
+    if columns.text_b is None:
+        return None
+    return cells[columns.text_b] or (None if task.ragged else "")
+
+
+def count_labels(task: Task, data_dir: Path | str, split: str) -> Counter[str]:
+    """Count the labels of a split as its files spell them, whatever they are."""
+    rows = _split_rows(task, data_dir, split, check_labels=False)
+    return Counter(cells[columns.label] for _, cells, columns in rows)
+
+
 def iterate_examples(
-    task: str | GlueTask, data_dir: Path | str, split: str, max_rows: int | None = None
+    task: str | Task, data_dir: Path | str, split: str, max_rows: int | None = None
 ) -> Iterator[Example]:
     """Yield the rows that `load_examples` lists, one at a time."""
     task = get_task(task)
-    path = split_path(task, data_dir, split)
-    columns = _find_columns(task, path)
-    for number, cells in islice(_iterate_rows(task, path, columns), max_rows):
-        text_b = None if columns.text_b is None else cells[columns.text_b]
-        label = sys.intern(cells[columns.label])
+    spellings = task.spellings
+    for number, cells, columns in islice(_split_rows(task, data_dir, split), max_rows):
+        label = cells[columns.label]
+        label = sys.intern(label) if task.is_regression else spellings[label]
+        text_b = _text_b(task, cells, columns)
         yield Example(f"{split}-{number}", cells[columns.text_a], text_b, label)
 
 
 def load_examples(
-    task: str | GlueTask, data_dir: Path | str, split: str, max_rows: int | None = None
+    task: str | Task, data_dir: Path | str, split: str, max_rows: int | None = None
 ) -> list[Example]:
-    """Read one split ("train", "dev", "aug"; MNLI also "dev_mm") from the task's own folder.
+    """Read one split ("train", "dev", "aug"; MNLI also "dev_mm", own tasks "test").
 
     `max_rows` reads only the first rows. Whatever is wrong with the file is a `UserError` that
     names file, line and value and what was expected there.
@@ -337,22 +442,33 @@ def load_examples(
     return list(iterate_examples(task, data_dir, split, max_rows))
 
 
-def task_rows(task: str | GlueTask, data_dir: Path | str, split: str = "train") -> TaskRows:
+def task_rows(task: str | Task, data_dir: Path | str, split: str = "train") -> TaskRows:
     """Read all cells of a split, checked as by `load_examples` (see `TaskRows`)."""
     task = get_task(task)
-    path = split_path(task, data_dir, split)
-    columns = _find_columns(task, path)
-    header = next(iterate_tsv(path))[1] if task.has_header else None
-    rows = [cells for _, cells in _iterate_rows(task, path, columns)]
+    paths = split_paths(task, data_dir, split)
+    columns = find_columns(task, paths[0])
+    header = None
+    if _has_header(task, paths[0]):
+        header = next(iterate_table(paths[0], _format(task, paths[0])))[1]
+    rows = []
+    for _, cells, own_columns in _split_rows(task, data_dir, split):
+        if own_columns != columns:
+            raise UserError(f"{data_dir}: the columns of {paths[0].name} and of the other files of"
+                            f" {split} differ; expected the same")
+        rows.append(cells)
     return TaskRows(header, rows, columns.text_a, columns.text_b)
 
 
-def _plain_label(name: object) -> str:
+# ------------------------------------------------------------------ the labels of a checkpoint
+
+
+def plain_label(name: object) -> str:
+    """Return a label's name without what spellings differ in: case, "-" and spaces."""
     return str(name).strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def label_order(
-    task: str | GlueTask, config_id2label: Mapping[int | str, str] | None
+    task: str | Task, config_id2label: Mapping[int | str, str] | None
 ) -> tuple[str, ...]:
     """Give the task's labels in the order of a checkpoint's outputs, matched by name.
 
@@ -364,20 +480,23 @@ def label_order(
     if task.is_regression or not config_id2label:
         return task.labels
     places = sorted(config_id2label, key=int)  # JSON turns the numbers into strings
-    names = [_plain_label(config_id2label[place]) for place in places]
-    meaning = dict(zip(task.aliases, task.labels, strict=False))
-    meaning.update({label: label for label in task.labels})
-    order = tuple(meaning.get(name, "") for name in names)
+    names = [str(config_id2label[place]) for place in places]
+    meaning = {plain_label(name): label for name, label in task.spellings.items()}
+    order = tuple(task.spellings.get(name) or meaning.get(plain_label(name), "") for name in names)
     if sorted(order) == sorted(task.labels):
         return order
-    if all(name in (f"label_{place}", str(place)) for place, name in enumerate(names)):
-        if task.num_labels > 2:
+    nameless = all(
+        plain_label(name) in (f"label_{place}", str(place)) for place, name in enumerate(names))
+    if nameless and (task.is_glue or len(names) == task.num_labels):
+        numbered = task.labels == tuple(map(str, range(task.num_labels)))
+        if not numbered and (task.num_labels > 2 or not task.is_glue):
             # Published MNLI models disagree in their order, so a wrong guess is likely enough.
             logger.warning(
                 "the checkpoint does not name its labels; taking the order %s", task.labels
             )
         return task.labels
+    others = [name for name, _ in task.aliases]
     raise UserError(
         f"the checkpoint's labels {list(config_id2label.values())} do not fit task {task.name}; "
-        f"expected {list(task.labels)}" + (f" or {list(task.aliases)}" if task.aliases else "")
+        f"expected {list(task.labels)}" + (f" or {others}" if others else "")
     )

@@ -1,0 +1,574 @@
+"""Tasks of a user's own: described by a `task.json`, or by what the files of a folder show."""
+
+import argparse
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformer.file_utils import CONFIG_NAME, UserError, read_json, write_json
+from transformer.table_files import CSV, FORMATS, TSV, format_of, iterate_table, names_columns
+from transformer.tasks import (
+    GLUE_TASKS,
+    Task,
+    count_labels,
+    folder_content,
+    get_task,
+    plain_label,
+    plain_name,
+    split_paths,
+)
+
+logger = logging.getLogger(__name__)
+
+TASK_NAME = "task.json"
+SPLIT_STEMS = {"train": ("train", "training"), "dev": ("dev", "valid", "validation", "val", "eval"),
+               "test": ("test",)}
+MNLI_STEMS = {"train": ("train",), "dev": ("validation_matched", "dev_matched"),
+              "dev_mm": ("validation_mismatched", "dev_mismatched")}
+FILE_PATTERNS = ("{}-*-of-*.parquet", "{}/*.arrow", "{}/*.parquet", "{}/*/*.txt")
+HUB_NUMBERS = {"mnli": ("entailment", "neutral", "contradiction")}  # others: in GLUE's order
+
+# The columns that are found by name, in any case.
+LABEL_COLUMNS = ("label", "labels", "class", "score", "gold_label", "category", "intent",
+                 "sentiment", "target", "stars")
+TEXT_COLUMNS = ("sentence", "text", "text_a", "content", "review", "query", "question")
+PAIR_COLUMNS = (("sentence1", "sentence2"), ("text_a", "text_b"), ("question1", "question2"),
+                ("premise", "hypothesis"), ("text", "text_pair"), ("text1", "text2"),
+                ("question", "sentence"))
+
+KNOWN_COLUMNS = {*LABEL_COLUMNS, *TEXT_COLUMNS, *(name for pair in PAIR_COLUMNS for name in pair)}
+
+CLASS_DEFAULT, SCORE_DEFAULT = ("acc", "macro_f1"), ("pearson", "spearmanr")
+CLASS_METRICS = ("acc", "f1", "acc_and_f1", "macro_f1", "mcc")
+SCORE_METRICS = ("pearson", "spearmanr", "corr")
+
+# The keys of a task.json and what their values have to be.
+LIST, OBJECT, TEXT, SHARE = "a list of texts", "an object of texts", "a text", "a share below 1"
+KEYS = {
+    "name": TEXT, "files": OBJECT, "text_a": TEXT, "text_b": "a text or null", "label": TEXT,
+    "labels": LIST, "metrics": LIST, "columns": LIST, "aliases": OBJECT, "positive": TEXT,
+    "range": "two numbers, the smaller one first", "max_seq_length": "a number above 2",
+    "intermediate_epochs": "a number above 0", "augmentation_n": "a number above 0",
+    "skip_labels": LIST, "dev_share": SHARE, "test_share": SHARE,
+    "train_split": "train or transfer", "ragged": "true or false",
+}
+COUNTS = ("max_seq_length", "intermediate_epochs", "augmentation_n")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the flags that say which task's rows a script reads (see `find_task`)."""
+    add = parser.add_argument
+    add("--data_dir", required=required, default=None,
+        help="folder of the task's files, or one file: TSV, CSV, JSON lines, Parquet")
+    add("--task_name", default=None,
+        help=f"one of {', '.join(GLUE_TASKS)}, in any case; or a task.json; without it, what"
+             " data_dir is called, describes or shows")
+    add("--dev_share", type=float, default=0.0,
+        help="share of the training rows, by a hash of their texts, that serve as the dev set")
+    add("--test_share", type=float, default=0.0, help="as --dev_share, for the test set")
+    add("--train_split", choices=["train", "transfer"], default=None,
+        help="one half of the training rows: for a teacher and a student that learn from different"
+             " ones")
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """Find the task that the flags of `add_data_arguments` name."""
+    return find_task(args.task_name, args.data_dir, args.dev_share, args.test_share,
+                     args.train_split or "")
+
+
+def find_task(task_name: str | Task | None, data_dir: Path | str | None = None,
+              dev_share: float = 0.0, test_share: float = 0.0, train_split: str = "") -> Task:
+    """Find a task of GLUE by its name or its folder's; else one of the user's own.
+
+    That is described by the `task.json` that is named or lies in `data_dir`, and where it says
+    nothing by what the files show, in one line of the log.
+
+    Raises:
+        UserError: nothing certain is found, or the rows do not fit what is described. All rows of
+            an own task are read for that.
+    """
+    if isinstance(task_name, Task):
+        return task_name
+    parts = {"dev_share": dev_share, "test_share": test_share, "train_split": train_split}
+    given = {name: value for name, value in parts.items() if value}
+    task = _glue_task(task_name, data_dir)
+    if task is not None:
+        return _with_parts(task, **given)
+    settings = _read_settings(task_name, data_dir) | given
+    return _describe(settings, Path(data_dir))
+
+
+def save_task(task: Task, folder: Path | str) -> None:
+    """Write an own task beside a model that was trained on it; GLUE's need no description."""
+    if not task.is_glue:
+        write_json(Path(folder, TASK_NAME), task_record(task))
+
+
+def stored_task(model_dir: Path | str) -> Task | None:
+    """Return the task that a model was trained on, where its folder says so."""
+    if (path := Path(model_dir, TASK_NAME)).is_file():
+        settings = _checked(read_json(path), path)
+        missing = {"files", "text_a", "label", "labels"} - {*settings}
+        if missing:
+            raise UserError(f"{path}: no {sorted(missing)[0]!r}; expected what training wrote")
+        return _build(settings)
+    path = Path(model_dir, CONFIG_NAME)
+    name = read_json(path).get("finetuning_task") if path.is_file() else None
+    try:
+        return get_task(str(name))
+    except UserError:
+        return None
+
+
+def task_record(task: Task) -> dict[str, Any]:
+    """Return what a task.json says of a task."""
+    record = {key: getattr(task, key) for key in KEYS if key not in ("files", "aliases", "range")}
+    record |= {"files": dict(task.splits), "aliases": dict(task.aliases)}
+    if task.is_regression and math.isfinite(sum(task.range)):
+        record["range"] = list(task.range)
+    empty = {item.name: item.default for item in fields(Task)} | {"aliases": {}}
+    return {key: list(record[key]) if isinstance(record[key], tuple) else record[key]
+            for key in KEYS if key in record and (
+                key in ("labels", "text_b", "metrics") or record[key] != empty.get(key))}
+
+
+# ------------------------------------------------------------------ GLUE
+
+
+def _glue_task(task_name: str | None, data_dir: Path | str | None) -> Task | None:
+    """Return the task of GLUE that is meant, as its files lie there; None for an own one."""
+    folder = None if data_dir is None else Path(data_dir)
+    if task_name is None and folder is not None and not (folder / TASK_NAME).is_file():
+        task_name = folder.resolve().name
+        if plain_name(task_name) not in map(plain_name, GLUE_TASKS):
+            return None
+    try:
+        task = get_task(task_name or "")
+    except UserError as error:
+        is_folders = folder is not None and plain_name(folder.resolve().name) in map(
+            plain_name, GLUE_TASKS)
+        named = str(task_name or "").endswith(".json")
+        if folder is None or not folder.exists() or (is_folders and task_name and not named):
+            if folder is None or task_name:
+                raise error
+            raise UserError(f"--data_dir {folder}: no such folder; expected a task's") from error
+        return None
+    if folder is None or not folder.is_dir() or (folder / task.splits["train"]).is_file():
+        return task
+    return _hub_layout(task, folder)
+
+
+def _hub_layout(task: Task, folder: Path) -> Task:
+    """Describe a folder in which Hugging Face's `datasets` has written a task of GLUE.
+
+    Their class numbers follow an order of their own, and -1 stands for no label.
+    """
+    files = find_files(folder, MNLI_STEMS if task.name == "mnli" else SPLIT_STEMS)
+    files.pop("test", None)  # without labels
+    if "train" not in files:
+        return task  # split_paths says what is missing
+    names = column_names(next(iter(split_paths(replace(task, splits=files), folder, "train"))),
+                         files["train"])
+    columns = {"text_a": task.text_a, "text_b": task.text_b, "label": task.label}
+    if not {task.text_a, task.label} <= {*names}:
+        found = known_columns(names)
+        if found is None:
+            raise UserError(f"{folder}: columns {names}; expected those of {task.name}")
+        columns = found._asdict()
+    if task.text_b and task.text_b in names and task.text_a in names:  # QNLI's: also known alone
+        columns |= {"text_a": task.text_a, "text_b": task.text_b}
+    numbers = tuple((str(number), label) for number, label in enumerate(
+        HUB_NUMBERS.get(task.name, task.labels)))
+    return replace(task, **columns, columns=(), splits=files, skip_labels=("-1",),
+                   aliases=(*task.aliases, *numbers))
+
+
+def _with_parts(task: Task, dev_share: float = 0.0, test_share: float = 0.0,
+                train_split: str = "") -> Task:
+    """Have shares of the training rows serve as the dev and test sets.
+
+    Where they do, a dev file becomes the test set, unless there is one.
+    """
+    if not (dev_share >= 0 and test_share >= 0 and dev_share + test_share < 1):
+        raise UserError(f"task {task.name}: a dev share of {dev_share:g} and a test share of"
+                        f" {test_share:g}; expected shares that leave rows to train on")
+    splits = dict(task.splits)
+    if dev_share:
+        others = [splits.pop(split) for split in [*splits] if split.startswith("dev")]
+        others = [file for file in others if file != splits["train"]]
+        if others and "test" not in splits and not test_share:
+            splits["test"] = others[0]
+            logger.info("%s: %g of the training rows are the dev set, and %s is the test set",
+                        task.name, dev_share, others[0])
+        splits["dev"] = splits["train"]
+    if test_share:
+        splits["test"] = splits["train"]
+    return replace(task, splits=splits, dev_share=dev_share, test_share=test_share,
+                   train_split=train_split)
+
+
+# ------------------------------------------------------------------ task.json
+
+
+def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any]:
+    """Return what a task.json says, and the name."""
+    folder = Path(data_dir)
+    path = folder.parent / TASK_NAME if folder.is_file() else folder / TASK_NAME
+    if task_name is not None and task_name.endswith(".json"):
+        path, task_name = Path(task_name), None
+        if not path.is_file():
+            raise UserError(f"--task_name {path}: no such file; expected a description of a task")
+    settings = _checked(read_json(path), path) if path.is_file() else {}
+    if task_name is not None and plain_name(settings.get("name", task_name)) != plain_name(
+            task_name):
+        raise UserError(f"--task_name {task_name}: {path} describes {settings['name']!r}")
+    stem = folder.resolve().stem if folder.is_file() else folder.resolve().name
+    name = settings.setdefault("name", task_name or re.sub(r"[^\w.-]+", "_", stem))
+    if plain_name(name) in map(plain_name, GLUE_TASKS):
+        raise UserError(f"{path}: the name {name!r} is that of a task of GLUE; expected another")
+    return settings
+
+
+def _checked(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values of a task.json; a `UserError` for a wrong one, or an unknown key."""
+    for key, value in settings.items():
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key {key!r}; expected some of {', '.join(KEYS)}")
+        if not _is_valid(key, value):
+            raise UserError(f"{path}: {key!r} is {json.dumps(value, ensure_ascii=False)[:60]};"
+                            f" expected {KEYS[key]}")
+    if not re.fullmatch(r"[\w][\w.-]*", settings.get("name", "own")):
+        raise UserError(f"{path}: 'name' is {settings['name']!r}; expected letters, digits, _ . -")
+    return dict(settings)
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    """Say whether a value is what `KEYS` expects."""
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_cell(value: Any) -> bool:
+        return isinstance(value, str) or is_number(value)
+
+    kind = KEYS[key]
+    if kind == LIST:
+        return isinstance(value, list) and all(map(is_cell, value))
+    if kind == OBJECT:
+        return isinstance(value, dict) and all(map(is_cell, value.values()))
+    if key == "range":
+        return (isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+                and value[0] < value[1])
+    if kind == SHARE:
+        return is_number(value) and 0 <= value < 1
+    if key == "ragged":
+        return isinstance(value, bool)
+    if key in COUNTS:
+        return is_number(value) and value == int(value) > (2 if key == "max_seq_length" else 0)
+    if key == "train_split":
+        return value in ("train", "transfer")
+    return isinstance(value, str) or (value is None and key == "text_b")
+
+
+def _build(settings: Mapping[str, Any], **more: Any) -> Task:
+    """Make the task of a complete description.
+
+    Raises:
+        UserError: a metric that is none or does not fit, files of splits that are none, a positive
+            label that is not among the labels.
+    """
+    values = {**settings, **more}
+    labels = tuple(map(str, values["labels"]))
+    metrics = tuple(values.get("metrics") or (CLASS_DEFAULT if labels else SCORE_DEFAULT))
+    known = CLASS_METRICS if labels else SCORE_METRICS
+    if unknown := [metric for metric in metrics if metric not in known]:
+        raise UserError(f"task {values['name']}: the metric {unknown[0]!r}; expected some of"
+                        f" {', '.join(known)}")
+    positive = values.get("positive") or ("1" if "1" in labels else "")
+    wanted = {"f1", "acc_and_f1"} & {*metrics}
+    if labels and (positive not in ("", *labels) or (wanted and not positive)):
+        raise UserError(f"task {values['name']}: F1 is of the label 'positive', which is"
+                        f" {positive!r}; expected one of {', '.join(labels[:12])}")
+    splits = dict(values["files"])
+    if wrong := [split for split in splits if split not in ("train", "test")
+                 and not split.startswith("dev")]:
+        raise UserError(f"task {values['name']}: files of {wrong[0]!r}; expected train, dev, test")
+    if "train" not in splits:
+        raise UserError(f"task {values['name']}: no file of train; found {splits}")
+    aliases = tuple((str(name), str(label)) for name, label in values.get("aliases", {}).items())
+    if foreign := [label for _, label in aliases if label not in labels]:
+        raise UserError(f"task {values['name']}: an alias of {foreign[0]!r}; expected one of"
+                        f" {', '.join(labels[:12])}")
+    counts = {key: values[key] for key in COUNTS if key in values}
+    task = Task(
+        values["name"], values["name"], labels, values["text_a"], values.get("text_b"),
+        values["label"], metrics, tuple(map(str, values.get("columns", ()))), splits, aliases,
+        positive, tuple(map(float, values.get("range", (-math.inf, math.inf)))),
+        **{"augmentation_n": 20, **counts},
+        skip_labels=tuple(map(str, values.get("skip_labels", ()))),
+        ragged=values.get("ragged", False))
+    parts = ("dev_share", "test_share", "train_split")
+    return _with_parts(task, **{name: values[name] for name in parts if name in values})
+
+
+# ------------------------------------------------------------------ what the files show
+
+
+def find_files(folder: Path, stems: Mapping[str, Sequence[str]] = SPLIT_STEMS) -> dict[str, str]:
+    """Find the file, or the pattern of files, of each split in a folder; or the file itself.
+
+    Without a file of train, the only table of the folder is it.
+    """
+    if folder.is_file():
+        return {"train": folder.name}
+    found: dict[str, str] = {}
+    for split, names in stems.items():
+        patterns = [*(f"{stem}{suffix}" for stem in names for suffix in FORMATS),
+                    *(pattern.format(stem) for stem in names for pattern in FILE_PATTERNS)]
+        there = [name for name in patterns if next(folder.glob(name), None)]
+        if len(there) > 1:
+            raise UserError(f"{folder}: both {there[0]} and {there[1]} are files of {split};"
+                            f' expected one, or a {TASK_NAME} with "files": {{"{split}": ...}}')
+        if there:
+            found[split] = there[0]
+    if "train" not in found and stems is SPLIT_STEMS:
+        tables = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in FORMATS
+                        and path.is_file() and not _is_other_file(path, found))
+        if len(tables) != 1:
+            raise UserError(f"{folder}: no train file; expected train.tsv, train.csv,"
+                            f" train.jsonl or train.parquet; {folder_content(folder)}")
+        found = {"train": tables[0], **found}
+    return found
+
+
+def _is_other_file(path: Path, found: Mapping[str, str]) -> bool:
+    """Say whether a file is not the one table of a folder: another split, ours, a note."""
+    return (path.name in found.values() or path.stem.endswith("_aug") or path.name.startswith(".")
+            or path.name in (TASK_NAME, "dataset_info.json", "dataset_infos.json",
+                             "dataset_dict.json", "state.json")
+            or path.stem.lower() in ("readme", "license", "requirements", "labels", "classes"))
+
+
+def column_names(path: Path, pattern: str) -> list[str]:
+    """Return the cells of a file's first row, which may be names."""
+    return next(iterate_table(path, format_of(pattern)), (0, []))[1]
+
+
+class Columns(NamedTuple):
+    """The names of a file's columns; `label` is None for texts alone."""
+
+    text_a: str
+    text_b: str | None
+    label: str | None
+
+
+def known_columns(names: Sequence[str], has_label: bool = True) -> Columns | None:
+    """Return which of the columns are the text, the second text and the label, by their names.
+
+    Of a text and a label one that is known tells the other. None where no column is known.
+
+    Args:
+        names: of all columns; case does not matter.
+        has_label: False for rows that may have no label.
+
+    Raises:
+        UserError: several would do, or one is missing.
+    """
+    by_name = {name.strip().lower(): name for name in reversed(names)}
+    labels = [by_name[name] for name in LABEL_COLUMNS if name in by_name]
+    pairs = [pair for pair in PAIR_COLUMNS if {*pair} <= {*by_name}]
+    paired = {name for pair in pairs for name in pair}
+    singles = [by_name[name] for name in TEXT_COLUMNS if name in by_name and name not in paired]
+    if not (labels or pairs or singles):
+        return None
+    if has_label and len(names) == 2 and len(labels) + len(singles) == 1:
+        other = next(name for name in names if name not in labels + singles)
+        labels, singles = labels or [other], singles or [other]
+    if len(labels) == 1 or not (labels or has_label):
+        label = labels[0] if labels else None
+        if len(pairs) == 1 and not singles:
+            return Columns(*(by_name[name] for name in pairs[0]), label)
+        if len(singles) == 1 and not pairs:
+            return Columns(singles[0], None, label)
+    texts = [*(by_name[name] for name in sorted(paired)), *singles]
+    raise UserError(f"columns {[name[:40] for name in names[:12]]}: which are the texts"
+                    f" ({', '.join(texts) or 'none known'}) and the label"
+                    f" ({', '.join(labels) or 'none known'}) is not certain")
+
+
+def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
+    """Complete a description by what the files show; check all rows, and say what was found."""
+    settings.setdefault("files", find_files(data_dir))
+    settings = {**_find_layout(settings, data_dir), **settings}
+    task = _build({**settings, "metrics": (), "positive": "", "aliases": {}}, labels=())
+    splits = [*task.splits]
+    if "test" in splits and not (task.test_share or _has_labels(task, data_dir)):
+        logger.info("%s: the file of test has no labels", data_dir)
+        splits.remove("test")
+        settings["files"] = {
+            split: file for split, file in settings["files"].items() if split != "test"}
+    counts = {split: count_labels(task, data_dir, split) for split in splits}
+    spelled = {str(name): str(label) for name, label in settings.get("aliases", {}).items()}
+    for counter in counts.values():
+        for label in [label for label in counter if label in spelled]:
+            counter[spelled[label]] += counter.pop(label)
+    if "labels" not in settings:
+        settings["labels"] = [] if "range" in settings else _infer_labels(
+            counts["train"], settings, data_dir)
+    task = _build(settings)
+    if not task.is_regression:
+        _check_labels(task, counts, settings, data_dir)
+    if "test" in splits and not {*task.labels} & {*counts["test"]} and not task.is_regression:
+        splits.remove("test")
+        task = replace(task, splits={
+            split: file for split, file in task.splits.items() if split != "test"})
+        logger.info("%s: the file of test has no labels of the task", data_dir)
+    _log_task(task, data_dir, {split: counts[split] for split in splits})
+    return task
+
+
+def _find_layout(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Any]:
+    """Return what the first rows of train show of the columns."""
+    if {"text_a", "label"} <= {*settings} or settings.get("ragged"):
+        ragged = {"text_a": "text_a", "text_b": "text_b", "label": "label"}
+        return ragged if settings.get("ragged") else {}
+    files = settings["files"]
+    if (files["train"], files.get("dev")) == ("train.txt", "eval.txt"):
+        return {"ragged": True, "text_a": "text_a", "text_b": "text_b", "label": "label"}
+    probe = Task(settings["name"], settings["name"], (), "", None, "", splits=files)
+    path = split_paths(probe, data_dir, "train")[0]
+    form = format_of(files["train"])
+    rows = [cells for _, cells in islice(iterate_table(path, form), 50)]
+    if not rows:
+        raise UserError(f"{path}: an empty file; expected rows of a text and a label")
+    if settings.get("columns"):
+        rows = [[*map(str, settings["columns"])]]
+    elif form == "texts":
+        return {"text_a": "text", "label": "folder"}
+    try:
+        found = known_columns(rows[0])
+    except UserError as error:
+        raise _refusal(f"{path}: {error}.", settings, data_dir, **_guess(rows[0])) from error
+    if found is not None:
+        return found._asdict()
+    if settings.get("columns") or names_columns(form):
+        raise _refusal(f"{path}: columns {rows[0][:12]}; which are the texts and the label?",
+                       settings, data_dir, **_guess(rows[0]))
+    return _without_header(rows, path, settings, data_dir)
+
+
+def _guess(cells: Sequence[str]) -> dict[str, str]:
+    """Return columns for a task.json that a user may change: a known label, or the last."""
+    labels = [cell for cell in cells if cell.strip().lower() in LABEL_COLUMNS]
+    texts = [cell for cell in cells if cell.strip().lower() in TEXT_COLUMNS]
+    label = labels[0] if labels else cells[-1]
+    return {"text_a": (texts or [cell for cell in cells if cell != label] or ["..."])[0],
+            "label": label}
+
+
+def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping[str, Any],
+                    data_dir: Path) -> dict[str, Any]:
+    """Return the columns of a file whose first line names none: one text or two, the label last."""
+    first = rows[0]
+    names = {2: ["text", "label"], 3: ["text_a", "text_b", "label"]}.get(len(first))
+    shown = [cell[:40] for cell in first[:12]]
+    if names is None:
+        raise _refusal(f"{path}, line 1: {len(first)} columns {shown}; expected a header with known"
+                       " names, or without one a text, perhaps another, and a label.", settings,
+                       data_dir, **_guess(first))
+    later = {row[-1] for row in rows[1:] if len(row) == len(first)}
+    digits = [sum(row[column].strip().isdecimal() for row in rows if len(row) == len(first))
+              for column in range(len(first) - 1)]
+    if (not first[-1].replace(".", "").isdecimal() and all(
+            label.replace(".", "").isdecimal() for label in later) and later) or (
+            2 * max(digits) > len(rows)):
+        raise _refusal(f"{path}, line 1: {shown}; is it a header, and which columns are the texts"
+                       " and the label?", settings, data_dir, **_guess(first))
+    return {"columns": names, "text_a": names[0], "text_b": names[1] if len(names) == 3 else None,
+            "label": "label"}
+
+
+def _has_labels(task: Task, data_dir: Path) -> bool:
+    """Say whether the test file has the column of the labels."""
+    path = split_paths(task, data_dir, "test")[0]
+    names = column_names(path, task.splits["test"])
+    if task.columns and format_of(task.splits["test"]) in (TSV, CSV):
+        return len(names) >= len(task.columns)
+    return task.ragged or task.label in names
+
+
+def _infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Path) -> list[str]:
+    """Return the labels of the training rows: numbers by value, else in the alphabet's order.
+
+    Raises:
+        UserError: they look like scores, like texts, or are all the same.
+    """
+    labels, rows = [*counts], counts.total()
+    try:
+        numbers = {label: float(label) for label in labels}
+    except ValueError:
+        numbers = {}
+    if any(not number.is_integer() for number in numbers.values() if math.isfinite(number)):
+        raise _refusal(f"{data_dir}: the labels are numbers such as {_shown(labels)}; are they"
+                       " scores?", settings, data_dir, labels=[],
+                       range=[min(numbers.values()), max(numbers.values())])
+    if len(labels) >= 5 and 2 * len(labels) > rows:
+        raise _refusal(f"{data_dir}: {len(labels)} different labels in {rows} rows, such as"
+                       f" {_shown(labels)}; is {settings['label']!r} the label?", settings,
+                       data_dir, label="...")
+    return sorted(labels, key=numbers.get) if numbers else sorted(labels)
+
+
+def _check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mapping[str, Any],
+                  data_dir: Path) -> None:
+    """Raise a `UserError` for labels that the rows lack, or that only some files have."""
+    if len(task.labels) == 1:
+        raise UserError(f"{data_dir}: all rows have the label {task.labels[0]!r}; expected two or"
+                        " more")
+    plain = Counter(map(plain_label, task.labels))
+    if alike := [label for label in task.labels if plain[plain_label(label)] > 1]:
+        raise _refusal(f"{data_dir}: the labels {', '.join(map(repr, alike[:4]))} differ in case or"
+                       " spaces only; expected one spelling, or aliases.", settings, data_dir,
+                       aliases={alike[0]: alike[1]})
+    anywhere = counts["train"] + counts.get("dev", Counter())
+    if lacking := [label for label in task.labels if not anywhere[label]]:
+        raise UserError(f"{data_dir}: no row of train has the label {lacking[0]!r}; expected rows"
+                        f" of each of {_shown(task.labels)}; found {_shown([*counts['train']])}")
+    for split, counter in counts.items():
+        new = [label for label in counter if label not in task.labels]
+        if split == "test" and len(new) == len(counter):
+            continue  # without labels
+        if new:
+            raise UserError(f"{data_dir}: the label {new[0]!r} is in {split} ({counter[new[0]]}"
+                            f" rows) but not in train, which has {_shown(task.labels)}")
+
+
+def _refusal(message: str, settings: Mapping[str, Any], data_dir: Path, **more: Any) -> UserError:
+    """Return an error that ends with the task.json that would answer it."""
+    folder = data_dir.parent if data_dir.is_file() else data_dir
+    ready = json.dumps({**settings, **more}, ensure_ascii=False)
+    return UserError(f"{message} Say it in {folder / TASK_NAME}: {ready}")
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """Return some labels for a message."""
+    return ", ".join(repr(label[:30]) for label in labels[:8]) + ", ..." * (len(labels) > 8)
+
+
+def _log_task(task: Task, data_dir: Path, counts: Mapping[str, Counter[str]]) -> None:
+    """Say in one line how the files were understood."""
+    texts = " and ".join(repr(name) for name in (task.text_a, task.text_b) if name is not None)
+    rows = ", ".join(f"{counter.total()} {split}" for split, counter in counts.items())
+    train = counts["train"]
+    kind = f"scores of {task.label!r}" if task.is_regression else (
+        f"{task.num_labels} labels of {task.label!r}: " + ", ".join(
+            f"{label} ({train[label]})" for label in task.labels[:8])
+        + (", ..." if task.num_labels > 8 else ""))
+    logger.info("%s: task %s: texts %s; %s; rows: %s", data_dir, task.name, texts, kind, rows)
