@@ -1,13 +1,16 @@
 """Trains a masked language model: a whole small BERT, or a head for a BERT that has none.
 
-The demo pre-trains its base model with it (--config). A real BERT that was published without its
-masked-LM head gets one with --bert_model and --head_only, which leaves every other weight as it
-is. Prints loss and accuracy on held-out text before and after.
+The demo pre-trains its base model with it (--config); --vocab_size makes a vocabulary for any
+language from the same text. A real BERT that was published without its masked-LM head gets one
+with --bert_model and --head_only, which leaves every other weight as it is. Prints loss and
+accuracy on held-out text before and after.
 
 Example:
     python pretrain_bert.py --config data/demo/bert_config --train_corpus data/corpus.txt \
         --output_dir models/bert-base-uncased --max_seq_length 64 \
         --shallow_layers 3 --shallow_steps 1000 --steps 250
+    python pretrain_bert.py --config profiles/chinese_4l_config --vocab_size 3000 \
+        --train_corpus data/waimai/corpus.txt --output_dir models/chinese/bert
     python pretrain_bert.py --bert_model models/minilm --head_only \
         --train_corpus data/corpus.txt --output_dir models/bert-base-uncased
 """
@@ -26,11 +29,13 @@ from tqdm import tqdm
 
 from transformer import run_folder, runtime
 from transformer.checkpoint import save_pretrained
+from transformer.config import BertConfig, find_config
 from transformer.file_utils import UserError, text_lines
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
 from transformer.tokenization import BertTokenizer
+from transformer.tokenizer_files import train_vocabulary
 from transformer.training import autocast, to_device
 
 logger = logging.getLogger(__name__)
@@ -50,7 +55,10 @@ class Row(NamedTuple):
 
 
 def read_documents(path: Path, tokenizer: BertTokenizer) -> list[Document]:
-    """Read a corpus: one sentence a line, a blank line between documents."""
+    """Read a corpus: one sentence a line, a blank line between documents.
+
+    Where no line is blank, each is a document.
+    """
     documents: list[Document] = [[]]
     lines = [line for _, line in text_lines(path)]
     for line, ids in zip(lines, tokenizer.encode_batch(lines), strict=True):
@@ -61,6 +69,9 @@ def read_documents(path: Path, tokenizer: BertTokenizer) -> list[Document]:
     documents = [document for document in documents if document]
     if not documents:
         raise UserError(f"{path}: no text; expected one sentence a line")
+    if len(documents) == 1:
+        logger.info("%s: no blank line between documents; each line is one", path)
+        documents = [[sentence] for sentence in documents[0] if sentence]
     return documents
 
 
@@ -156,17 +167,22 @@ def most_frequent_share(training: list[Document], batches: list[Batch]) -> float
 
 def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenizer]:
     """Make or load the model and its tokenizer; --head_only freezes all but the head."""
-    if (args.config is None) == (args.bert_model is None):
-        raise UserError("give either --config (random weights) or --bert_model (trained ones)")
     source = fetch_model(args.config or args.bert_model, weights=args.config is None)
-    vocabulary = args.vocab or source
-    if not Path(vocabulary).is_file():
-        vocabulary = fetch_model(vocabulary, weights=False)
-    tokenizer = BertTokenizer.from_pretrained(vocabulary)
+    if args.vocab_size:
+        pieces = train_vocabulary([line for _, line in text_lines(args.train_corpus)],
+                                  args.vocab_size)
+        logger.info("%s: a vocabulary of %d word pieces", args.train_corpus, len(pieces))
+        tokenizer = BertTokenizer({piece: number for number, piece in enumerate(pieces)})
+    else:
+        vocabulary = args.vocab or source
+        if not Path(vocabulary).is_file():
+            vocabulary = fetch_model(vocabulary, weights=False)
+        tokenizer = BertTokenizer.from_pretrained(vocabulary)
     if args.config is not None:
-        if args.head_only:
-            raise UserError("--head_only trains a head for a trained model; expected --bert_model")
-        model = BertForMaskedLM.from_scratch(source)
+        config = BertConfig.from_json_file(find_config(source))
+        if args.vocab_size:
+            config.vocab_size = len(tokenizer)
+        model = BertForMaskedLM(config)
         sinusoidal_positions(model)
     else:
         model = BertForMaskedLM.from_pretrained(source, new_head=True)
@@ -256,6 +272,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="trained BERT, with or without the head: folder, URL or hub id")
     add("--vocab", type=str,
         help="folder, URL, hub id or file of the vocabulary, where it is elsewhere")
+    add("--vocab_size", type=int, default=0,
+        help="with --config: train a lower-case vocabulary of at most this many word pieces on"
+        " the corpus; 0: take what is there")
     add("--output_dir", type=Path, required=True, help="folder for the trained model")
     add("--head_only", action="store_true", help="train the masked-LM head alone")
     add("--max_seq_length", type=int, default=64, help="word pieces a row, special ones included")
@@ -280,7 +299,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a number out of range."""
+    """Raise a `UserError` for a number out of range, or flags that do not fit together."""
+    if (args.config is None) == (args.bert_model is None):
+        raise UserError("give either --config (random weights) or --bert_model (trained ones)")
+    if args.head_only and args.config is not None:
+        raise UserError("--head_only trains a head for a trained model; expected --bert_model")
+    if args.vocab_size and (args.vocab_size < 100 or args.config is None or args.vocab):
+        raise UserError(f"--vocab_size {args.vocab_size} makes a vocabulary; expected at least"
+                        " 100, with --config and without --vocab")
     if args.max_seq_length < 8:
         raise UserError(f"--max_seq_length {args.max_seq_length}; expected at least 8")
     if not 0 < args.masked_lm_prob < 1:

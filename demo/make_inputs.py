@@ -24,13 +24,13 @@ from transformer.augmentation import write_vectors
 from transformer.file_utils import VOCAB_NAME, UserError, write_json, write_text
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
+from transformer.tokenizer_files import train_vocabulary
 
 logger = logging.getLogger(__name__)
 
 DUMP_NAME = "enwiki-demo-pages-articles.xml.bz2"
 CORPUS_NAME = "corpus.txt"
 VECTORS_NAME = "glove.demo.50d.txt"
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Rows of train and dev; the dev sets are as large as GLUE's smaller ones.
 ROWS = {"RTE": (3000, 300), "SST-2": (4000, 400), "CoLA": (4000, 400), "MRPC": (3600, 400)}
 VOCABULARY_SIZE = 4000
@@ -91,28 +91,6 @@ def write_task(folder: Path, name: str, rows: dict[str, list]) -> None:
         write_text(folder / name / f"{split}.tsv", text)
 
 
-def train_vocabulary(lines: list[str], size: int) -> list[str]:
-    """Train a lower-case WordPiece vocabulary of exactly `size` entries on `lines`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    letters = sorted({character for line in lines for character in line.lower()} - {" "})
-    # Named in advance, the continuing letters get the same ids in every run; the trainer would
-    # number them in the order of a randomly seeded hash map, and ties follow those numbers.
-    pieces = [f"##{letter}" for letter in letters if letter.isalnum()]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, min_frequency=2, initial_alphabet=letters, show_progress=False,
-        special_tokens=SPECIAL_TOKENS + letters + pieces,
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) != size:
-        raise UserError(f"vocabulary: {len(vocabulary)} word pieces; expected {size}, more text")
-    return sorted(vocabulary, key=vocabulary.__getitem__)
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -143,6 +121,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Vocabulary, word vectors, configuration
     vocabulary = train_vocabulary(lines, VOCABULARY_SIZE)
+    if len(vocabulary) != VOCABULARY_SIZE:
+        raise UserError(f"this Python's documentation: {len(vocabulary)} word pieces; expected "
+                        f"{VOCABULARY_SIZE}, more text")
     base = output_dir / "bert_config"
     write_text(base / VOCAB_NAME, "\n".join(vocabulary) + "\n")
     write_json(base / "config.json", BASE_CONFIG)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, same_weights
+from helpers import REPO, SPECIAL, same_weights
 
 import pretrain_bert
 from demo import glue_tasks
 from demo.english import is_prose, load_documents
-from demo.make_inputs import CORPUS_NAME, DUMP_NAME, ROWS, SPECIAL_TOKENS, VECTORS_NAME
+from demo.make_inputs import CORPUS_NAME, DUMP_NAME, ROWS, VECTORS_NAME
 from transformer.checkpoint import load_state
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM
@@ -121,7 +121,7 @@ def test_dump_has_the_parts_of_a_real_one(inputs):
 
 def test_vocabulary_starts_with_the_special_tokens_and_spells_the_text(inputs):
     tokenizer = BertTokenizer.from_pretrained(inputs / "bert_config")
-    assert list(tokenizer.vocab)[:5] == SPECIAL_TOKENS
+    assert list(tokenizer.vocab)[:5] == SPECIAL
     config = BertConfig.from_json_file(inputs / "bert_config" / "config.json")
     assert len(tokenizer) == config.vocab_size
     for student in ("tinybert_4l_config", "tinybert_6l_config"):
@@ -238,6 +238,8 @@ def test_masking_hides_only_real_words(inputs):
     (["--config", "{tiny}", "--max_seq_length", "64"], "40 positions"),
     (["--config", "{tiny}", "--shallow_layers", "4", "--shallow_steps", "1"], "fewer than"),
     (["--config", "{tiny}", "--shallow_layers", "2"], "belong together"),
+    (["--config", "{tiny}", "--vocab_size", "99"], "at least 100"),
+    (["--config", "{tiny}", "--vocab_size", "500", "--vocab", "{tiny}"], "without --vocab"),
 ])
 def test_mistakes_of_the_user_are_named(tiny_text, tmp_path, flags, message):
     flags = [flag.format(tiny=tiny_text) for flag in flags]

@@ -5,11 +5,17 @@ Hugging Face's library writes `tokenizer.json` (the vocabulary and every setting
 `added_tokens.json`. What they say is obeyed, or refused by its name.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordPieceTrainer
 
 from transformer.file_utils import TOKENIZER_CONFIG_NAME, VOCAB_NAME, UserError, read_json
 
@@ -210,3 +216,33 @@ def _named_tokens(folder: Path) -> Iterator[str]:
                 tokens = read_json(folder / name).get(key) or ()
                 for token in tokens.values() if isinstance(tokens, dict) else tokens:
                     yield token["content"] if isinstance(token, dict) else token
+
+
+def train_vocabulary(lines: Sequence[str], size: int) -> list[str]:
+    """Train a lower-case WordPiece vocabulary of at most `size` pieces on lines of text.
+
+    It holds the special tokens, then the text's characters, the most frequent where not all fit,
+    then pieces of words. Characters that BERT spaces out (Chinese) make no longer pieces.
+    """
+    tokenizer = Tokenizer(WordPiece(unk_token=UNK))
+    normalizer = tokenizer.normalizer = BertNormalizer(lowercase=True)
+    splitter = tokenizer.pre_tokenizer = BertPreTokenizer()
+    counts = Counter(chain.from_iterable(line.lower() for line in lines))
+    letters, pieces, room = [], [], size - len(SPECIAL_TOKENS)
+    for letter in sorted(counts, key=lambda letter: (-counts[letter], letter)):
+        text = normalizer.normalize_str(f"a{letter}a")
+        words = splitter.pre_tokenize_str(text)  # 1: it may stand inside a word; 2: white space
+        continues = len(words) == 1
+        if text != "aa" and len(words) != 2 and 1 + continues <= room:
+            letters.append(letter)
+            pieces += [f"##{letter}"] * continues
+            room -= 1 + continues
+    # Named in advance, the continuing letters get the same ids in every run; the trainer would
+    # number them in the order of a randomly seeded hash map, and ties follow those numbers.
+    trainer = WordPieceTrainer(
+        vocab_size=size, min_frequency=2, initial_alphabet=sorted(letters), show_progress=False,
+        limit_alphabet=len(letters),
+        special_tokens=[PAD, UNK, CLS, SEP, MASK, *sorted(letters), *sorted(pieces)])
+    tokenizer.train_from_iterator(lines, trainer)
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
