@@ -227,7 +227,7 @@ def test_instances_of_the_wikipedia_sample_are_distributed_as_the_originals(
     wikipedia_corpus, tmp_path
 ):
     tokenizer = BertTokenizer(VOCAB)
-    write_corpus(tmp_path, (tokenize_block(wikipedia_corpus, tokenizer, block)
+    write_corpus(tmp_path, (tokenize_block(tokenizer, block)
                             for block in line_blocks(wikipedia_corpus)))
     corpus = Corpus.open(tmp_path, len(tokenizer))
     golden = json.loads(STATS.read_text())

@@ -1,5 +1,7 @@
 """Next-sentence instances, masking, the files they are in and the dataset that reads them."""
 
+import bz2
+import gzip
 import itertools
 import json
 import logging
@@ -11,7 +13,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from helpers import SPECIAL, run, write_vocab
+from helpers import GOLDEN, SPECIAL, read_json, run, write_vocab
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kill import Process, script
@@ -69,7 +71,7 @@ def read_corpus(path: Path, tokenizer: BertTokenizer, size: int = 1 << 18) -> Co
     folder = path.with_name(f"corpus_{size}")
     folder.mkdir()
     write_corpus(folder, (
-        tokenize_block(path, tokenizer, block) for block in line_blocks(path, size)))
+        tokenize_block(tokenizer, block) for block in line_blocks(path, size)))
     return Corpus.open(folder, len(tokenizer))
 
 
@@ -91,7 +93,7 @@ def spans(instances: Instances) -> list[tuple[tuple[int, int], tuple[int, int], 
 
 def document_of(corpus: Corpus, instances: Instances) -> np.ndarray:
     """The document of each instance's first segment."""
-    return np.searchsorted(corpus.document_starts, instances.sentences, side="right") - 1
+    return np.searchsorted(corpus.document_starts, instances.numbers, side="right") - 1
 
 
 def arguments(tmp_path: Path, *flags: object, name: str = "out", text: str | None = None) -> list:
@@ -218,7 +220,7 @@ def test_one_seq_covers_the_documents_once_with_single_segments(
 ):
     corpus = make_corpus(document_sizes)
     instances = all_instances(
-        corpus, seed, max_seq_len=max_seq_len, short_seq_prob=short_seq_prob, one_seq=True
+        corpus, seed, max_seq_len=max_seq_len, short_seq_prob=short_seq_prob, instances="packed"
     )
     assert not instances.second_lengths.any() and not instances.is_random_next.any()
     firsts = [first for first, _, _ in spans(instances)]
@@ -229,13 +231,14 @@ def test_one_seq_covers_the_documents_once_with_single_segments(
 
 
 @settings(max_examples=100, deadline=None)
-@given(**settings_of_instances, one_seq=st.booleans(), size=st.integers(1, 40))
-@example([[1] * 60] * 2, 40, 0.0, 0, False, 1)  # instances of many sentences
+@given(**settings_of_instances, instances=st.sampled_from(["pairs", "packed"]),
+       size=st.integers(1, 40))
+@example([[1] * 60] * 2, 40, 0.0, 0, "pairs", 1)  # instances of many sentences
 def test_how_the_sentences_are_divided_into_blocks_changes_nothing(
-    document_sizes, max_seq_len, short_seq_prob, seed, one_seq, size
+    document_sizes, max_seq_len, short_seq_prob, seed, instances, size
 ):
     corpus = make_corpus(document_sizes)
-    settings = EpochSettings(seed, max_seq_len, short_seq_prob, one_seq)
+    settings = EpochSettings(seed, max_seq_len, short_seq_prob, instances)
     whole = list(make_instances(corpus, settings, 3))
     borders = itertools.pairwise(corpus.document_starts.tolist())
     with pytest.MonkeyPatch.context() as patch:
@@ -273,13 +276,171 @@ def test_half_of_the_splittable_pairs_are_random_and_what_they_leave_is_used_aga
 
 def test_the_share_of_short_documents_and_their_targets_are_as_asked_for():
     corpus = make_corpus([[1] * 400] * 2000)
-    instances = all_instances(corpus, short_seq_prob=0.3, max_seq_len=103, one_seq=True)
-    lengths = instances.first_lengths[np.isin(instances.sentences, corpus.document_starts)]
+    instances = all_instances(corpus, short_seq_prob=0.3, max_seq_len=103, instances="packed")
+    lengths = instances.first_lengths[np.isin(instances.numbers, corpus.document_starts)]
     assert len(lengths) == 2000
     short = lengths[lengths < 101]
     # A short target is a number from 2 to 101, and 101 is the full length.
     assert len(short) / 2000 == pytest.approx(0.3 * 99 / 100, abs=0.04)
     assert (short.min(), short.max()) == (2, 100) and short.mean() == pytest.approx(51, abs=4)
+
+
+# ------------------------------------------------------------------ a line is an instance
+
+
+def line_rows(tmp_path: Path, tokenizer: BertTokenizer, text: str, length: int,
+              *flags: object) -> list[list[int]]:
+    """The ids that a model reads of each instance of --instances lines."""
+    model = tmp_path / "vocabulary"
+    tokenizer.save_vocabulary(model.mkdir(exist_ok=True) or model)
+    folder = generate(tmp_path, "--instances", "lines", "--bert_model", model, "--max_seq_len",
+                      length, "--overwrite_output_dir", *flags, text=text)
+    dataset = PregeneratedDataset(folder, 0, tokenizer, length)
+    batch = dataset.collate(range(len(dataset)), length)
+    assert (batch["attention_mask"].sum(1).numpy() == dataset.lengths).all()
+    seconds = batch["input_ids"].eq(tokenizer.sep_id).sum(1) == 2
+    assert seconds.equal(batch["token_type_ids"].any(1))
+    return [row[:count] for row, count in zip(
+        batch["input_ids"].tolist(), dataset.lengths, strict=True)]
+
+
+@pytest.mark.parametrize("length", [12, 16, 128])
+def test_lines_are_the_instances_of_the_chinese_fork_and_a_tab_makes_a_pair(tmp_path, length):
+    golden = read_json(GOLDEN / "chinese_fork_data.json")
+    tokenizer = write_vocab(tmp_path / "fork", golden["vocab"])
+    rows = line_rows(tmp_path, tokenizer, "\n".join(golden["corpus_lines"]) + "\n", length)
+    # Its earlier state takes a tab for white space, its later one drops what follows it.
+    earlier, later = (golden[f"instances_{commit}"][str(length)]
+                      for commit in ("d3f36fd", "9760abd"))
+    lines = [line for line in golden["corpus_lines"] if line.strip()]
+    assert len(rows) == len(lines)
+    [pair] = [number for number, line in enumerate(lines) if "\t" in line.strip()]
+    assert rows[:pair] + rows[pair + 1 :] == later[:pair] + later[pair + 1 :]
+    assert rows[:pair] + rows[pair + 1 :] == earlier[:pair] + earlier[pair + 1 :]
+    first, end = later[pair], rows[pair].index(tokenizer.sep_id)
+    assert rows[pair][:end] == first[:end] and len(rows[pair]) <= length
+    if length == 128:
+        assert rows[pair] == first + earlier[pair][len(first) - 1 :]
+
+
+@pytest.mark.parametrize(("line", "length", "expected"), [
+    ("w1 w2\tw3", 9, ["w1 w2|w3"]),
+    ("w1 w2 w3 w4 w5\tw6", 7, ["w1 w2 w3|w6"]),  # the longer text is cut first
+    ("w1\tw2 w3 w4 w5 w6", 7, ["w1|w2 w3 w4"]),
+    ("w1 w2 w3 w4\tw5 w6 w7 w8", 8, ["w1 w2 w3|w5 w6"]),  # the second where they are equal
+    ("w1 w2 w3 w4 w5", 5, ["w1 w2 w3"]),
+    ("w1\tw2\tw3", 9, ["w1|w2 w3"]),  # a second tab is white space
+    ("\tw1", 9, ["w1"]), ("w1\t", 9, ["w1"]), ("\u3000\tw1\t", 9, ["w1"]), ("\t", 9, []),
+    ("w1\n\n \u3000\n\nw2", 9, ["w1", "w2"]),
+    ("w1\r\nw2\tw3\r\n", 9, ["w1", "w2|w3"]),
+])
+def test_a_line_is_one_text_or_two_and_is_cut_at_its_end(
+    tmp_path, tokenizer, line, length, expected
+):
+    rows = line_rows(tmp_path, tokenizer, f"{line}\nw9\n", length)
+    texts = [" ".join(tokenizer.convert_ids_to_tokens(row[1:-1])) for row in rows]
+    assert [text.replace(" [SEP] ", "|") for text in texts] == [*expected, "w9"]
+
+
+line_lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=1,
+                        max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(line_lengths, st.integers(5, 24), st.integers(1, 5))
+@example([[20, 40], [3]], 10, 1)
+def test_split_lines_lose_no_token_and_begin_with_what_cut_ones_keep(lines, length, size):
+    corpus = make_corpus(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformer.corpus.SENTENCES_PER_BLOCK", size)
+        split, cut = (all_instances(corpus, instances="lines", long_lines=kind, max_seq_len=length)
+                      for kind in ("split", "cut"))
+    assert len(set(split.numbers.tolist())) == len(split.numbers)
+    used = [token for first, second, _ in spans(split) for token in (*range(*first),
+                                                                     *range(*second))]
+    assert sorted(used) == list(range(len(corpus.token_ids)))
+    assert (split.first_lengths > 0).all()
+    assert (split.first_lengths + split.second_lengths
+            <= length - 2 - (split.second_lengths > 0)).all()
+    assert len(cut.numbers) == len(lines)
+    document = document_of_token(corpus, split)
+    assert (np.diff(document) >= 0).all()  # in the order of the lines
+    begins = np.unique(document, return_index=True)[1]
+    assert [spans(split)[place] for place in begins] == spans(cut)
+
+
+def document_of_token(corpus: Corpus, instances: Instances) -> np.ndarray:
+    """The document of each instance's first token."""
+    starts = corpus.sentence_starts[corpus.document_starts]
+    return np.searchsorted(starts, instances.first_starts, side="right") - 1
+
+
+def test_lines_are_the_same_in_every_epoch_and_whatever_the_seed(tmp_path):
+    one, other = (contents(generate(tmp_path, "--instances", "lines", "--seed", seed, name=name))
+                  for name, seed in (("a", 1), ("b", 2)))
+    assert one == other and one["epoch_0.bin"] == one["epoch_1.bin"]
+
+
+def test_flags_of_other_instances_are_refused_and_one_seq_is_packed(tmp_path, capsys):
+    for flags, names in (
+            (["--long_lines", "split"], ["--long_lines split", "--instances lines", "pairs"]),
+            (["--instances", "lines", "--short_seq_prob", 0.1], ["--short_seq_prob 0.1", "packed"]),
+            (["--instances", "lines", "--one_seq"], ["--one_seq", "--instances lines"])):
+        message = refused(capsys, tmp_path, *flags)
+        assert all(name in message for name in names), message
+        assert not (tmp_path / "out").exists()
+    packed = contents(generate(tmp_path, "--instances", "packed", name="packed"))
+    for name, flags in (("old", ["--one_seq"]), ("both", ["--one_seq", "--instances", "packed"])):
+        assert contents(generate(tmp_path, *flags, name=name)) == packed
+
+
+# ------------------------------------------------------------------ files of a corpus
+
+
+@pytest.mark.parametrize("instances", ["pairs", "packed", "lines"])
+def test_several_files_folders_and_compressed_ones_give_the_instances_of_their_joined_text(
+    tmp_path, monkeypatch, instances
+):
+    monkeypatch.setattr("transformer.pregeneration.BLOCK_BYTES", 500)
+    texts = [corpus_text(3, seed=seed) + "w1.\nw2." for seed in range(3)]  # no line end
+    flags = ["--instances", instances]
+    expected = contents(generate(tmp_path, *flags, name="joined", text="\n\n".join(texts)))
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.txt").write_text(texts[0])
+    (folder / "deeper" / "b.TXT.GZ").write_bytes(
+        gzip.compress(texts[1][:999].encode()) + gzip.compress(texts[1][999:].encode()))
+    (folder / "deeper" / "c.txt").write_bytes(bz2.compress(texts[2].encode()))  # by its content
+    for ignored in (folder / "notes.md", folder / ".hidden.txt"):
+        ignored.write_text("Not this.")
+    files = [folder / "a.txt", folder / "deeper" / "b.TXT.GZ", folder / "deeper" / "c.txt"]
+    for number, paths in enumerate(([folder], files, [files[0], folder / "deeper"])):
+        for workers in (1, 2):
+            made = generate(tmp_path, *flags, "--train_corpus", *paths, "--num_workers", workers,
+                            name=f"{number}_{workers}")
+            assert contents(made) == expected
+
+
+def test_a_file_that_is_no_text_is_named_with_the_way_out(tmp_path, capsys):
+    damaged = gzip.compress(corpus_text().encode())
+    cases = {
+        "a.txt": (b"PAR1\x15\x04", ["a Parquet file", "prepare_data.py"]),
+        "wiki_00": (b'{"id": "1", "text": "A b."}\n', ["JSON lines", "prepare_data.py"]),
+        "b.gz": (gzip.compress(b'{"text": "A b."}\n'), ["JSON lines"]),
+        "c.zip": (b"PK\x03\x04rest", ["a zip archive"]),
+        "half.gz": (damaged[: len(damaged) // 2], ["half.gz: not a whole gzip file"]),
+        "wrong.gz": (damaged[:-8] + bytes(8), ["wrong.gz: not a whole gzip file"]),
+        "bytes.gz": (gzip.compress(b"fine\nbad \xff\n"), ["bytes.gz, line 2", "UTF-8"]),
+    }
+    for name, (content, expected) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        message = refused(capsys, tmp_path, "--train_corpus", tmp_path / name)
+        assert name in message and all(text in message for text in expected), message
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "wiki_00").write_text("w1.")
+    message = refused(capsys, tmp_path, "--train_corpus", tmp_path / "folder")
+    assert "no .txt, .gz or .bz2 file" in message and "wiki_00" in message
 
 
 # ------------------------------------------------------------------ cutting to length
@@ -383,7 +544,8 @@ def test_rows_have_the_originals_keys_and_layout(tmp_path, tokenizer):
 
 
 VARIANTS = [
-    [], ["--one_seq"], ["--masked_lm_prob", "0.15"],
+    [], ["--one_seq"], ["--instances", "lines", "--long_lines", "split", "--masked_lm_prob", "0.2"],
+    ["--masked_lm_prob", "0.15"],
     ["--masked_lm_prob", "0.5", "--do_whole_word_mask", "--max_predictions_per_seq", "9"],
 ]
 
@@ -392,8 +554,8 @@ VARIANTS = [
 @pytest.mark.parametrize("kind", ["binary", "json"])
 def test_workers_and_reduce_memory_combine_and_change_nothing(tmp_path, monkeypatch, flags, kind):
     # Small, so that this text is many blocks.
-    monkeypatch.setattr(pregenerate_training_data, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(pregenerate_training_data, "SENTENCES_PER_BLOCK", 25)
+    monkeypatch.setattr("transformer.pregeneration.BLOCK_BYTES", 100)
+    monkeypatch.setattr("transformer.pregeneration.SENTENCES_PER_BLOCK", 25)
     flags = [*flags, "--format", kind]
     expected = contents(generate(tmp_path, *flags, name="plain"))
     data = [".json"] if kind == "json" else [".bin"]
@@ -432,14 +594,19 @@ def test_the_seed_decides_and_epochs_differ(tmp_path):
 
 def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
     for text, expected in (("", "0 documents"), ("\n \n\n", "0 documents"),
-                           ("w1.\nw2.\n", "1 document")):
-        assert expected in refused(capsys, tmp_path, text=text)
-        assert list((tmp_path / "out").iterdir()) == []
+                           ("w1.\nw2.\n", "1 document, ")):
+        message = refused(capsys, tmp_path, text=text)
+        assert expected in message and list((tmp_path / "out").iterdir()) == []
+    # One sentence a line without blank lines: the way out stands first.
+    assert message.index("expected --instances lines") < message.index("a blank line")
+    for text in ("", "\n \u3000\n\t\n"):
+        assert "0 documents; expected one sentence a line" in refused(
+            capsys, tmp_path, "--instances", "lines", text=text)
     assert read_rows(generate_json(tmp_path, "--one_seq", text="w1.\nw2.\n"))
     for flags in (["--masked_lm_prob", 1.5], ["--short_seq_prob", -1], ["--num_workers", 0],
                   ["--num_workers", 10**6], ["--epochs_to_generate", 0], ["--max_seq_len", 4],
                   ["--max_seq_len", 65536],
-                  ["--data_url", "gs://bucket"], ["--train_corpus", tmp_path],
+                  ["--data_url", "gs://bucket"], ["--train_corpus", tmp_path / "no.txt"],
                   ["--bert_model", tmp_path / "missing"]):
         assert str(flags[1]) in refused(capsys, tmp_path, *flags, name="other")
         assert not (tmp_path / "other").exists()

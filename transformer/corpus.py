@@ -1,4 +1,4 @@
-"""Text of pre-training: a corpus as word-piece ids, next-sentence instances of it, and masking.
+"""Text of pre-training: a corpus as word-piece ids, instances of it, and masking.
 
 A corpus is one flat array of ids with the starts of its sentences and documents; an instance is
 two spans of that array, as cutting it to length only trims ends (BERT, arXiv 1810.04805, section
@@ -7,6 +7,7 @@ two spans of that array, as cutting it to length only trims ends (BERT, arXiv 18
 
 import hashlib
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -18,8 +19,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from transformer.file_utils import text_lines
-from transformer.tokenization import BLOCK_BYTES, BertTokenizer, truncate_pair
+from transformer.file_utils import is_packed, open_text, text_lines
+from transformer.tokenization import BLOCK_BYTES, BertTokenizer, flat_indices, truncate_pair
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"
@@ -67,17 +68,46 @@ class Corpus(NamedTuple):
                    load_array(folder / DOCUMENTS_NAME, "<i8"))
 
 
+class TextBlock(NamedTuple):
+    """Whole lines of a UTF-8 file.
+
+    start, end: its bytes in the file, which are compressed ones where `text` holds the lines.
+    ends_file: whether nothing of the file follows, save what is no text.
+    """
+
+    path: Path
+    start: int
+    end: int
+    ends_file: bool
+    text: bytes | None = None
+
+    def read(self) -> bytes:
+        """Return the lines, without the end of the last."""
+        if self.text is not None:
+            return self.text.removesuffix(b"\n")
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.end - self.start).removesuffix(b"\n")
+
+
 class TokenizedBlock(NamedTuple):
     """Whole lines of a corpus, tokenized."""
 
     token_ids: np.ndarray  # [tokens]
     lengths: np.ndarray  # [sentences], in tokens
-    blank_lines: np.ndarray  # [blank lines], how many of the block's sentences are before each
+    document_ends: np.ndarray  # [ends], how many of the block's sentences are before each
     unknown: int  # how many ids are [UNK]
+    size: int  # bytes of the file
 
 
-def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield the bytes [start, end) of blocks of whole lines, of `size` and up to a line more."""
+def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[TextBlock]:
+    """Yield the blocks of a file: whole lines, of `size` and up to a line more.
+
+    A compressed file is read here, any other by `TextBlock.read`. A damaged one is a `UserError`.
+    """
+    if is_packed(path):
+        yield from _compressed_blocks(path, size)
+        return
     stop, end = path.stat().st_size, 0
     with path.open("rb") as lines:
         while end < stop:
@@ -85,31 +115,51 @@ def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[int, int]
             lines.seek(min(start + size, stop) - 1)
             lines.readline()
             end = lines.tell()
-            yield start, end
+            yield TextBlock(path, start, end, end == stop)
 
 
-def tokenize_block(path: Path, tokenizer: BertTokenizer, block: tuple[int, int]) -> TokenizedBlock:
-    """Tokenize bytes [start, end) of a UTF-8 file: a sentence a line, blank between documents.
+def _compressed_blocks(path: Path, size: int) -> Iterator[TextBlock]:
+    start, stop = 0, path.stat().st_size
+    with open_text(path) as lines:
+        while text := lines.read(size):
+            text += lines.readline()
+            ends_file = not lines.peek(1)
+            end = stop if ends_file else os.lseek(lines.fileno(), 0, os.SEEK_CUR)
+            yield TextBlock(path, start, end, ends_file, text)
+            start = end
 
-    Lines without word pieces are dropped. Bytes that are not UTF-8 are a `UserError` with line.
+
+def tokenize_block(
+    tokenizer: BertTokenizer, block: TextBlock, by_line: bool = False
+) -> TokenizedBlock:
+    """Tokenize a block: a sentence a line, a blank line and the file's end between documents.
+
+    With `by_line` each line is a document of one sentence or, with a tab between them, of two.
+    Sentences without word pieces are dropped. Bytes that are not UTF-8 are a `UserError` with line.
     """
-    start, end = block
-    with path.open("rb") as file:
-        file.seek(start)
-        text = file.read(end - start).removesuffix(b"\n")
+    text = block.read()
+    lines = text.split(b"\n")
+    if by_line and b"\t" in text:
+        text = b"\n".join(line.replace(b"\t", b"\n", 1) for line in lines)
     try:
         ids, lengths = tokenizer.encode_lines(text)
-        lines = text.split(b"\n")
-        blank = [line for line in np.flatnonzero(lengths == 0) if not lines[line].decode().strip()]
+        if by_line:
+            ends = np.cumsum([1 + (b"\t" in line) for line in lines]) - 1
+        else:
+            ends = [line for line in np.flatnonzero(lengths == 0)
+                    if not lines[line].decode().strip()]
     except UnicodeDecodeError:
-        deque(text_lines(path), maxlen=0)  # raises the error that names the line
+        deque(text_lines(block.path), maxlen=0)  # raises the error that names the line
         raise
+    if block.ends_file:
+        ends = [*ends, len(lengths) - 1]
     sentences = np.cumsum(lengths > 0)
     return TokenizedBlock(
         ids.astype(id_dtype(len(tokenizer))),
         lengths[lengths > 0],
-        sentences[blank],
+        sentences[ends],
         int((ids == tokenizer.unk_id).sum()),
+        block.end - block.start,
     )
 
 
@@ -132,7 +182,7 @@ def write_corpus(folder: Path, blocks: Iterable[TokenizedBlock]) -> int:
         for block in blocks:
             token_ids.write(block.token_ids.data)
             write(sentence_starts, tokens + np.cumsum(block.lengths, dtype=np.int64))
-            starts = np.unique(sentences + block.blank_lines)
+            starts = np.unique(sentences + block.document_ends)
             starts = starts[starts > last_start]
             write(document_starts, starts)
             last_start = int(starts[-1]) if len(starts) else last_start
@@ -197,27 +247,33 @@ class RandomNumbers(NamedTuple):
         return heads
 
 
-# ------------------------------------------------------------------ next-sentence instances
+# ------------------------------------------------------------------ instances
 
 
 class EpochSettings(NamedTuple):
-    """What the instances of a run have in common; lengths count the special tokens."""
+    """What the instances of a run have in common; lengths count the special tokens.
+
+    instances: "pairs": next-sentence instances; "packed": one segment of as many sentences as fit;
+        "lines": a line of the corpus is one, of a text or of two
+    long_lines: what becomes of lines that are too long: "cut", or "split" into several instances
+    """
 
     seed: int = 42
     max_seq_len: int = 128
     short_seq_prob: float = 0.1
-    one_seq: bool = False
+    instances: str = "pairs"
+    long_lines: str = "cut"
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens of text an instance holds."""
-        return self.max_seq_len - (2 if self.one_seq else 3)
+        """How many tokens of text an instance holds; of lines, one without a second text."""
+        return self.max_seq_len - (3 if self.instances == "pairs" else 2)
 
 
 class Instances(NamedTuple):
     """Instances one after the other [instances]: two spans of the corpus, counted in tokens."""
 
-    sentences: np.ndarray  # the sentence that begins it, each time another
+    numbers: np.ndarray  # each time another: what begins it, a sentence or, of lines, a token
     first_starts: np.ndarray
     first_lengths: np.ndarray
     second_starts: np.ndarray
@@ -245,11 +301,14 @@ def make_instances(
     `begin` and `end` are boundaries of documents, of the whole corpus if not given. Sentences are
     gathered until they hold the target length, split at a random one, and half of the time the
     second part is exchanged for a random span and given back to the document. The target is the
-    full length or, with probability `short_seq_prob`, a random shorter one. `one_seq` keeps
-    what was gathered as one segment.
+    full length or, with probability `short_seq_prob`, a random shorter one. Packed, what was
+    gathered is kept as one segment. Lines give the same instances in every epoch.
     """
     random = RandomNumbers(settings.seed, epoch)
     end = corpus.sentences if end is None else end
+    if settings.instances == "lines":
+        yield from _line_instances(corpus, settings, begin, end)
+        return
     while begin < end:
         # The next instance depends on where the last one ended; everything else is computed for
         # all sentences of the block at once, and then kept for those that begin an instance.
@@ -281,7 +340,7 @@ def _plan_instances(
     starts = corpus.sentence_starts[begin : end + settings.max_tokens]
     stops = begin + np.searchsorted(starts, starts[: len(sentences)] + targets)
     stops = np.minimum(stops, corpus.document_starts[documents + 1])
-    if settings.one_seq:
+    if settings.instances == "packed":
         never = np.zeros(len(sentences), dtype=bool)
         return _Plan(sentences, documents, targets, stops, stops, never, stops)
     splits = sentences + 1 + random.below("split", sentences, stops - sentences - 1)
@@ -312,6 +371,43 @@ def _cut_instances(
         second_kept,
         plan.is_random,
     )
+
+
+def _line_instances(
+    corpus: Corpus, settings: EpochSettings, begin: int, end: int
+) -> Iterator[Instances]:
+    """Yield an instance of each document, which is a line, in blocks.
+
+    The beginnings of the texts are kept; of two, the longer one is cut first. Split, what was cut
+    off makes instances of one segment after the line's own.
+    """
+    lines = np.searchsorted(corpus.document_starts, [begin, end])
+    for first in range(*lines, SENTENCES_PER_BLOCK):
+        bounds = corpus.document_starts[first : min(first + SENTENCES_PER_BLOCK, lines[1]) + 1]
+        # The second text of a line without one is empty: it starts at the line's end.
+        starts = corpus.sentence_starts[np.stack([bounds[:-1], bounds[:-1] + 1])]  # [2, lines]
+        lengths = np.stack([starts[1], corpus.sentence_starts[bounds[1:]]]) - starts
+        kept = np.stack(truncate_pair(*lengths, settings.max_tokens - (lengths[1] > 0)))
+        spans = np.stack([starts[0], kept[0], starts[1], kept[1]])  # [4, instances]
+        if settings.long_lines == "split":
+            spans = _with_rests(spans, starts + kept, lengths - kept, settings.max_tokens)
+        yield Instances(spans[0], *spans, np.zeros(spans.shape[1], dtype=bool))
+
+
+def _with_rests(
+    spans: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_tokens: int
+) -> np.ndarray:
+    """Add to the spans of lines, [4, lines], those of what was cut off their texts, [2, lines]."""
+    starts, lengths = starts.T.ravel(), lengths.T.ravel()  # line by line
+    counts = -(-lengths // max_tokens)
+    done = flat_indices(np.zeros_like(counts), counts) * max_tokens
+    more = np.zeros((4, len(done)), dtype=spans.dtype)
+    more[0] = np.repeat(starts, counts) + done
+    more[1] = np.minimum(np.repeat(lengths, counts) - done, max_tokens)
+    lines = np.arange(spans.shape[1])
+    order = np.argsort(np.concatenate([lines, np.repeat(np.repeat(lines, 2), counts)]),
+                       kind="stable")
+    return np.concatenate([spans, more], axis=1)[:, order]
 
 
 def random_spans(

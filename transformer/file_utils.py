@@ -81,13 +81,13 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync_file(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     """Have the disk hold the file's bytes: a later renaming must not get there before them."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -276,7 +276,7 @@ def download(
         _receive(url, part, record, attempts, delay, timeout)
         try:
             _check_sha256(part, sha256, url)
-            _sync(part)
+            sync_file(part)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)

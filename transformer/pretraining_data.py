@@ -149,12 +149,12 @@ class EpochWriter:
         encode = self._json if self.format == "json" else self._binary
         blocks = list(make_instances(self.corpus, self.settings, epoch, *block))
         contents = zip(*(encode(epoch, instances) for instances in blocks), strict=True)
-        return (sum(len(instances.sentences) for instances in blocks),
+        return (sum(len(instances.numbers) for instances in blocks),
                 [b"".join(content) for content in contents])
 
     def _binary(self, epoch: int, instances: Instances) -> Iterator[bytes]:
         """Yield the records, and with masking the masked positions."""
-        records = np.empty(len(instances.sentences), record_dtype(len(self.corpus.token_ids)))
+        records = np.empty(len(instances.numbers), record_dtype(len(self.corpus.token_ids)))
         for field, values in zip(records.dtype.names, instances[1:], strict=True):
             records[field] = values
         yield records.tobytes()
@@ -183,7 +183,7 @@ class EpochWriter:
     def _rows(self, epoch: int, instances: Instances) -> Iterator[MaskedRow]:
         """Return instances as ids, masked."""
         token_ids, tokenizer = self.corpus.token_ids, self.tokenizer
-        seeds = RandomNumbers(self.settings.seed, epoch).bits("masking", instances.sentences)
+        seeds = RandomNumbers(self.settings.seed, epoch).bits("masking", instances.numbers)
         columns = (values.tolist() for values in (seeds, *instances[1:]))
         for seed, first, first_length, second, second_length, is_random in zip(
             *columns, strict=True
