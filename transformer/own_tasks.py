@@ -20,6 +20,7 @@ from transformer.tasks import (
     count_labels,
     folder_content,
     get_task,
+    is_glue_name,
     plain_label,
     plain_name,
     split_paths,
@@ -52,8 +53,9 @@ SCORE_METRICS = ("pearson", "spearmanr", "corr")
 # The keys of a task.json and what their values have to be.
 LIST, OBJECT, TEXT, SHARE = "a list of texts", "an object of texts", "a text", "a share below 1"
 KEYS = {
-    "name": TEXT, "files": OBJECT, "text_a": TEXT, "text_b": "a text or null", "label": TEXT,
-    "labels": LIST, "metrics": LIST, "columns": LIST, "aliases": OBJECT, "positive": TEXT,
+    "name": TEXT, "files": "a file each of train, dev and test", "text_a": TEXT,
+    "text_b": "a text or null", "label": TEXT, "labels": LIST, "metrics": LIST,
+    "columns": LIST, "aliases": OBJECT, "positive": TEXT,
     "range": "two numbers, the smaller one first", "max_seq_length": "a number above 2",
     "intermediate_epochs": "a number above 0", "augmentation_n": "a number above 0",
     "skip_labels": LIST, "dev_share": SHARE, "test_share": SHARE,
@@ -146,21 +148,20 @@ def task_record(task: Task) -> dict[str, Any]:
 def _glue_task(task_name: str | None, data_dir: Path | str | None) -> Task | None:
     """Return the task of GLUE that is meant, as its files lie there; None for an own one."""
     folder = None if data_dir is None else Path(data_dir)
+    folder_name = None if folder is None else folder.resolve().name
     if task_name is None and folder is not None and not (folder / TASK_NAME).is_file():
-        task_name = folder.resolve().name
-        if plain_name(task_name) not in map(plain_name, GLUE_TASKS):
+        task_name = folder_name
+        if not is_glue_name(task_name):
+            if not folder.exists():
+                raise UserError(f"--data_dir {folder}: no such folder; expected a task's")
             return None
-    try:
-        task = get_task(task_name or "")
-    except UserError as error:
-        is_folders = folder is not None and plain_name(folder.resolve().name) in map(
-            plain_name, GLUE_TASKS)
-        named = str(task_name or "").endswith(".json")
-        if folder is None or not folder.exists() or (is_folders and task_name and not named):
-            if folder is None or task_name:
-                raise error
-            raise UserError(f"--data_dir {folder}: no such folder; expected a task's") from error
+    if task_name is None or not is_glue_name(task_name):
+        is_described = task_name is None or task_name.endswith(".json")
+        if folder is None or (not is_described and (
+                not folder.exists() or is_glue_name(folder_name))):
+            get_task(task_name or "")  # raises
         return None
+    task = get_task(task_name)
     if folder is None or not folder.is_dir() or (folder / task.splits["train"]).is_file():
         return task
     return _hub_layout(task, folder)
@@ -232,7 +233,7 @@ def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any
         raise UserError(f"--task_name {task_name}: {path} describes {settings['name']!r}")
     stem = folder.resolve().stem if folder.is_file() else folder.resolve().name
     name = settings.setdefault("name", task_name or re.sub(r"[^\w.-]+", "_", stem))
-    if plain_name(name) in map(plain_name, GLUE_TASKS):
+    if is_glue_name(name):
         raise UserError(f"{path}: the name {name!r} is that of a task of GLUE; expected another")
     return settings
 
@@ -259,6 +260,10 @@ def _is_valid(key: str, value: Any) -> bool:
         return isinstance(value, str) or is_number(value)
 
     kind = KEYS[key]
+    if key == "files":
+        return isinstance(value, dict) and "train" in value and all(
+            (split in ("train", "test") or split.startswith("dev")) and isinstance(file, str)
+            for split, file in value.items())
     if kind == LIST:
         return isinstance(value, list) and all(map(is_cell, value))
     if kind == OBJECT:
@@ -297,11 +302,6 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
         raise UserError(f"task {values['name']}: F1 is of the label 'positive', which is"
                         f" {positive!r}; expected one of {', '.join(labels[:12])}")
     splits = dict(values["files"])
-    if wrong := [split for split in splits if split not in ("train", "test")
-                 and not split.startswith("dev")]:
-        raise UserError(f"task {values['name']}: files of {wrong[0]!r}; expected train, dev, test")
-    if "train" not in splits:
-        raise UserError(f"task {values['name']}: no file of train; found {splits}")
     aliases = tuple((str(name), str(label)) for name, label in values.get("aliases", {}).items())
     if foreign := [label for _, label in aliases if label not in labels]:
         raise UserError(f"task {values['name']}: an alias of {foreign[0]!r}; expected one of"
@@ -405,7 +405,8 @@ def known_columns(names: Sequence[str], has_label: bool = True) -> Columns | Non
 
 def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
     """Complete a description by what the files show; check all rows, and say what was found."""
-    settings.setdefault("files", find_files(data_dir))
+    if "files" not in settings:
+        settings["files"] = find_files(data_dir)
     settings = {**_find_layout(settings, data_dir), **settings}
     task = _build({**settings, "metrics": (), "positive": "", "aliases": {}}, labels=())
     splits = [*task.splits]
@@ -511,6 +512,9 @@ def _infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: P
         UserError: they look like scores, like texts, or are all the same.
     """
     labels, rows = [*counts], counts.total()
+    if lists := [label for label in labels if label.startswith("[") and label.endswith("]")]:
+        raise UserError(f"{data_dir}: the label {lists[0][:40]} is a list; expected one label a"
+                        " row")
     try:
         numbers = {label: float(label) for label in labels}
     except ValueError:

@@ -154,6 +154,11 @@ def plain_name(text: str) -> str:
     return text.strip().lower().replace("-", "").replace("_", "")
 
 
+def is_glue_name(name: str) -> bool:
+    """Say whether a name is that of a task of GLUE, in any spelling."""
+    return plain_name(name) in map(plain_name, GLUE_TASKS)
+
+
 def get_task(name: str | Task) -> Task:
     """Find a task of GLUE by name, in any spelling ("SST-2", "sst2", "STS_B").
 
@@ -390,10 +395,27 @@ def _in_split(task: Task, split: str) -> Callable[[str, str | None], bool] | Non
     return lambda text_a, text_b: begin <= row_share(text_a, text_b) < end
 
 
+def _held_back(task: Task, data_dir: Path | str) -> Callable[[str, str | None], bool]:
+    """Return a check of augmented rows: none may be a row that serves as the dev or test set."""
+    held = {row[1:3]: split for split in ("dev", "test") if task.files.get(split) ==
+            task.files["train"] for row in iterate_examples(task, data_dir, split)}
+
+    def check(*texts: str | None) -> bool:
+        if texts in held:
+            raise UserError(f"{data_dir}: {task.files['aug']} holds {texts[0][:40]!r}, a row of"
+                            f" {held[texts]}; expected rows that data_augmentation.py made with the"
+                            " same --dev_share and --test_share")
+        return True
+
+    return check
+
+
 def _split_rows(task: Task, data_dir: Path | str, split: str,
                 check_labels: bool = True) -> Iterator[tuple[int, list[str], _Columns]]:
     """Yield (line number, cells, columns) of the rows of a split."""
     belongs = _in_split(task, split)
+    if split == "aug" and (task.dev_share or task.test_share):
+        belongs = _held_back(task, data_dir)
     count = 0
     for path in split_paths(task, data_dir, split):
         columns = find_columns(task, path)
