@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+from transformer.data_layout import known_columns
 from transformer.features import encode_examples
 from transformer.file_utils import UserError
-from transformer.own_tasks import find_task, known_columns, save_task, stored_task
+from transformer.own_tasks import find_task, save_task, stored_task
 from transformer.table_files import format_of, row_line
 from transformer.tasks import label_order, load_examples, task_rows
 from transformer.tokenization import BertTokenizer

@@ -6,45 +6,37 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from transformer.data_layout import (
+    MNLI_STEMS,
+    SPLIT_STEMS,
+    TASK_NAME,
+    check_labels,
+    column_names,
+    find_files,
+    find_layout,
+    has_labels,
+    infer_labels,
+    known_columns,
+)
 from transformer.file_utils import CONFIG_NAME, UserError, read_json, write_json
-from transformer.table_files import CSV, FORMATS, TSV, format_of, iterate_table, names_columns
 from transformer.tasks import (
     GLUE_TASKS,
     Task,
     count_labels,
-    folder_content,
     get_task,
     is_glue_name,
-    plain_label,
     plain_name,
     split_paths,
 )
 
 logger = logging.getLogger(__name__)
 
-TASK_NAME = "task.json"
-SPLIT_STEMS = {"train": ("train", "training"), "dev": ("dev", "valid", "validation", "val", "eval"),
-               "test": ("test",)}
-MNLI_STEMS = {"train": ("train",), "dev": ("validation_matched", "dev_matched"),
-              "dev_mm": ("validation_mismatched", "dev_mismatched")}
-FILE_PATTERNS = ("{}-*-of-*.parquet", "{}/*.arrow", "{}/*.parquet", "{}/*/*.txt")
 HUB_NUMBERS = {"mnli": ("entailment", "neutral", "contradiction")}  # others: in GLUE's order
-
-# The columns that are found by name, in any case.
-LABEL_COLUMNS = ("label", "labels", "class", "score", "gold_label", "category", "intent",
-                 "sentiment", "target", "stars")
-TEXT_COLUMNS = ("sentence", "text", "text_a", "content", "review", "query", "question")
-PAIR_COLUMNS = (("sentence1", "sentence2"), ("text_a", "text_b"), ("question1", "question2"),
-                ("premise", "hypothesis"), ("text", "text_pair"), ("text1", "text2"),
-                ("question", "sentence"))
-
-KNOWN_COLUMNS = {*LABEL_COLUMNS, *TEXT_COLUMNS, *(name for pair in PAIR_COLUMNS for name in pair)}
 
 CLASS_DEFAULT, SCORE_DEFAULT = ("acc", "macro_f1"), ("pearson", "spearmanr")
 CLASS_METRICS = ("acc", "f1", "acc_and_f1", "macro_f1", "mcc")
@@ -318,99 +310,14 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
     return _with_parts(task, **{name: values[name] for name in parts if name in values})
 
 
-# ------------------------------------------------------------------ what the files show
-
-
-def find_files(folder: Path, stems: Mapping[str, Sequence[str]] = SPLIT_STEMS) -> dict[str, str]:
-    """Find the file, or the pattern of files, of each split in a folder; or the file itself.
-
-    Without a file of train, the only table of the folder is it.
-    """
-    if folder.is_file():
-        return {"train": folder.name}
-    found: dict[str, str] = {}
-    for split, names in stems.items():
-        patterns = [*(f"{stem}{suffix}" for stem in names for suffix in FORMATS),
-                    *(pattern.format(stem) for stem in names for pattern in FILE_PATTERNS)]
-        there = [name for name in patterns if next(folder.glob(name), None)]
-        if len(there) > 1:
-            raise UserError(f"{folder}: both {there[0]} and {there[1]} are files of {split};"
-                            f' expected one, or a {TASK_NAME} with "files": {{"{split}": ...}}')
-        if there:
-            found[split] = there[0]
-    if "train" not in found and stems is SPLIT_STEMS:
-        tables = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in FORMATS
-                        and path.is_file() and not _is_other_file(path, found))
-        if len(tables) != 1:
-            raise UserError(f"{folder}: no train file; expected train.tsv, train.csv,"
-                            f" train.jsonl or train.parquet; {folder_content(folder)}")
-        found = {"train": tables[0], **found}
-    return found
-
-
-def _is_other_file(path: Path, found: Mapping[str, str]) -> bool:
-    """Say whether a file is not the one table of a folder: another split, ours, a note."""
-    return (path.name in found.values() or path.stem.endswith("_aug") or path.name.startswith(".")
-            or path.name in (TASK_NAME, "dataset_info.json", "dataset_infos.json",
-                             "dataset_dict.json", "state.json")
-            or path.stem.lower() in ("readme", "license", "requirements", "labels", "classes"))
-
-
-def column_names(path: Path, pattern: str) -> list[str]:
-    """Return the cells of a file's first row, which may be names."""
-    return next(iterate_table(path, format_of(pattern)), (0, []))[1]
-
-
-class Columns(NamedTuple):
-    """The names of a file's columns; `label` is None for texts alone."""
-
-    text_a: str
-    text_b: str | None
-    label: str | None
-
-
-def known_columns(names: Sequence[str], has_label: bool = True) -> Columns | None:
-    """Return which of the columns are the text, the second text and the label, by their names.
-
-    Of a text and a label one that is known tells the other. None where no column is known.
-
-    Args:
-        names: of all columns; case does not matter.
-        has_label: False for rows that may have no label.
-
-    Raises:
-        UserError: several would do, or one is missing.
-    """
-    by_name = {name.strip().lower(): name for name in reversed(names)}
-    labels = [by_name[name] for name in LABEL_COLUMNS if name in by_name]
-    pairs = [pair for pair in PAIR_COLUMNS if {*pair} <= {*by_name}]
-    paired = {name for pair in pairs for name in pair}
-    singles = [by_name[name] for name in TEXT_COLUMNS if name in by_name and name not in paired]
-    if not (labels or pairs or singles):
-        return None
-    if has_label and len(names) == 2 and len(labels) + len(singles) == 1:
-        other = next(name for name in names if name not in labels + singles)
-        labels, singles = labels or [other], singles or [other]
-    if len(labels) == 1 or not (labels or has_label):
-        label = labels[0] if labels else None
-        if len(pairs) == 1 and not singles:
-            return Columns(*(by_name[name] for name in pairs[0]), label)
-        if len(singles) == 1 and not pairs:
-            return Columns(singles[0], None, label)
-    texts = [*(by_name[name] for name in sorted(paired)), *singles]
-    raise UserError(f"columns {[name[:40] for name in names[:12]]}: which are the texts"
-                    f" ({', '.join(texts) or 'none known'}) and the label"
-                    f" ({', '.join(labels) or 'none known'}) is not certain")
-
-
 def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
     """Complete a description by what the files show; check all rows, and say what was found."""
     if "files" not in settings:
         settings["files"] = find_files(data_dir)
-    settings = {**_find_layout(settings, data_dir), **settings}
+    settings = {**find_layout(settings, data_dir), **settings}
     task = _build({**settings, "metrics": (), "positive": "", "aliases": {}}, labels=())
     splits = [*task.splits]
-    if "test" in splits and not (task.test_share or _has_labels(task, data_dir)):
+    if "test" in splits and not (task.test_share or has_labels(task, data_dir)):
         logger.info("%s: the file of test has no labels", data_dir)
         splits.remove("test")
         settings["files"] = {
@@ -421,11 +328,11 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
         for label in [label for label in counter if label in spelled]:
             counter[spelled[label]] += counter.pop(label)
     if "labels" not in settings:
-        settings["labels"] = [] if "range" in settings else _infer_labels(
+        settings["labels"] = [] if "range" in settings else infer_labels(
             counts["train"], settings, data_dir)
     task = _build(settings)
     if not task.is_regression:
-        _check_labels(task, counts, settings, data_dir)
+        check_labels(task, counts, settings, data_dir)
     if "test" in splits and not {*task.labels} & {*counts["test"]} and not task.is_regression:
         splits.remove("test")
         task = replace(task, splits={
@@ -433,137 +340,6 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
         logger.info("%s: the file of test has no labels of the task", data_dir)
     _log_task(task, data_dir, {split: counts[split] for split in splits})
     return task
-
-
-def _find_layout(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Any]:
-    """Return what the first rows of train show of the columns."""
-    if {"text_a", "label"} <= {*settings} or settings.get("ragged"):
-        ragged = {"text_a": "text_a", "text_b": "text_b", "label": "label"}
-        return ragged if settings.get("ragged") else {}
-    files = settings["files"]
-    if (files["train"], files.get("dev")) == ("train.txt", "eval.txt"):
-        return {"ragged": True, "text_a": "text_a", "text_b": "text_b", "label": "label"}
-    probe = Task(settings["name"], settings["name"], (), "", None, "", splits=files)
-    path = split_paths(probe, data_dir, "train")[0]
-    form = format_of(files["train"])
-    rows = [cells for _, cells in islice(iterate_table(path, form), 50)]
-    if not rows:
-        raise UserError(f"{path}: an empty file; expected rows of a text and a label")
-    if settings.get("columns"):
-        rows = [[*map(str, settings["columns"])]]
-    elif form == "texts":
-        return {"text_a": "text", "label": "folder"}
-    try:
-        found = known_columns(rows[0])
-    except UserError as error:
-        raise _refusal(f"{path}: {error}.", settings, data_dir, **_guess(rows[0])) from error
-    if found is not None:
-        return found._asdict()
-    if settings.get("columns") or names_columns(form):
-        raise _refusal(f"{path}: columns {rows[0][:12]}; which are the texts and the label?",
-                       settings, data_dir, **_guess(rows[0]))
-    return _without_header(rows, path, settings, data_dir)
-
-
-def _guess(cells: Sequence[str]) -> dict[str, str]:
-    """Return columns for a task.json that a user may change: a known label, or the last."""
-    labels = [cell for cell in cells if cell.strip().lower() in LABEL_COLUMNS]
-    texts = [cell for cell in cells if cell.strip().lower() in TEXT_COLUMNS]
-    label = labels[0] if labels else cells[-1]
-    return {"text_a": (texts or [cell for cell in cells if cell != label] or ["..."])[0],
-            "label": label}
-
-
-def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping[str, Any],
-                    data_dir: Path) -> dict[str, Any]:
-    """Return the columns of a file whose first line names none: one text or two, the label last."""
-    first = rows[0]
-    names = {2: ["text", "label"], 3: ["text_a", "text_b", "label"]}.get(len(first))
-    shown = [cell[:40] for cell in first[:12]]
-    if names is None:
-        raise _refusal(f"{path}, line 1: {len(first)} columns {shown}; expected a header with known"
-                       " names, or without one a text, perhaps another, and a label.", settings,
-                       data_dir, **_guess(first))
-    later = {row[-1] for row in rows[1:] if len(row) == len(first)}
-    digits = [sum(row[column].strip().isdecimal() for row in rows if len(row) == len(first))
-              for column in range(len(first) - 1)]
-    if (not first[-1].replace(".", "").isdecimal() and all(
-            label.replace(".", "").isdecimal() for label in later) and later) or (
-            2 * max(digits) > len(rows)):
-        raise _refusal(f"{path}, line 1: {shown}; is it a header, and which columns are the texts"
-                       " and the label?", settings, data_dir, **_guess(first))
-    return {"columns": names, "text_a": names[0], "text_b": names[1] if len(names) == 3 else None,
-            "label": "label"}
-
-
-def _has_labels(task: Task, data_dir: Path) -> bool:
-    """Say whether the test file has the column of the labels."""
-    path = split_paths(task, data_dir, "test")[0]
-    names = column_names(path, task.splits["test"])
-    if task.columns and format_of(task.splits["test"]) in (TSV, CSV):
-        return len(names) >= len(task.columns)
-    return task.ragged or task.label in names
-
-
-def _infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Path) -> list[str]:
-    """Return the labels of the training rows: numbers by value, else in the alphabet's order.
-
-    Raises:
-        UserError: they look like scores, like texts, or are all the same.
-    """
-    labels, rows = [*counts], counts.total()
-    if lists := [label for label in labels if label.startswith("[") and label.endswith("]")]:
-        raise UserError(f"{data_dir}: the label {lists[0][:40]} is a list; expected one label a"
-                        " row")
-    try:
-        numbers = {label: float(label) for label in labels}
-    except ValueError:
-        numbers = {}
-    if any(not number.is_integer() for number in numbers.values() if math.isfinite(number)):
-        raise _refusal(f"{data_dir}: the labels are numbers such as {_shown(labels)}; are they"
-                       " scores?", settings, data_dir, labels=[],
-                       range=[min(numbers.values()), max(numbers.values())])
-    if len(labels) >= 5 and 2 * len(labels) > rows:
-        raise _refusal(f"{data_dir}: {len(labels)} different labels in {rows} rows, such as"
-                       f" {_shown(labels)}; is {settings['label']!r} the label?", settings,
-                       data_dir, label="...")
-    return sorted(labels, key=numbers.get) if numbers else sorted(labels)
-
-
-def _check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mapping[str, Any],
-                  data_dir: Path) -> None:
-    """Raise a `UserError` for labels that the rows lack, or that only some files have."""
-    if len(task.labels) == 1:
-        raise UserError(f"{data_dir}: all rows have the label {task.labels[0]!r}; expected two or"
-                        " more")
-    plain = Counter(map(plain_label, task.labels))
-    if alike := [label for label in task.labels if plain[plain_label(label)] > 1]:
-        raise _refusal(f"{data_dir}: the labels {', '.join(map(repr, alike[:4]))} differ in case or"
-                       " spaces only; expected one spelling, or aliases.", settings, data_dir,
-                       aliases={alike[0]: alike[1]})
-    anywhere = counts["train"] + counts.get("dev", Counter())
-    if lacking := [label for label in task.labels if not anywhere[label]]:
-        raise UserError(f"{data_dir}: no row of train has the label {lacking[0]!r}; expected rows"
-                        f" of each of {_shown(task.labels)}; found {_shown([*counts['train']])}")
-    for split, counter in counts.items():
-        new = [label for label in counter if label not in task.labels]
-        if split == "test" and len(new) == len(counter):
-            continue  # without labels
-        if new:
-            raise UserError(f"{data_dir}: the label {new[0]!r} is in {split} ({counter[new[0]]}"
-                            f" rows) but not in train, which has {_shown(task.labels)}")
-
-
-def _refusal(message: str, settings: Mapping[str, Any], data_dir: Path, **more: Any) -> UserError:
-    """Return an error that ends with the task.json that would answer it."""
-    folder = data_dir.parent if data_dir.is_file() else data_dir
-    ready = json.dumps({**settings, **more}, ensure_ascii=False)
-    return UserError(f"{message} Say it in {folder / TASK_NAME}: {ready}")
-
-
-def _shown(labels: Sequence[str]) -> str:
-    """Return some labels for a message."""
-    return ", ".join(repr(label[:30]) for label in labels[:8]) + ", ..." * (len(labels) > 8)
 
 
 def _log_task(task: Task, data_dir: Path, counts: Mapping[str, Counter[str]]) -> None:
