@@ -1,9 +1,10 @@
 """Label sentences, or pairs of sentences, with any trained classifier: PyTorch or ONNX.
 
 Reads one input a line, from standard input as it comes or from a file: a text, or two with a tab
-between; columns that a header or --columns names; JSON lines such as {"text": ...} or
-{"sentence1": ..., "sentence2": ...}. Writes one line for each: the label and the probability of
-every label, all labels above one half of a multi-label model, or the score of a regression.
+between; columns that the model's task, a header or --columns names; JSON lines such as
+{"text": ...} or {"sentence1": ..., "sentence2": ...}; CSV and Parquet files. Writes one line for
+each: the label and the probability of every label, all labels above one half of a multi-label
+model, or the score of a regression.
 
 Examples:
     echo "a charming film" | python predict.py --model models/distilled_tinybert_4l_sst2
@@ -14,13 +15,12 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,51 +28,27 @@ import torch
 from transformer.config import BertConfig
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
-from transformer.file_utils import TOKENIZER_CONFIG_NAME, UserError, parse_json, read_json
+from transformer.file_utils import TOKENIZER_CONFIG_NAME, UserError, read_json
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import freeze
+from transformer.own_tasks import stored_task
 from transformer.runtime import (
     add_precision_argument,
     get_device,
     resolve_precision,
     run_script,
 )
-from transformer.table_files import BYTE_ORDER_MARK
-from transformer.tasks import GLUE_TASKS, Example, Task, get_task
+from transformer.tables import display_width, pad
+from transformer.tasks import Example, Task, label_order
+from transformer.text_inputs import TEXT_FORMS, Row, TextInputs
 from transformer.tokenization import BertTokenizer, truncate_pair
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 16
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-JSON_START = re.compile(r"""\s*(\[\s*$|\[?\s*\{\s*(["'}]|$))""")  # of an object, or a list of them
 UNLABELLED = "0"  # stands for the label that encoding asks for
-
-# The columns, or JSON keys, that hold the texts: GLUE's, and those of Hugging Face's data sets.
-TEXT_COLUMNS = (("text",), ("text", "text_pair"), ("premise", "hypothesis"), *dict.fromkeys(
-    tuple(filter(None, (task.text_a, task.text_b))) for task in GLUE_TASKS.values()))
-TEXT_NAMES = {*chain.from_iterable(TEXT_COLUMNS)}
-# Cells that are not one of two texts; numbers are none either.
-NO_TEXTS = TEXT_NAMES.union(
-    [""], *((task.label, *task.labels, *task.aliases) for task in GLUE_TASKS.values()))
-NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
-
-
-class Row(NamedTuple):
-    """One input: its line number from 1, and one text or two."""
-
-    line: int
-    text_a: str
-    text_b: str | None
-
-
-class Layout(NamedTuple):
-    """How the lines of an input are read."""
-
-    is_json: bool
-    columns: tuple[Any, ...]  # JSON keys, or numbers from 0; empty: by the keys, or all there are
-    header: str = ""
+SHOWN_LABELS = 5  # of more, --format text shows the most probable
+LABEL_WIDTH = 14  # cells of --format text, at least
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -86,14 +62,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model", type=str, required=True,
         help="classifier, from training or quantize.py: folder, URL or hub id")
     add("--input_file", type=Path, default=None,
-        help="tab-separated lines, or JSON lines (.jsonl); not given: standard input")
-    add("--input_format", choices=["auto", "tsv", "jsonl"], default="auto",
+        help="tab-separated lines, JSON lines (.jsonl), .csv or .parquet; not given: standard"
+             " input")
+    add("--input_format", choices=["auto", *TEXT_FORMS], default="auto",
         help="auto: by the suffix of --input_file or the first line, tab-separated otherwise")
     add("--columns", nargs="+", default=[], metavar="NAME_OR_NUMBER",
         help="the columns (from 1, or by the header's names) or JSON keys of the one text or the"
-             " two; not given: those of GLUE and Hugging Face by name, else all there are")
+             " two; not given: those of the model's task, or usual ones by name, else all there"
+             " are")
     add("--format", choices=["text", "tsv", "jsonl"], default="text",
-        help="a table to read, or tab-separated with a header, or JSON lines")
+        help=f"a table to read (of more than {SHOWN_LABELS} labels with the most probable ones), or"
+             " tab-separated with a header, or JSON lines")
     add("--max_seq_length", type=int, default=None,
         help="longest input in word pieces, longer ones are cut, with a note; not given: what the"
              " model takes (a batch is only as long as its longest row)")
@@ -106,130 +85,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--no_cuda", action="store_true", help="compute on the CPU")
     add_precision_argument(parser)
     return parser
-
-
-# ------------------------------------------------------------------ reading
-
-
-def arriving_lines(stream: BinaryIO, name: str) -> Iterator[list[bytes]]:
-    """Yield the lines of a stream as they arrive: all that are there, then wait for more."""
-    rest = b""
-    try:
-        while chunk := stream.read1(CHUNK_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if lines:
-                yield lines
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
-    if rest:
-        yield [rest]
-
-
-def decode(where: str, raw: bytes, is_first: bool) -> str:
-    """Return the text of a line; bytes that are not UTF-8 are replaced, with a note."""
-    if is_first and b"\0" in raw:
-        raise UserError(f"{where}: {raw[:20]!r}, not a text (UTF-16, packed?); expected UTF-8")
-    text = raw.rstrip(b"\r").decode("utf-8", errors="replace")
-    if "\ufffd" in text and "\ufffd".encode() not in raw:
-        logger.warning("%s: is not UTF-8; what cannot be read is replaced", where)
-    text = text.removeprefix(BYTE_ORDER_MARK) if is_first else text
-    if not text.strip():
-        logger.warning("%s: empty, passed over", where)
-    return text
-
-
-def known_columns(names: Collection[str]) -> tuple[str, ...]:
-    """Return which of these columns or keys hold the texts; () where that is not certain."""
-    known = TEXT_NAMES.intersection(names)
-    return next((columns for columns in TEXT_COLUMNS if known == {*columns}), ())
-
-
-def find_layout(where: str, first: str, args: argparse.Namespace) -> Layout:
-    """Say from the flags, the file's name and its first line how all lines are read."""
-    is_auto, suffix = args.input_format == "auto", getattr(args.input_file, "suffix", "")
-    if args.input_format == "jsonl" or (
-            is_auto and (suffix in JSON_SUFFIXES or JSON_START.match(first))):
-        return Layout(True, tuple(args.columns))
-    cells = first.split("\t")
-    parts = [part.strip(' "') for part in re.split("[,;]", first)]
-    if is_auto and (suffix == ".csv" or (len(cells) < len(parts) and known_columns(parts))):
-        raise UserError(f"{where}: {first[:60]!r} is comma-separated; expected tabs or JSON lines"
-                        " (--input_format tsv takes each line as a text)")
-    known = known_columns(cells)
-    wanted = args.columns or known
-    names = [name for name in wanted if not name.isdecimal()]
-    if unknown := [name for name in names if name not in cells]:
-        raise UserError(f"{where}: no column {unknown[0]!r} in {first[:60]!r}; expected --columns"
-                        " with names of a header, or numbers from 1")
-    if known or names:
-        logger.info("%s: a header; what is read: %s", where, ", ".join(wanted))
-    return Layout(False, tuple(int(name) - 1 if name.isdecimal() else cells.index(name)
-                               for name in wanted), first if known or names else "")
-
-
-def json_texts(where: str, text: str, layout: Layout) -> list[str]:
-    """Return the one text or two of a JSON line."""
-    names = "; ".join(map(" and ".join, [layout.columns] if layout.columns else TEXT_COLUMNS))
-    expected = f"a JSON object with one text or two under {names} (--columns names others)"
-    value = parse_json(text, where, expected)
-    keys = layout.columns or known_columns(value)
-    texts = [value.get(key) for key in keys]
-    if len(texts) == 2 and value.get(keys[1], "") is None:
-        texts.pop()
-    if not texts or not all(isinstance(each, str) for each in texts):
-        raise UserError(f"{where}: {text[:60]!r}; expected {expected}")
-    # JSON can spell half a surrogate pair, which UTF-8 can not.
-    return [each.encode("utf-8", "replace").decode() for each in texts]
-
-
-def cell_texts(where: str, text: str, layout: Layout) -> list[str]:
-    """Return the one text or two of a tab-separated line."""
-    cells, columns = text.split("\t"), layout.columns
-    if columns and max(columns) >= len(cells):
-        raise UserError(f"{where}: {len(cells)} columns; expected at least {max(columns) + 1}")
-    if not columns and len(cells) > 2:
-        raise UserError(f"{where}: {len(cells)} columns; expected a text, or two with a tab"
-                        " between (--columns chooses)")
-    if layout.header and len(cells) > layout.header.count("\t") + 1:
-        logger.warning("%s: %d columns, more than the header has", where, len(cells))
-    return [cells[column] for column in columns] if columns else cells
-
-
-def check_no_label(where: str, texts: list[str], labels: Collection[str]) -> None:
-    """Raise a `UserError` where one of two columns does not hold texts."""
-    for cell in (text.strip(' "') for text in texts):
-        if len(texts) == 2 and (cell.casefold() in labels or cell in NO_TEXTS
-                                or NUMBER.fullmatch(cell)):
-            raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected two"
-                            " texts (--columns says which columns are)")
-
-
-def read_rows(stream: BinaryIO, name: str, args: argparse.Namespace,
-              labels: Collection[str]) -> Iterator[list[Row]]:
-    """Yield the rows of a stream as they arrive.
-
-    `labels` are those of a model that is not known to take pairs, else empty.
-    """
-    layout, line, unchecked = None, 0, 2  # a header of other names may stand above the labels
-    labels = {label.casefold() for label in labels}
-    for lines in arriving_lines(stream, name):
-        rows = []
-        for raw in lines:
-            line += 1
-            where = f"{name}, line {line}"
-            text = decode(where, raw, line == 1)
-            if not text.strip():
-                continue
-            layout = layout or find_layout(where, text, args)
-            if text == layout.header:  # once more where files follow one another
-                continue
-            texts = (json_texts if layout.is_json else cell_texts)(where, text, layout)
-            if (labels or unchecked) and not (layout.is_json or layout.columns):
-                check_no_label(where, texts, labels)
-                unchecked = max(0, unchecked - 1)
-            rows.append(Row(line, *texts, *[None] * (2 - len(texts))))
-        if rows:
-            yield rows
 
 
 # ------------------------------------------------------------------ predicting
@@ -252,14 +107,6 @@ def longest_input(folder: Path, config: BertConfig) -> int:
     if is_limit and limit < 3:
         raise UserError(f"{path}: model_max_length is {limit}; expected at least 3")
     return int(limit) if is_limit else config.max_position_embeddings
-
-
-def trained_task(config: BertConfig) -> Task | None:
-    """Return the task that training, ours or Hugging Face's, noted; None for none or another."""
-    try:
-        return get_task(str(config.other.get("finetuning_task")))
-    except UserError:
-        return None
 
 
 def check_pairs(rows: list[Row], name: str, config: BertConfig, task: Task | None) -> None:
@@ -331,8 +178,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def format_line(prediction: dict[str, Any], form: str) -> str:
-    """Return one line of output."""
+def format_line(prediction: dict[str, Any], form: str, width: int = LABEL_WIDTH) -> str:
+    """Return one line of output; `width` is that of the labels in a table to read."""
     if form == "jsonl":
         return json.dumps(prediction, ensure_ascii=False)
     texts = [one_line(prediction[key]) for key in ("sentence", "sentence1", "sentence2")
@@ -344,8 +191,11 @@ def format_line(prediction: dict[str, Any], form: str) -> str:
     if form == "tsv":
         figures = [f"{number:.6f}" for number in numbers.values()]
         return "\t".join([str(prediction["line"]), *labels, *figures, *(*texts, "")[:2]])
-    figures = "  ".join(f"{one_line(name)} {number:.4f}" for name, number in numbers.items())
-    label = "".join(f"{each or '-':<14}  " for each in labels)
+    names = list(numbers)
+    if labels and len(names) > SHOWN_LABELS:
+        names = sorted(names, key=numbers.get, reverse=True)[:SHOWN_LABELS]
+    figures = "  ".join(f"{one_line(name)} {numbers[name]:.4f}" for name in names)
+    label = "".join(f"{pad(each or '-', width)}  " for each in labels)
     return f"{label}{figures}  {' | '.join(texts)}"
 
 
@@ -389,28 +239,30 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     folder = fetch_model(args.model, args.cache_dir or None)
+    task = stored_task(folder)
     model = load_classifier(folder, device=device)
     config = model.config
     tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
     longest = args.max_seq_length or longest_input(folder, config)
     config.check_length(longest, "the model")
-    task = trained_task(config)
     freeze(model, dtype, device)
 
     # Predictions, as the input comes
-    name = "standard input" if args.input_file is None else str(args.input_file)
     kind = answer_kind(config)
     names = list(config.id2label.values())
+    if task is not None and not task.is_glue:
+        names = list(label_order(task, config.id2label)) or names
+    inputs = TextInputs(args.input_file, args.input_format, args.columns, task, names)
+    width = max(LABEL_WIDTH, *(display_width(one_line(name)) for name in names))
 
     def lines() -> Iterator[str]:
         if args.format == "tsv":
             yield header(kind, names)
-        takes_pairs = task is not None and task.text_b is not None
-        for rows in read_rows(stream, name, args, () if takes_pairs else names):
-            check_pairs(rows, name, config, task)
+        for rows in inputs.rows(stream):
+            check_pairs(rows, inputs.name, config, task)
             logits = predict(model, tokenizer, rows, longest, args.batch_size, device, dtype)
-            yield from (format_line(each, args.format)
+            yield from (format_line(each, args.format, width)
                         for each in predictions(rows, logits, kind, names))
 
     with (nullcontext(sys.stdin.buffer) if args.input_file is None

@@ -1,11 +1,13 @@
 """predict.py: the scores of evaluation, every format, and input as it comes."""
 
+import csv
 import io
 import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from transformer.features import load_features
 from transformer.file_utils import write_json
 from transformer.inference import load_classifier
 from transformer.modeling import TinyBertForPreTraining
-from transformer.tasks import get_task, load_examples
+from transformer.own_tasks import save_task
+from transformer.tables import display_width
+from transformer.tasks import Task, get_task, load_examples
 from transformer.tokenization import BertTokenizer
 
 
@@ -156,6 +160,108 @@ def test_labels_that_are_numbers_are_names(ask, model):
     assert header.split("\t")[1:4] == ["label", "5", "0"] and row.split("\t")[1] in ("5", "0")
 
 
+# ------------------------------------------------------------------ tasks of a user's own
+
+REVIEWS = Task("waimai", "waimai", ("差评", "好评"), "评论", None, "标签", ("acc",),
+               aliases=(("neg", "差评"),))
+PAIRS = replace(REVIEWS, text_b="问题")
+SCORES = replace(REVIEWS, labels=(), metrics=("pearson",), aliases=())
+
+
+def own_model(folder, task):
+    make_model(folder, labels=task.labels or ("LABEL_0",))
+    save_task(task, folder)
+    return folder
+
+
+OWN_INPUTS = {
+    "a key": (REVIEWS, '{"评论": "很好吃", "标签": "好评"}', ["很好吃"]),
+    "a usual key": (REVIEWS, '{"review": "很好吃"}', ["很好吃"]),
+    "its header": (REVIEWS, "标签\t评论\n好评\t很好吃", ["很好吃"]),
+    "its header, unlabelled": (REVIEWS, "评论\n很好吃", ["很好吃"]),
+    "its header beside usual names": (REVIEWS, "text\t评论\nx\t很好吃", ["很好吃"]),
+    "no header": (replace(REVIEWS, columns=("评论", "标签")), "很好吃\t好评", ["很好吃"]),
+    "no header, another spelling": (
+        replace(REVIEWS, columns=("标签", "评论")), "neg\t很好吃", ["很好吃"]),
+    "no header, a text alone": (replace(REVIEWS, columns=("评论", "标签")), "很好吃", ["很好吃"]),
+    "rows that end in a class number": (replace(REVIEWS, ragged=True), "很好吃\t1", ["很好吃"]),
+    "pairs that end in a class number": (
+        replace(PAIRS, ragged=True), "很好吃\t吗\t1", ["很好吃", "吗"]),
+    "a pair": (PAIRS, "评论\t标签\t问题\n很好吃\t好评\t吗", ["很好吃", "吗"]),
+    "a pair without a header": (PAIRS, "很好吃\t吗", ["很好吃", "吗"]),
+    "a score": (replace(SCORES, columns=("评论", "标签")), "很好吃\t3.5", ["很好吃"]),
+}
+
+
+@pytest.mark.parametrize("name", OWN_INPUTS)
+def test_the_columns_of_the_models_own_task_are_read(tmp_path, ask, name):
+    task, text, expected = OWN_INPUTS[name]
+    model = own_model(tmp_path / "model", task)
+    lines = as_json(ask(f"{text}\n".encode(), "--model", model, "--format", "jsonl"))
+    assert [[line[key] for key in line if key.startswith("sentence")] for line in lines] == [
+        expected]
+    assert "score" in lines[0] if task.is_regression else lines[0]["label"] in task.labels
+
+
+@pytest.mark.parametrize("text", [
+    "很好吃\t好评", "很好吃\tneg", "评价\t类别\n很好吃\t差评", "很好吃\t不错",
+    "sentence1\tsentence2\na\tb", '{"text": "很好吃", "text_pair": "好评"}'])
+def test_a_second_column_is_never_a_second_text_for_a_model_of_single_texts(
+    tmp_path, capsys, monkeypatch, text
+):
+    model = own_model(tmp_path / "model", REVIEWS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    message = error_line(capsys, predict, "--model", model)
+    assert "--columns" in message and ("a label or a name" in message or "two texts; the model "
+                                       "takes one, it was trained on waimai" in message)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_files_of_the_tasks_own_format_are_read(tmp_path, ask, suffix):
+    model, path = own_model(tmp_path / "model", REVIEWS), tmp_path / f"new{suffix}"
+    texts = ["很好吃，\n下次再来", 'a "good" film, bad']
+    if suffix == ".csv":
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows([["标签", "评论"], *(["好评", text] for text in texts)])
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"评论": text}) + "\n" for text in texts))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"标签": [1, 0], "评论": texts}), path)
+    lines = as_json(ask(b"", "--model", model, "--input_file", path, "--format", "jsonl"))
+    assert [line["sentence"] for line in lines] == texts
+
+
+def test_a_model_without_names_of_labels_answers_with_its_tasks(tmp_path, ask):
+    make_model(tmp_path / "model", labels=("LABEL_0", "LABEL_1"))
+    save_task(REVIEWS, tmp_path / "model")
+    header, _ = ask(b"a film", "--model", tmp_path / "model", "--format", "tsv")
+    assert header.split("\t")[2:4] == ["差评", "好评"]
+
+
+def test_a_table_to_read_is_aligned_by_width_and_shows_the_most_probable_labels(tmp_path, ask):
+    labels = ("好", "很好", "一般般", "bad", "a_label_of_20_letters", "不知道", "算了")
+    make_model(tmp_path / "model", labels=labels)
+    question = (b"a good film\nbad\nfilm\nsad story\nlovely\n", "--model", tmp_path / "model")
+    probabilities = [line["probabilities"] for line in as_json(ask(*question, "--format", "jsonl"))]
+    rows = ask(*question)
+    assert len({row.split()[0] for row in rows}) > 1
+    for row, numbers in zip(rows, probabilities, strict=True):
+        best = sorted(numbers, key=numbers.get, reverse=True)[:5]
+        shown = "  ".join(f"{name} {numbers[name]:.4f}" for name in best)
+        label, _, rest = row.partition(" ")
+        assert label == best[0] and rest.lstrip().startswith(shown)
+        assert display_width(row[: row.index(shown)]) == 23
+
+
+def test_chinese_that_is_not_utf_8_is_an_error_with_the_way_out(model, capsys, monkeypatch):
+    text = "味道很好，下次还来\n送餐太慢了，都凉了\n".encode("gb18030")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    message = error_line(capsys, predict, "--model", model)
+    assert "standard input, line 1" in message and "iconv -f gb18030 -t utf-8" in message
+
+
 # ------------------------------------------------------------------ reading
 
 
@@ -182,6 +288,11 @@ READ = {
     "premise and hypothesis": (b'{"premise": "a film", "hypothesis": "bad", "idx": 3}', TWO),
     "keys by name": (b'{"text": "x", "a": "a film", "b": "bad"}', TWO, "--columns", "a", "b"),
     "two files, one after the other": (b"sentence\nsentence\na film\n", ONE),
+    "names in any case": (b"Review\tLabel\na film\tgood", ONE),
+    "names of several labels": (b"text\tlabel\tscore\na film\tgood\t0.9", ONE),
+    "comma-separated": (b'id,Text,label\r\n7,"a film",good\r\n', ONE, "--input_format", "csv"),
+    "commas, quotes, lines in a cell": (
+        b'\n"a ""film"",\r\nbad"\n', ['a "film",\nbad'], "--input_format", "csv"),
     "an object as a text": (b'{"text": 1}', ['{"text": 1}'], "--input_format", "tsv"),
     "nothing": (b"", None),
     "a header alone": (b"sentence\tlabel\n", None),
@@ -200,7 +311,7 @@ REFUSED = {
     "three columns": (b"a\tb\tc", "line 1: 3 columns; expected a text, or two"),
     "labels without a header": (b"a film\t1\nbad\t0", "line 1: a column holds '1'"),
     "labels below another header": (b"x\ty\na film\tpositive", "line 2: a column holds 'positive'"),
-    "a column of labels by its name": (b"review\tlabel\na film\tneg", "line 1: a column holds"),
+    "a column of labels by its name": (b"opinion\tlabel\na film\tneg", "line 1: a column holds"),
     "a row that is too short": (b"sentence1\tsentence2\na\tb\na", "line 3: 1 columns"),
     "an unknown name": (b"sentence\tlabel", "no column 'body' in 'sentence", "--columns", "body"),
     "comma-separated": (b'"sentence","label"\n"a, b",1', "is comma-separated; expected tab"),
@@ -243,11 +354,12 @@ def test_files_and_pipes_are_read(tmp_path, ask, capsys, model):
     (tmp_path / "in.tsv").write_text("a film\n")
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=["a film\n"], daemon=True).start()
+    (tmp_path / "in.csv").write_text('"a film"\n')
     answers = [ask(b"", "--model", model, "--input_file", tmp_path / name)
-               for name in ("in.jsonl", "in.tsv", "pipe")]
-    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 1
-    (tmp_path / "in.csv").write_text("a film\n")
-    assert "line 1: 'a film' is comma-separated" in error_line(
+               for name in ("in.jsonl", "in.tsv", "pipe", "in.csv")]
+    assert len({*map(tuple, answers)}) == 1 and len(answers[0]) == 1
+    (tmp_path / "in.csv").write_text("text;label\na film;1\n")
+    assert "in.csv, line 1: separated by semicolons; expected commas" in error_line(
         capsys, predict, "--model", model, "--input_file", tmp_path / "in.csv")
 
 
@@ -270,9 +382,9 @@ def test_lines_keep_their_order_and_odd_ones_are_noted(ask, model, caplog):
     assert ask(b"", "--model", model) == []
 
 
-def start(model):
+def start(model, *flags):
     return subprocess.Popen(
-        [sys.executable, str(REPO / "predict.py"), "--model", str(model)],
+        [sys.executable, str(REPO / "predict.py"), "--model", str(model), *flags],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -283,6 +395,16 @@ def test_a_line_is_classified_before_the_next_one_comes(model):
             process.stdin.write(f"a {word} film\n")
             process.stdin.flush()
             assert process.stdout.readline().endswith(f"a {word} film\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+
+
+def test_a_csv_row_is_classified_when_its_last_line_has_come(model):
+    with start(model, "--input_format", "csv", "--format", "jsonl") as process:
+        for line, text in (('id,text\n1,"a good\nfilm"\n', "a good\nfilm"), ("2,bad\n", "bad")):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["sentence"] == text
         process.stdin.close()
         assert process.wait(timeout=60) == 0
 
