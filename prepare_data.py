@@ -156,7 +156,7 @@ def make_splitter(
     if language in CJK_LANGUAGES:
         chosen = "" if args.language != "auto" else (
             ", as most letters are Chinese or Japanese (--language says otherwise)")
-        return f"after \u3002\uff01\uff1f\uff1b\u2026 and closing quotes{chosen}", None
+        return f"the marks of Chinese and Japanese{chosen}", None
     parameters = downloaded_punkt(language) if args.punkt == "auto" else None
     if parameters is not None:
         return f"nltk's punkt_tab, {PUNKT_LANGUAGES[language].capitalize()}", parameters
@@ -214,9 +214,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_file", type=Path, default=Path("data/wiki_for_bert.txt"),
         help="text file to write: one sentence a line, a blank line between documents")
     add("--language", type=str, default="auto",
-        help="language of the text: zh and ja end sentences after \u3002\uff01\uff1f\uff1b\u2026,"
-        f" others by Punkt, with nltk's model for {', '.join(sorted(PUNKT_LANGUAGES))}, else one"
-        " learned from this corpus; auto: zh where the characters say so, else en")
+        help="language of the text: zh and ja end sentences at their own marks, others by Punkt,"
+        f" with nltk's model for {', '.join(sorted(PUNKT_LANGUAGES))}, else with one learned from"
+        " this corpus; auto: zh where most letters are Chinese or Japanese, else en")
     add("--punkt", choices=["auto", "train"], default="auto",
         help="sentence model: auto is nltk's punkt_tab where it is there or can be downloaded, "
         f"else train; train learns one from at most {PUNKT_SAMPLE_CHARACTERS:,} characters of "

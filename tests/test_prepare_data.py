@@ -1,8 +1,10 @@
 """prepare_data.py: from WikiExtractor's JSON to a corpus, and on real text to real instances."""
 
 import bz2
+import gzip
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,9 @@ from transformer.corpus import (
     tokenize_block,
     write_corpus,
 )
+from transformer.documents import TextFormat, clean, cut_pieces, read_documents
+from transformer.file_utils import UserError
+from transformer.sentences import CjkSplitter, split_sentences, train_punkt
 from transformer.tokenization import BertTokenizer
 
 DUMP = SHARED / "data" / "enwiki-sample-pages-articles.xml.bz2"
@@ -70,7 +75,7 @@ def test_writes_one_sentence_a_line_and_a_blank_line_between_documents(tmp_path,
     assert [document.split("\n")[0] for document in documents] == [
         "Dr. Smith went home.", "A title.", "Rain fell.", "The last one.",
     ]
-    assert "4 documents" in caplog.text and "2 articles without text" in caplog.text
+    assert "4 documents" in caplog.text and "2 documents without text" in caplog.text
 
 
 def test_a_sentence_with_a_blank_line_does_not_split_its_document(tmp_path):
@@ -92,13 +97,13 @@ def test_a_sentence_with_a_blank_line_does_not_split_its_document(tmp_path):
     ("performula_1 R&D &copy", "performula_1 R&D \N{COPYRIGHT SIGN}"),
 ])
 def test_what_wikiextractor_leaves_of_markup_is_dropped_and_other_text_kept(text, kept):
-    cleaned = prepare_data.clean(text)
-    assert prepare_data.split_sentences(cleaned, PunktSentenceTokenizer()) == [kept]
+    cleaned = clean(text)
+    assert split_sentences(cleaned, PunktSentenceTokenizer()) == [kept]
 
 
 @given(st.text(alphabet=st.sampled_from("aB. \n\t\r\u2028\x1c\x85!?"), max_size=60))
 def test_sentences_keep_every_character_and_hold_no_line_break(text):
-    sentences = prepare_data.split_sentences(text, PunktSentenceTokenizer())
+    sentences = split_sentences(text, PunktSentenceTokenizer())
     assert "".join("".join(sentences).split()) == "".join(text.split())
     assert all(len(sentence.splitlines()) == 1 for sentence in sentences)
 
@@ -129,7 +134,7 @@ def test_compressed_files_are_read(tmp_path):
 def test_zero_files_is_an_error_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "0 files" in refused(capsys, tmp_path / "empty", tmp_path / "out" / "corpus.txt")
-    assert "no such folder" in refused(capsys, tmp_path / "missing", tmp_path / "corpus.txt")
+    assert "no such file" in refused(capsys, tmp_path / "missing", tmp_path / "corpus.txt")
     assert not (tmp_path / "out").exists() and not (tmp_path / "corpus.txt").exists()
 
 
@@ -155,38 +160,252 @@ def test_a_malformed_line_is_named_with_its_file(tmp_path, capsys, line, complai
     assert not (tmp_path / "corpus.txt").exists()
 
 
+@pytest.mark.parametrize(("language", "name"), [
+    (["--language", "auto"], "english"), (["--language", "de"], "german"),
+    (["--language", "German"], "german")])
 def test_punkt_tab_is_used_where_it_is_there_and_a_trained_model_elsewhere(
-    tmp_path, monkeypatch, caplog
+    tmp_path, monkeypatch, caplog, language, name
 ):
     caplog.set_level(logging.INFO)
     run(write_articles(tmp_path / "elsewhere"), tmp_path / "trained.txt")
     assert "sentence splitter: Punkt trained on" in caplog.text
-    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / name
     folder.mkdir(parents=True)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
-    parameters = prepare_data.train_punkt(["Then Dr. Brown came. We asked Dr. Black. "] * 20)
+    parameters = train_punkt(["Then Dr. Brown came. We asked Dr. Black. "] * 20)
     nltk.tokenize.punkt.save_punkt_params(parameters, str(folder))
-    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--punkt", "auto")
-    assert "sentence splitter: nltk's punkt_tab" in caplog.text
+    run(write_articles(tmp_path / "in"), tmp_path / "corpus.txt", "--punkt", "auto", *language)
+    assert f"sentence splitter: nltk's punkt_tab, {name.capitalize()}" in caplog.text
     assert (tmp_path / "corpus.txt").read_text().startswith("Dr. Smith went home.\nHe slept.\n")
 
 
 def test_a_punkt_model_trained_on_the_corpus_learns_its_abbreviations():
     filler = "The man went to the house. He saw a dog there. It was red. "
     text = (filler + "Then Dr. Brown came home. We asked Dr. Black about it. ") * 20
-    trained = PunktSentenceTokenizer(prepare_data.train_punkt([text]))
+    trained = PunktSentenceTokenizer(train_punkt([text]))
     sentence = "They met Dr. White."
-    assert prepare_data.split_sentences(sentence, trained) == [sentence]
-    assert len(prepare_data.split_sentences(sentence, type(trained)())) == 2
+    assert split_sentences(sentence, trained) == [sentence]
+    assert len(split_sentences(sentence, type(trained)())) == 2
 
 
 def test_the_sample_to_train_on_is_bounded_and_spread_over_the_corpus(tmp_path):
     many = [[f"{number:02d} " + "x" * 97] * 10 for number in range(40)]
     input_dir = write_articles(tmp_path / "in", many)
-    files = prepare_data.find_input_files(input_dir)
-    sample = list(prepare_data.sample_articles(files, 5000))
+    pieces = cut_pieces(prepare_data.find_input_files([input_dir], tmp_path / "corpus.txt"))
+    sample = list(prepare_data.sample_texts(pieces, TextFormat(), 5000))
     assert 4000 <= sum(map(len, sample)) <= 5100
     assert int(sample[-1][:2]) >= 30
+
+
+# ------------------------------------------------------------------ Chinese and Japanese
+
+
+@pytest.mark.parametrize("sentences", [
+    "他说：“你好！”|然后走了。|天气很好……|我们出去。|真的吗？！|是的；|没错。",
+    "太贵了!|是吗?|好吃;|难吃｡|走吧．|价格是3．5元，版本2.0。|(他笑了。)|访问a.com/?x=1;y=2吧。",
+    "……他走了。|「走吧！」|他说。|“好！”，他说，“再见。”|他说:\"好。|走吧!\"|然后\"来\"了。",
+    "「行く。」|と言った。|今日はいい天気ですね！|本当？|最後の文", "１．引言。|这是测试.|下一句。",
+    "iPhone 15 Pro发布。| It is new.| Really.| 很贵…| Dr. Smith买了。|\u3000一二三。。。|\n四",
+])
+def test_chinese_and_japanese_sentences_end_after_their_marks_and_the_quotes_behind(sentences):
+    expected = [sentence.strip() for sentence in sentences.split("|")]
+    assert split_sentences(sentences.replace("|", ""), CjkSplitter()) == expected
+
+
+@given(st.text(alphabet=st.sampled_from("好a1. \n\u3000。！？；…!?;．“”\"（)，"), max_size=60))
+def test_chinese_sentences_keep_every_character_and_none_is_marks_alone(text):
+    sentences = split_sentences(text, CjkSplitter())
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert all(len(sentence.splitlines()) == 1 for sentence in sentences)
+
+
+CHINESE = [["我们去吃饭。味道不错！\n价格便宜，服务好。", "他来了。She said OK. 好。"],
+           ["最后一篇。完"]]
+
+
+def test_a_mostly_chinese_corpus_is_split_at_its_own_marks_without_being_told(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    input_dir = write_articles(tmp_path / "in", CHINESE)
+    run(input_dir, tmp_path / "auto.txt")
+    assert "most letters are Chinese or Japanese" in caplog.text
+    run(input_dir, tmp_path / "zh.txt", "--language", "zh-CN")
+    assert (tmp_path / "auto.txt").read_bytes() == (tmp_path / "zh.txt").read_bytes()
+    assert (tmp_path / "zh.txt").read_text() == (
+        "我们去吃饭。\n味道不错！\n价格便宜，服务好。\n\n"
+        "他来了。\nShe said OK. 好。\n\n最后一篇。\n完\n")
+
+
+def test_chinese_that_is_split_as_english_is_warned_of(tmp_path, caplog):
+    input_dir = write_articles(tmp_path / "in", [["好吃" * 600 + "。" + "不好" * 600]])
+    run(input_dir, tmp_path / "corpus.txt", "--language", "en")
+    assert "100 % of the letters are Chinese or Japanese, whose sentences --language zh would" \
+        in caplog.text
+    assert "sentences have 2401 characters on average, about 2401 word pieces" in caplog.text
+    caplog.clear()
+    run(write_articles(tmp_path / "english"), tmp_path / "english.txt", "--language", "en")
+    assert "warning" not in caplog.text.lower() and "on average" not in caplog.text
+
+
+def test_an_unknown_language_is_refused(tmp_path, capsys):
+    message = refused(capsys, tmp_path, tmp_path / "corpus.txt", "--language", "klingon")
+    assert "--language klingon: unknown; expected the code of a language" in message
+
+
+# ------------------------------------------------------------------ other formats
+
+TEXTS = ["The cat sat. It slept.\nA dog ran.", "Rain fell. It was cold.", "The last one."]
+CORPUS = "The cat sat.\nIt slept.\nA dog ran.\n\nRain fell.\nIt was cold.\n\nThe last one.\n"
+
+
+def write_documents(folder: Path, form: str, texts: list[str] = TEXTS, key: str = "text") -> Path:
+    """Write documents as another tool has them, in the folder's only file."""
+    pyarrow = pytest.importorskip("pyarrow") if form in (".parquet", ".arrow") else None
+    folder.mkdir(parents=True)
+    path, suffix = folder / f"train-00000-of-00001{form}", form.partition(".gz")[0]
+    if pyarrow:
+        from pyarrow import parquet
+
+        table = pyarrow.table({"id": [*map(str, range(len(texts)))], key: texts})
+        if suffix == ".parquet":
+            parquet.write_table(table, path, row_group_size=1)
+        else:
+            with pyarrow.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table, max_chunksize=1)
+        return path
+    content = "\n\n".join(texts) if suffix == ".txt" else "".join(
+        json.dumps({"id": "1", key: text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_bytes(gzip.compress(content.encode()) if form.endswith(".gz") else content.encode())
+    return path
+
+
+FORMS = [".parquet", ".arrow", ".jsonl", ".json", ".jsonl.gz", ".txt", ".txt.gz"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_gives_the_same_corpus_from_a_file_and_from_its_folder(tmp_path, form):
+    path = write_documents(tmp_path / "in" / "20231101.simple", form)
+    for other in ("README.md", ".cache.txt", "dataset_info.yaml"):
+        (tmp_path / "in" / other).write_text("Not a document.")
+    run(path, tmp_path / "file.txt")
+    run(tmp_path / "in", tmp_path / "folder.txt")
+    assert (tmp_path / "file.txt").read_text() == CORPUS
+    assert (tmp_path / "folder.txt").read_text() == CORPUS
+
+
+def test_several_files_and_folders_are_read_in_the_order_given(tmp_path):
+    places = [write_documents(tmp_path / form, form, [text])
+              for form, text in zip((".jsonl", ".parquet", ".txt"), TEXTS, strict=True)]
+    helpers.run(prepare_data, "--input", *places[:2], places[2].parent, "--punkt", "train",
+                "--output_file", tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_text() == CORPUS
+
+
+def test_files_of_another_kind_in_a_folder_are_passed_over_with_a_warning(tmp_path, caplog):
+    write_documents(tmp_path / "in", ".jsonl")
+    (tmp_path / "in" / "notes.txt").write_text("No document.")
+    run(tmp_path / "in", tmp_path / "corpus.txt")
+    assert "1 files of text are passed over, as the folder has JSON lines files" in caplog.text
+    assert (tmp_path / "corpus.txt").read_text() == CORPUS
+
+
+def test_plain_text_ends_a_document_at_blank_lines_or_only_at_the_end_of_the_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("\ufeffOne. Two.\r\n\u3000\r\n\r\nThree.\nFour")
+    (tmp_path / "in" / "b.txt").write_text("\nFive.\n\n")
+    run(tmp_path / "in", tmp_path / "blank.txt")
+    assert (tmp_path / "blank.txt").read_text() == "One.\nTwo.\n\nThree.\nFour\n\nFive.\n"
+    run(tmp_path / "in", tmp_path / "file.txt", "--documents", "file")
+    assert (tmp_path / "file.txt").read_text() == "One.\nTwo.\nThree.\nFour\n\nFive.\n"
+
+
+def test_json_lines_in_a_file_named_as_text_are_read_as_json_lines(tmp_path):
+    path = write_documents(tmp_path / "in", ".jsonl")
+    run(path.rename(path.with_suffix(".txt")), tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_text() == CORPUS
+
+
+def test_wikiextractors_markup_goes_from_its_files_alone_whatever_they_are_called(tmp_path):
+    text = "He saw formula_1 &amp; left."
+    for name, keys in (("wiki_00", {}), ("all.jsonl", {"revid": "1"}), ("other.jsonl", {})):
+        (tmp_path / name).write_text(json.dumps({**keys, "text": text}) + "\n")
+        run(tmp_path / name, tmp_path / f"{name}.corpus")
+    assert [(tmp_path / f"{name}.corpus").read_text() for name in
+            ("wiki_00", "all.jsonl", "other.jsonl")] == [
+        "He saw & left.\n", "He saw & left.\n", "He saw formula_1 &amp; left.\n"]
+
+
+@pytest.mark.parametrize("form", [".parquet", ".arrow", ".jsonl"])
+def test_the_column_of_the_text_has_any_name_and_may_be_null(tmp_path, capsys, form):
+    path = write_documents(tmp_path / "in", form, [*TEXTS, None], key="content")
+    run(path, tmp_path / "corpus.txt", "--text_column", "content")
+    assert (tmp_path / "corpus.txt").read_text() == CORPUS
+    message = refused(capsys, path, tmp_path / "corpus2.txt")
+    assert str(path) in message and "no " in message and "text" in message
+    if form != ".jsonl":
+        assert "expected one of id (string), content (string), by --text_column" in message
+        assert "no column 'id2'" in refused(
+            capsys, path, tmp_path / "corpus2.txt", "--text_column", "id2")
+
+
+@pytest.mark.parametrize("form", [".parquet", ".jsonl", ".txt"])
+def test_large_files_are_cut_into_pieces_that_hold_the_same_documents(tmp_path, form):
+    texts = [f"Text {number}. It goes on.\nAnd on{'.' * number}" for number in range(40)]
+    path = write_documents(tmp_path / "in", form, texts)
+
+    def documents(pieces):
+        return [[*document] for piece in pieces for document in read_documents(piece, TextFormat())]
+
+    whole = documents(cut_pieces([path]))
+    assert len(whole) == len(texts) and len(cut_pieces([path])) == 1
+    for size in (1, 50, 300):
+        pieces = cut_pieces([path], size=size)
+        assert len(pieces) > 5 and documents(pieces) == whole
+
+
+def test_mistakes_in_later_pieces_are_named_by_their_line_in_the_file(tmp_path):
+    path = write_documents(tmp_path / "in", ".jsonl", TEXTS * 5)
+    path.write_text(path.read_text() + '{"text": 3}\n')
+    with pytest.raises(UserError, match=f"{path}, line 16: no text"):
+        for piece in cut_pieces([path], size=100):
+            list(read_documents(piece, TextFormat()))
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), [
+    ("a.txt", "我们去吃饭。\n".encode("gb18030") * 9, "line 1: byte 0xce .*iconv -f gb18030"),
+    ("a.jsonl", '{"text": "我们去吃饭"}\n'.encode("gbk"), "line 1: byte 0xce .*iconv -f gb18030"),
+    ("wiki_00", '{"text": "caf\xe9"}\n'.encode("latin-1"), "line 1: byte 0xe9 .*WINDOWS-1252"),
+    ("a.json", '[{"text": "a"}]\n', "line 1: list as JSON; expected one JSON object a line"),
+    ("a.jsonl", '{"id": 1}\n', 'line 1: no text; expected one JSON object a line with a "text"'),
+    ("a.parquet", b"PAR1 no", "not a whole Parquet file"), ("a.arrow", b"no", "Arrow file"),
+    ("a.txt.gz", gzip.compress(b"One. " * 99)[:-9], "not a whole gzip file"),
+    ("a.pdf", b"%PDF", r"--input_dir .*a.pdf: a file of unknown kind \(.pdf\); expected Wiki"),
+    ("a.csv.gz", b"", "a file of unknown kind"), ("a.jsonl", "", "0 documents in 1 files"),
+])
+def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path, capsys, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(capsys, path, tmp_path / "out" / "corpus.txt")
+    assert str(path) in message and re.search(complaint, message), message
+    assert not (tmp_path / "out" / "corpus.txt").exists()
+
+
+def test_a_folder_without_anything_to_read_says_what_it_holds(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "dump.xml").write_text("<a>")
+    message = refused(capsys, tmp_path / "in", tmp_path / "corpus.txt")
+    assert "0 files that can be read (it holds dump.xml); expected WikiExtractor's" in message
+
+
+def test_the_output_never_becomes_an_input(tmp_path, capsys):
+    path = write_documents(tmp_path / "in", ".txt")
+    for output in (path, tmp_path / "in" / "corpus.txt"):
+        message = refused(capsys, tmp_path / "in", output, "--overwrite")
+        assert f"--output_file {output}: the name and place of an input" in message
+    assert "is an input" in refused(capsys, path, path, "--overwrite")
+    path = write_documents(tmp_path / "json", ".json")
+    for _ in range(2):  # its shards and metadata are JSON files, too
+        run(tmp_path / "json", tmp_path / "json" / "corpus.txt", "--overwrite")
+    assert (tmp_path / "json" / "corpus.txt").read_text() == CORPUS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ WIKI, PARQUET, ARROW, JSON, TEXT = "WikiExtractor", "Parquet", "Arrow", "JSON li
 KINDS = {".parquet": PARQUET, ".arrow": ARROW, ".jsonl": JSON, ".ndjson": JSON, ".json": JSON,
          ".txt": TEXT}
 WIKI_NAMES = "wiki_*"
-READABLE = f"WikiExtractor's --json output ({WIKI_NAMES}), {', '.join(KINDS)}, or these as .gz, .bz2"
+READABLE = f"WikiExtractor's --json output ({WIKI_NAMES}), {', '.join(KINDS)}, .gz or .bz2 of them"
 # How many times smaller a file is than its text.
 COMPRESSION = {".bz2": 4, ".gz": 3, ".parquet": 2}
 PIECE_BYTES = 1 << 26  # of a large file that is worked on at once
@@ -55,8 +55,7 @@ def kind_of(path: Path) -> str:
 def folder_files(folder: Path) -> tuple[str, list[Path], Counter[str]]:
     """Return the kind of a folder's files, those files by path, and how many of others there are.
 
-    All are of one kind, the first that the folder has in the order of this module's table.
-    Hidden files and folders do not count.
+    It is the first kind that the folder has in the order above. Hidden files do not count.
     """
     found: dict[str, list[Path]] = {kind: [] for kind in (WIKI, *KINDS.values(), "")}
     for path in folder.rglob("*"):
@@ -64,7 +63,8 @@ def folder_files(folder: Path) -> tuple[str, list[Path], Counter[str]]:
         if path.is_file() and not any(name.startswith(".") for name in names):
             found[kind_of(path)].append(path)
     kind = next((kind for kind, paths in found.items() if kind and paths), "")
-    others = Counter({other: len(paths) for other, paths in found.items() if other != kind})
+    others = Counter({other: len(paths) for other, paths in found.items()
+                      if paths and other != kind})
     return kind, sorted(found[kind]) if kind else [], others
 
 
