@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from transformer import tokenization
+from transformer import piece_tables, tokenization
 from transformer.file_utils import UserError
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer, load_vocab
 
@@ -69,7 +72,8 @@ AWKWARD = [
     "\u039f\u0394\u039f\u03a3", "\u0391\u03a3.\u0392", "\u03a3", "\u4e2d\u56fd", "\u65e5", "a", "B",
     "Unaffable", "\u00c9", "e\u0301", "\u0301", "\u0130", "\u00df", "\ufb01", ".", ",", "-",
     "\u2013", "<\u0338", "\U0001d518", "\U0001f600", "x" * 99, "q" * 101, "1,000.5", "##ing",
-    "\u212a",
+    "\u212a", *"\uff0c\u3002\u3001\u2026\u2014\u201c\u2019\u3000\uff21\uff11\u304b\u304c\uac00",
+    "\u3007", "\u3099", "\ufe0f", "\uf900", "\u3400", "\u9fff", "\U00020000", "\U0002f800",
 ]
 
 
@@ -101,12 +105,72 @@ def test_texts_in_blocks_give_the_ids_of_each_text_alone(texts, tokenizer, block
     assert ids.dtype == lengths.dtype == np.int32
 
 
+def by_rust(vocab: dict[str, int], *settings: bool | None) -> Tokenizer:
+    """The Rust tokenizer alone, as Hugging Face's library makes it."""
+    lower, strip_accents, ideographs = settings
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = BertNormalizer(
+        lowercase=lower, strip_accents=strip_accents, handle_chinese_chars=ideographs)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    return tokenizer
+
+
+EVERY_CHARACTER = [chr(code) for code in (
+    *range(0xD800), *range(0xE000, 0x10000), *range(0x1F600, 0x1F650), *range(0x20000, 0x20020),
+    *range(0x2A6D0, 0x2A6F0), *range(0x2F800, 0x2F820)) if code not in (0x0A, 0x03A3)]
+
+
+@pytest.mark.parametrize(("settings", "step"), [
+    ((True, None, True), 1), ((False, None, True), 5), ((True, False, True), 7),
+    ((False, True, True), 7), ((True, None, False), 7), ((False, False, False), 7)])
+def test_every_character_alone_and_beside_others_gives_the_ids_of_the_rust_tokenizer(
+        settings, step):
+    characters = EVERY_CHARACTER[::step]
+    pieces = [*SPECIAL_TOKENS, *EVERY_CHARACTER, *(f"##{each}" for each in EVERY_CHARACTER)]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    texts = [f"{c} {c}{c} a{c}b \u4e2d{c}\u56fd\u3099{c}\u3099\uff0c{c}\u3002" for c in characters]
+    expected = [each.ids for each in by_rust(vocab, *settings).encode_batch_fast(texts)]
+    got = BertTokenizer(vocab, *settings).encode_batch(texts)
+    wrong = [hex(ord(c)) for c, ours, rust in zip(characters, got, expected, strict=True)
+             if ours != rust]
+    assert wrong == []
+
+
+CHINESE = st.one_of(
+    st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF),
+    st.sampled_from("\u7684\u4e00\u662f\uff0c\u3002\uff01\u201c\u201d\u3001\u2026"),
+    st.characters(min_codepoint=0x2000, max_codepoint=0xFFFF, exclude_categories=["Cs"]),
+    st.sampled_from("aB1. \u00e9\u03a9\t[]\u00b7"))
+
+
+TOKENIZERS = [(BertTokenizer(UNCASED.vocab, *each), by_rust(UNCASED.vocab, *each))
+              for each in ((True, None, True), (False, None, True), (True, False, False))]
+
+
+@given(st.lists(st.text(CHINESE, max_size=40), max_size=5), st.sampled_from(TOKENIZERS))
+@settings(max_examples=200, deadline=None)
+def test_chinese_text_gives_the_ids_of_the_rust_tokenizer(texts, tokenizers):
+    ours, rust = tokenizers
+    assert ours.encode_batch(texts) == [each.ids for each in rust.encode_batch_fast(texts)]
+
+
+def test_special_tokens_are_kept_between_ideographs_but_not_beside_punctuation(tokenizer):
+    for text, start in {
+        "\u4e2d[MASK]\u56fd\uff0c[SEP]": "\u4e2d [MASK] \u56fd \uff0c [ sep ]",
+        "\u4e2d [SEP] \u56fd\u3002\u4e00": "\u4e2d [SEP] \u56fd \u3002 \u4e00",
+        "\u3000[CLS]\u4e00": "[CLS] \u4e00", "\u4e00": "\u4e00",
+    }.items():
+        assert " ".join(tokenizer.tokenize(text)) == start
+        assert tokenizer.encode_batch([text]) == [ids_of_parts(tokenizer, text)]
+
+
 def test_lines_are_texts_and_must_be_utf8(tokenizer):
     text = "A cat,\n\n\u4e2d [MASK]\nx\r\n"
     ids, lengths = tokenizer.encode_lines(text.encode())
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     assert [row.tolist() for row in rows] == tokenizer.encode_batch(text.split("\n"))
-    for wrong in (b"a \xff b", b"\xff", b"\xc3", b"[MASK] \xc3", b"\xe2\x82,"):
+    for wrong in (b"a \xff b", b"\xff", b"\xc3", b"[MASK] \xc3", b"\xe2\x82,", b"\xe4", b"\xe4\xb8",
+                  b"\xed\xa0\x80", b"\xfe", b"a \xf8 \xe4\xb8\xad"):
         with pytest.raises(UnicodeDecodeError):
             tokenizer.encode_lines(wrong)
         # Nothing of it stays behind.
@@ -114,7 +178,7 @@ def test_lines_are_texts_and_must_be_utf8(tokenizer):
 
 
 def test_what_is_remembered_of_earlier_texts_is_bounded(monkeypatch):
-    monkeypatch.setattr(tokenization, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr(piece_tables, "CACHE_BYTES", 20_000)
     tokenizer = BertTokenizer(VOCAB)
     sizes = []
     for number in range(50):

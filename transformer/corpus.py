@@ -20,7 +20,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from transformer.file_utils import is_packed, open_text, text_lines
-from transformer.tokenization import BLOCK_BYTES, BertTokenizer, flat_indices, truncate_pair
+from transformer.piece_tables import flat_indices
+from transformer.tokenization import BLOCK_BYTES, BertTokenizer, truncate_pair
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"

@@ -14,8 +14,9 @@ import torch
 
 from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
+from transformer.piece_tables import flat_indices
 from transformer.tasks import Example, Task, get_task, iterate_examples, split_paths
-from transformer.tokenization import BertTokenizer, flat_indices, offsets_of, truncate_pair
+from transformer.tokenization import BertTokenizer, offsets_of, truncate_pair
 
 logger = logging.getLogger(__name__)
 

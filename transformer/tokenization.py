@@ -7,9 +7,9 @@ punctuation, then take the longest matching word piece from the left.
 
 import logging
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, islice, pairwise
+from functools import cached_property
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
+from transformer.piece_tables import RUN, CharacterTable, ChunkTable
 from transformer.tokenizer_files import (
     CLS,
     FAST_TOKENIZER_NAME,
@@ -48,10 +49,10 @@ FINAL_SIGMA_CANDIDATE = "\u03a3"
 ASCII_PUNCTUATION = [bytes([code]) for code in b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"]
 # White space to bytes.split, but to BERT control characters, which leave no gap.
 ASCII_CONTROLS_OF_SPLIT = (b"\x0b", b"\x0c")
-LINE_END = b"\xff"  # in lists of chunks: a byte that UTF-8 never has
+# In chunks of text: bytes that UTF-8 never has.
+LINE_END = b"\xff"
+SPECIAL_MARKS = {token: bytes([0xF8 + index]) for index, token in enumerate(SPECIAL_TOKENS)}
 BLOCK_BYTES = 1 << 18  # text that is tokenized at once
-CACHE_BYTES = 64 << 20
-CACHE_ENTRY_BYTES = 200  # of an entry beside its text: three Python objects and its ids
 
 
 class BasicTokenizer:
@@ -118,12 +119,6 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """List the indices of consecutive slices of a flat array: [sum of lengths]."""
-    shifts = starts - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
-
-
 def truncate_pair(
     length_a: np.ndarray, length_b: np.ndarray, budget: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -134,47 +129,6 @@ def truncate_pair(
     """
     keep_a = np.minimum(length_a, np.maximum(budget - budget // 2, budget - length_b))
     return keep_a, np.minimum(length_b, budget - keep_a)
-
-
-class ChunkTable(dict[bytes, int]):
-    """Maps chunks of text to indices, in the order in which they are first looked up.
-
-    `ids` holds the word pieces of chunk 0, then of chunk 1, ..., and `ends[i + 1]` is where those
-    of chunk i end. `new` are the chunks whose word pieces are still to be added.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids = array("i")
-        self.ends = array("q", [0])
-        self.new: list[bytes] = []
-        self.text_bytes = 0
-
-    def __missing__(self, chunk: bytes) -> int:
-        self.new.append(chunk)
-        index = self[chunk] = len(self)
-        return index
-
-    def add(self, rows: Iterable[Sequence[int]]) -> None:
-        """Give the new chunks their word pieces."""
-        rows = list(rows)
-        self.ids.extend(chain.from_iterable(rows))
-        self.ends.extend(islice(accumulate(map(len, rows), initial=self.ends[-1]), 1, None))
-        self.text_bytes += sum(map(len, self.new))
-        self.new.clear()
-
-    @property
-    def usable(self) -> bool:
-        """Whether it may grow further, and was not left half-filled by an error."""
-        size = self.text_bytes + CACHE_ENTRY_BYTES * len(self)
-        return not self.new and size <= CACHE_BYTES
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the word pieces of these chunks, and how many each has [chunks]."""
-        ends = np.frombuffer(self.ends, dtype=np.int64)
-        starts = ends[indices]
-        counts = ends[indices + 1] - starts
-        return np.frombuffer(self.ids, dtype=np.int32)[flat_indices(starts, counts)], counts
 
 
 class BertTokenizer:
@@ -296,9 +250,10 @@ class BertTokenizer:
     def encode_lines(self, block: bytes) -> tuple[np.ndarray, np.ndarray]:
         r"""Tokenize UTF-8 text, one text a line: the ids of all [pieces], the length of each line.
 
-        Basic tokens never reach over ASCII white space or punctuation, so the text falls into
-        chunks there whose word pieces depend on nothing else. Each distinct chunk is tokenized
-        once and then looked up; the table starts anew after 64 MB. Both results are int32.
+        Basic tokens never reach over ideographs, punctuation and ASCII white space. Ideographs and
+        punctuation are looked up one by one; the rest falls into chunks whose word pieces depend
+        on nothing else. Each distinct chunk is tokenized once and then looked up; the table of
+        chunks starts anew after 64 MB. Both results are int32.
 
         Raises:
             UnicodeDecodeError: the text is not UTF-8.
@@ -311,32 +266,37 @@ class BertTokenizer:
                     np.array([*map(len, ids)], np.int32))
         if not self.table.usable:
             self.table = self._new_table()
+        block = self._mark_special_tokens(block)
+        block, run_ids, run_lengths = self._characters.take_out(block)
         chunks = self._chunks(block)
         indices = np.fromiter(map(self.table.__getitem__, chunks), np.int64, len(chunks))
         if self.table.new:
             self.table.add(self._encode_chunks(self.table.new))
-        ids, counts = self.table.gather(indices)
+        ids, counts = self.table.gather(indices, run_ids, run_lengths)
         line_ends = np.flatnonzero(indices == self.table[LINE_END])
         ends = offsets_of(counts)[[*line_ends, len(counts)]]
         return ids, np.diff(ends, prepend=0).astype(np.int32)
 
+    @cached_property
+    def _characters(self) -> CharacterTable:
+        return CharacterTable(self.vocab, self.unk_id, self.basic_tokenizer.tokenize,
+                              self.tokenize_chinese_chars)
+
+    def _mark_special_tokens(self, block: bytes) -> bytes:
+        """Put `SPECIAL_MARKS` in the place of special tokens; lower-case words with a sigma."""
+        if not block.isascii():
+            text = block.decode()  # raises the error of a text that is not UTF-8
+            if self.do_lower_case and FINAL_SIGMA_CANDIDATE in text:
+                block = self.basic_tokenizer._lower_sigma(text).encode()
+        if b"[" not in block or not any(token.encode() in block for token in SPECIAL_TOKENS):
+            return block
+        return b"\n".join(
+            b" ".join(SPECIAL_MARKS.get(part) or part.encode()
+                      for part in self.basic_tokenizer.parts(line))
+            for line in block.decode().split("\n"))
+
     def _chunks(self, block: bytes) -> list[bytes]:
         """Cut text at ASCII white space and punctuation; a line end becomes `LINE_END`."""
-        if LINE_END in block:
-            block.decode()  # raises the error of a text that is not UTF-8
-        if not any(token.encode() in block for token in SPECIAL_TOKENS):
-            if self.do_lower_case and FINAL_SIGMA_CANDIDATE.encode() in block:
-                block = self.basic_tokenizer._lower_sigma(block.decode()).encode()
-            return self._plain_chunks(block)
-        chunks: list[bytes] = []
-        for line in block.split(b"\n"):
-            for part in self.basic_tokenizer.parts(line.decode()):
-                text = part.encode()
-                chunks += [text] if part in SPECIAL_TOKENS else self._plain_chunks(text)
-            chunks.append(LINE_END)
-        return chunks[:-1]
-
-    def _plain_chunks(self, block: bytes) -> list[bytes]:
         if self.do_lower_case:
             block = block.lower()  # the ASCII letters; the tokenizer does the others
         for control in ASCII_CONTROLS_OF_SPLIT:
@@ -363,11 +323,11 @@ class BertTokenizer:
                 yield (index,)
 
     def _new_table(self) -> ChunkTable:
-        """Return a table with the line end, and the special tokens, which only `parts` finds."""
+        """Return a table with the chunks that are marks."""
         table = ChunkTable()
-        for chunk in (LINE_END, *map(str.encode, SPECIAL_TOKENS)):
-            table[chunk]
-        table.add([(), *((self.vocab[token],) for token in SPECIAL_TOKENS)])
+        for mark in (LINE_END, RUN, *SPECIAL_MARKS.values()):
+            table[mark]
+        table.add([(), (), *((self.vocab[token],) for token in SPECIAL_TOKENS)])
         return table
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
