@@ -4,6 +4,7 @@ transformers, optimum, transformers.js, onnxruntime with tokenizers, and every s
 
     model.safetensors, config.json, README.md (the model card)
     vocab.txt, tokenizer.json, tokenizer_config.json
+    task.json                   of a task of your own
     onnx/model.onnx             --onnx: the graph, fused
     onnx/model_quantized.onnx   --int8: the same with 8-bit weights
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from transformer.checkpoint import load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
+from transformer.data_layout import TASK_NAME
 from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
@@ -42,7 +44,13 @@ from transformer.file_utils import (
     write_text,
 )
 from transformer.hub import fetch_model
-from transformer.model_card import find_source, model_card, read_history
+from transformer.model_card import (
+    evaluated_model,
+    find_source,
+    model_card,
+    read_evaluations,
+    read_history,
+)
 from transformer.modeling import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -51,6 +59,7 @@ from transformer.modeling import (
     TinyBertForSequenceClassification,
     freeze,
 )
+from transformer.own_tasks import save_task
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import commit_id, first_line, run_script
 from transformer.tokenization import BertTokenizer
@@ -68,7 +77,7 @@ KINDS = {
 GRAPHS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx",
           "int8-dynamic": "onnx/model_quantized.onnx", "int8-static": "onnx/model_quantized.onnx"}
 PUBLISHED = [SAFE_WEIGHTS_NAME, CONFIG_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME, "tokenizer.json",
-             "README.md", *GRAPHS.values()]  # what is uploaded
+             TASK_NAME, "README.md", *GRAPHS.values()]  # what is uploaded
 # Largest difference of logits to the source that passes, as a share of the largest logit.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "int8-dynamic": 0.3, "int8-static": 0.3}
 
@@ -105,6 +114,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                                       " google-bert/bert-base-uncased"),
                        ("dataset", "hub id of the task's data, such as nyu-mll/glue")):
         add(f"--{name}", type=str, default="", help=f"for the model card: {what}")
+    add("--results", type=Path, nargs="*", default=[], metavar="FOLDER",
+        help="for the model card: folders of evaluations of --model, such as that of the test set")
     add("--cache_dir", type=str, default="",
         help="folder for models given as URLs; empty: $TINYBERT_CACHE, else ~/.cache/tinybert")
     add("--overwrite_output_dir", action="store_true",
@@ -245,6 +256,10 @@ def push(output_dir: Path, repo: str) -> None:
 
 def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     """Export one model."""
+    evaluations = read_evaluations(args.results)
+    history = read_history(folder, evaluations)
+    if evaluations and not {*map(evaluated_model, evaluations)} & {*history.models}:
+        logger.warning("%s: --results are not of this model; they are left out", folder)
     source = load_source(folder)
     methods = [m for m, wanted in (("fp32", args.onnx), ("int8-dynamic", args.int8)) if wanted]
     if methods and source.pipeline != "text-classification":
@@ -274,6 +289,9 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     graphs = write_graphs(source, methods, output_dir) if methods or source.graphs else {}
     told = check_export(source, output_dir, graphs)
 
+    if history.task is not None:
+        save_task(history.task, output_dir)
+
     # The card
     files = [GRAPHS[method] for method in graphs]
     notes = [f"Exported by `export_model.py`; commit {commit_id()}. On a batch of 4 rows it answers"
@@ -285,7 +303,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         "parameters": source.model.parameter_total,
         "tags": ["onnx", "transformers.js"] if files else [],
     }
-    write_text(output_dir / "README.md", model_card(read_history(folder), config, facts))
+    write_text(output_dir / "README.md", model_card(history, config, facts))
     print(f"{output_dir}: largest difference to {source.folder}: {', '.join(told)}")
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
-from transformer.tasks import get_task
+from transformer.own_tasks import save_task, stored_task
+from transformer.tasks import Task, get_task
 from transformer.tokenization import BertTokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is one of the readers")
@@ -316,6 +318,85 @@ def test_a_pruned_models_card_has_its_own_scores_and_its_sources_history(tmp_pat
     assert card.data.tags == ["bert", "tinybert", "knowledge-distillation", "pruning"]
     assert "Pruned by K-prune from model: 31.0 %" in card.text
     assert "Distilled from final_teacher" in card.text
+
+
+REVIEWS = Task("waimai", "waimai", ("差评", "好评"), "评论", None, "标签", ("acc", "macro_f1"),
+               splits={"train": "train.csv", "test": "test.csv"}, dev_share=0.1)
+
+
+def own_model(folder: Path, task: Task, **counts: int) -> None:
+    """A model of an own task, as a training run leaves it, `counts` rows of each class on dev."""
+    make_model(folder, labels=task.labels)
+    write_records(folder, task.name, {"dev": {"acc": 0.75, "macro_f1": 0.5}})
+    save_task(task, folder)
+    classes = {label: {"rows": rows, "predicted": 3, "correct": 2}
+               for label, rows in counts.items()}
+    write_json(folder / "eval_results.json", {
+        **read_json(folder / "eval_results.json"), "per_class": {"dev": classes}})
+
+
+def test_an_own_task_with_chinese_labels_goes_with_its_model(tmp_path, monkeypatch, capsys):
+    own_model(tmp_path / "model", REVIEWS, 差评=4, 好评=2)
+    write_json(tmp_path / "eval" / "eval_results.json", {
+        "task": "waimai", "model": "elsewhere/model", "split": "test",
+        "all_metrics": {"test": {"acc": 0.7, "macro_f1": 0.6}}})
+    out = export(tmp_path, "--onnx", "--language", "zh", "--results", tmp_path / "eval")
+    assert stored_task(out) == stored_task(tmp_path / "model") is not None
+    expected = our_answers(tmp_path / "model", rows_of("SST-2"))
+    close(our_answers(out, rows_of("SST-2")), expected, 1e-6)
+    classify = transformers.pipeline("text-classification", model=str(out), device="cpu")
+    found = [classify(text, top_k=None, truncation=True) for text in TEXTS]
+    close([{each["label"]: each["score"] for each in row} for row in found], expected, 1e-5)
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.language == "zh" and card.data.metrics == ["accuracy", "f1"]
+    assert [(r.metric_name, r.metric_value, r.dataset_name, r.dataset_config, r.dataset_split)
+            for r in card.data.eval_results] == [
+        (name, value, "waimai", None, split) for split, name, value in (
+            ("validation", "acc", 0.75), ("validation", "macro_f1", 0.5),
+            ("test", "acc", 0.7), ("test", "macro_f1", 0.6))]
+    assert card.data.eval_results[1].metric_args == {"average": "macro"}
+    for text in ("A BERT for waimai", "Labels: `差评`, `好评`.", "| test | macro_f1 | 0.6000 |",
+                 "| class | dev rows | predicted | correct | F1 |",
+                 "| `好评` | 2 | 3 | 2 | 0.8000 |", "0.1 of the training rows"):
+        assert text in card.text
+    monkeypatch.chdir(out)
+    for code in code_blocks(card.text):
+        assert '"在这里写一句话"' in code
+        exec(compile(code, "README.md", "exec"), {})
+    assert "好评" in capsys.readouterr().out
+
+
+def test_the_sample_of_an_own_pair_task_asks_for_a_pair(tmp_path, monkeypatch, capsys):
+    own_model(tmp_path / "model", replace(REVIEWS, text_b="问题"))
+    out = export(tmp_path)
+    (code,) = code_blocks((out / "README.md").read_text(encoding="utf-8"))
+    assert '{"text": "a text of yours", "text_pair": "and a second one"}' in code
+    monkeypatch.chdir(out)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_of_many_classes_a_card_has_the_number_alone(tmp_path):
+    labels = tuple(f"intent_{number}" for number in range(21))
+    own_model(tmp_path / "model", replace(REVIEWS, labels=labels), **dict.fromkeys(labels, 3))
+    card = (export(tmp_path) / "README.md").read_text(encoding="utf-8")
+    assert "Labels: 21, in `config.json`." in card and "| class |" not in card
+
+
+def test_results_that_are_not_of_the_model_are_left_out_and_a_folder_without_is_an_error(
+    tmp_path, caplog, capsys
+):
+    own_model(tmp_path / "model", REVIEWS)
+    write_json(tmp_path / "eval" / "eval_results.json", {
+        "model": "other", "split": "test", "all_metrics": {"test": {"acc": 0.7}}})
+    out = export(tmp_path, "--results", tmp_path / "eval")
+    assert "--results are not of this model" in caplog.text
+    assert "0.7000" not in (out / "README.md").read_text(encoding="utf-8")
+    for folder in (tmp_path / "nowhere", tmp_path / "model"):
+        message = error_line(capsys, export_model, "--model", tmp_path / "model", "--output_dir",
+                             tmp_path / "again", "--results", folder)
+        assert f"{folder}/eval_results.json: expected the evaluation of a model" in message
+    assert not (tmp_path / "again").exists()
 
 
 # ------------------------------------------------------------------ the hub

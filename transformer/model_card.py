@@ -4,7 +4,7 @@ A card is the `README.md` of a folder on a hub: YAML that the hub reads, then te
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,20 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from transformer.config import BertConfig
 from transformer.file_utils import UserError, read_json
-from transformer.tasks import GlueTask, get_task
+from transformer.own_tasks import stored_task
+from transformer.run_folder import RESULTS_NAME
+from transformer.tables import markdown_table
+from transformer.tasks import Task, get_task
 
 # The hub's names of our metrics; means of two of them have none.
-METRICS = {"acc": "accuracy", "f1": "f1", "mcc": "matthews_correlation", "pearson": "pearsonr",
-           "spearmanr": "spearmanr"}
+METRICS = {"acc": "accuracy", "f1": "f1", "macro_f1": "f1", "mcc": "matthews_correlation",
+           "pearson": "pearsonr", "spearmanr": "spearmanr"}
 SPLITS = {"dev": "validation", "dev_mm": "validation_mismatched"}
 TABLES = "csv"  # the hub's word for tables in files, where no --dataset says whose they are
+LISTED_CLASSES = 20  # of more, a card has neither names nor counts
+# What a sample asks of a user's own model, by --language.
+OWN_TEXTS = {"": ("a text of yours", "and a second one"),
+             "zh": ("在这里写一句话", "这里写第二句话")}
 FLAGS = ("num_train_epochs", "learning_rate", "train_batch_size", "max_seq_length", "temperature",
          "warmup_proportion", "weight_decay", "aug_train", "match_original", "num_tokens",
          "constraint", "seed")
@@ -54,14 +61,18 @@ OWN_CODE = ("Its layers have unequal shapes: `python predict.py --model FOLDER`,
 class History:
     """What the records of a model say: its task, its scores by split and metric, how it was made.
 
+    classes: by split, the counts of each class.
     steps: one sentence each, the last step first.
+    models: the names of the folders that were read.
     """
 
-    task: GlueTask | None = None
+    task: Task | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    classes: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     selection: str = ""
     steps: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
 
 
 def public_name(model: str) -> str:
@@ -76,42 +87,73 @@ def find_source(folder: Path, source: str) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def read_history(folder: Path) -> History:
-    """Read the records of a model directory, and of those that it was made from."""
+def read_evaluations(folders: Iterable[Path | str]) -> list[dict[str, Any]]:
+    """Read the evaluations of models in these folders; one that lacks it is a `UserError`."""
+    evaluations = []
+    for path in (Path(folder, RESULTS_NAME) for folder in folders):
+        evaluations.append(read_json(path) if path.is_file() else {})
+        if not {"model", "all_metrics"} <= evaluations[-1].keys():
+            raise UserError(f"{path}: expected the evaluation of a model (--do_eval)")
+    return evaluations
+
+
+def evaluated_model(result: Mapping[str, Any]) -> str:
+    """Return the name of the folder of the model that was evaluated; "" in a run's own results."""
+    return Path(result.get("model", "")).name
+
+
+def read_history(folder: Path, evaluations: Iterable[Mapping[str, Any]] = ()) -> History:
+    """Read the records of a model directory, and of those that it was made from.
+
+    `evaluations` are results that lie elsewhere; those of these models count.
+    """
     arguments, results, quantized, pruned = (
         read_json(path) if (path := folder / f"{name}.json").is_file() else {}
         for name in ("args", "eval_results", "quantization", "kprune"))
     source = quantized.get("source") or pruned.get("model") or ""
     place = find_source(folder, source) if source else None
-    found = read_history(place) if place else History()
+    found = read_history(place, evaluations) if place else History()
+    found.models.append(folder.name)
+    if pruned:
+        results = {**pruned.get("after", {}), "task": pruned["task"]}
+    metrics, classes = (
+        {split: value for result in (results, *evaluations)
+         if result is results or evaluated_model(result) == folder.name
+         for split, value in result.get(key, {}).items()} for key in ("all_metrics", "per_class"))
     if quantized:  # the scores stay those of the weights
-        after = [f"{split} {name} {value:.4f}"
-                 for split, name, value in scores(results.get("all_metrics", {}))]
+        after = [f"{split} {name} {value:.4f}" for split, name, value in scores(metrics)]
         found.steps.insert(0, f"Quantized by `quantize.py` ({quantized['method']}) from"
                               f" {public_name(source)}{details(quantized, folder)}"
                               f"{'; then ' * bool(after)}{', '.join(after)}.")
+        found.task = found.task or stored_task(folder)
         return found
     step = ""
     if pruned:
         step = (f"Pruned by K-prune from {public_name(source)}: {100 * pruned['flops_removed']:.1f}"
                 " % of the operations of heads and neurons removed")
         found.tags.append("pruning")
-        found.metrics = pruned["after"].get("all_metrics", {})
         found.selection = f"none; of the model before pruning: {found.selection or 'unknown'}"
-        results = {"task": pruned["task"]}
     elif "arguments" in arguments:
         step = training(arguments)
         found.tags += ["knowledge-distillation"] * ("teacher_model" in arguments["arguments"])
     if step:
         found.steps.insert(0, f"{step}{details(arguments, folder)}.")
-    with suppress(UserError):  # SQuAD is no task of this table
-        found.task = get_task(results["task"]) if "task" in results else found.task
-    found.metrics = results.get("all_metrics") or found.metrics
+    found.task = task_of_model(folder, results.get("task")) or found.task
+    found.metrics, found.classes = metrics, classes
     found.selection = results.get("selection", found.selection)
     if "chosen" in results:
         found.selection += (f"; of {len(results['sweep'])} settings {results['chosen']}, the best"
                             " on dev")
     return found
+
+
+def task_of_model(folder: Path, name: str | None) -> Task | None:
+    """Return the task of a model: its own description, that of its results, that of its config."""
+    task = stored_task(folder)
+    if name is not None and (task is None or task.is_glue):
+        with suppress(UserError):  # SQuAD is no task of the table
+            return get_task(name)
+    return task
 
 
 def training(record: Mapping[str, Any]) -> str:
@@ -160,8 +202,10 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
             matched = "_matched" if split == "dev" and "dev_mm" in task.dev_files else ""
             results.append(EvalResult(
                 task_type=facts["pipeline"], dataset_type=dataset or TABLES,
-                dataset_name=task.folder, dataset_config=task.name.replace("-", ""),
+                dataset_name=task.folder,
+                dataset_config=task.name.replace("-", "") if task.is_glue else None,
                 dataset_split=SPLITS.get(split, split) + matched, metric_type=METRICS[name],
+                metric_args={"average": "macro"} if name == "macro_f1" else None,
                 metric_name=name, metric_value=value))
     return ModelCardData(
         license=facts["license"] or None, language=facts["language"] or None,
@@ -175,8 +219,11 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
 
 def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
     """Return code that runs as printed, in the folder or with its hub id."""
-    pair = found.task is not None and found.task.text_b is not None
-    texts = ['"a charming film"', *['"the film has charm"'] * pair]
+    task = found.task
+    pair = task is not None and task.text_b is not None
+    own = OWN_TEXTS.get(facts["language"], OWN_TEXTS[""])
+    first, second = own if task and not task.is_glue else ("a charming film", "the film has charm")
+    texts = [f'"{first}"', *[f'"{second}"'] * pair]
     examples = {
         "text-classification": f'{{"text": {texts[0]}, "text_pair": {texts[-1]}}}' if pair
                                else texts[0],
@@ -192,6 +239,21 @@ def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def class_table(task: Task, classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    """Return the counts of each class of an own task, on the test set where there is one.
+
+    None where there are too many classes, or nothing was counted.
+    """
+    split = next((name for name in ("test", "dev") if classes.get(name)), None)
+    if task.is_glue or split is None or len(classes[split]) > LISTED_CLASSES:
+        return []
+    rows = [[f"`{label}`", str(count["rows"]), str(count["predicted"]), str(count["correct"]),
+             f"{2 * count['correct'] / max(1, count['rows'] + count['predicted']):.4f}"]
+            for label, count in classes[split].items()]
+    header = ["class", f"{split} rows", "predicted", "correct", "F1"]
+    return [markdown_table(header, rows).rstrip()]
+
+
 def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> str:
     """Write the card of an exported folder.
 
@@ -201,7 +263,9 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
         facts: name, place (hub id or "."), pipeline, model_type, parameters, length, onnx (files),
             notes (sentences), tags; license, language, base_model and dataset as given, or "".
     """
-    labels = ", ".join(f"`{name}`" for name in config.id2label.values())
+    names = [*config.id2label.values()]
+    labels = (", ".join(f"`{name}`" for name in names) if len(names) <= LISTED_CLASSES
+              else f"{len(names)}, in `config.json`")
     purpose = f" for {found.task.folder}" if found.task else ""
     shape = (f"A BERT{purpose}: {config.num_hidden_layers} layers, {config.hidden_size} wide,"
              f" {facts['parameters'] / 1e6:.1f} million parameters.")
@@ -211,6 +275,10 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
     rows = [f"| {split} | {name} | {value:.4f} |" for split, name, value in scores(found.metrics)]
     if rows:
         parts += ["## Results", "\n".join(["| split | metric | value |", "|---|---|---:|", *rows])]
+        if found.task:
+            parts += class_table(found.task, found.classes)
+            if found.task.dev_share:
+                parts.append(f"dev: a share of {found.task.dev_share:g} of the training rows.")
         if found.selection:
             parts.append(f"Selection of the checkpoint: {found.selection}.")
     made = [*facts["notes"], *found.steps]
