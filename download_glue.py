@@ -2,6 +2,7 @@
 
 Example:
     python download_glue.py --data_dir data/glue_data --tasks RTE,SST-2,CoLA,MRPC
+    python download_glue.py --data_dir data/glue_data --source hub   # nyu-mll/glue, needs pyarrow
 
 Archives come from the addresses that the benchmark publishes (or from `--base_url`). MRPC is
 built here: `msr_paraphrase_train.txt` is split into train and dev by a list of dev ids, from
@@ -10,6 +11,10 @@ written to `<data_dir>/SHA256SUMS` (for `sha256sum -c`) when it is first downloa
 later run is held to that; the first download itself is checked for completeness and against the
 archive's own CRC only, unless `--checksums` names a file of sums that you trust. A task whose
 train and dev files are there is skipped, an interrupted download goes on where it ended.
+
+From the hub come the same rows as Parquet files, MRPC included, and are written as GLUE's files:
+labels matched by name, and empty what the hub lacks (ids, genres, parses). The library obeys
+HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
 """
 
 import argparse
@@ -30,8 +35,10 @@ from transformer.file_utils import (
     file_sha256,
     write_text,
 )
+from transformer.glue_hub import DATASET, DIAGNOSTIC, DIAGNOSTIC_FILE, hub_config, write_glue
+from transformer.hub import fetch_dataset
 from transformer.runtime import run_script
-from transformer.table_files import iterate_tsv
+from transformer.table_files import import_pyarrow, iterate_tsv
 from transformer.tasks import GLUE_TASKS, get_task
 
 logger = logging.getLogger(__name__)
@@ -43,7 +50,7 @@ MRPC = "MRPC"
 MRPC_TRAIN, MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 MRPC_DEV_IDS = "mrpc_dev_ids.tsv"
 MRPC_TEST_HEADER = "index\t#1 ID\t#2 ID\t#1 String\t#2 String"
-DIAGNOSTIC, DIAGNOSTIC_SOURCE, DIAGNOSTIC_FILE = "diagnostic", "AX.tsv", "diagnostic.tsv"
+DIAGNOSTIC_SOURCE = "AX.tsv"
 # What the diagnostic set, and older scripts their tasks, are called as well.
 OTHER_NAMES = {DIAGNOSTIC: DIAGNOSTIC, "ax": DIAGNOSTIC, "sst": "SST-2", "sts": "STS-B"}
 FOLDERS = (*(task.folder for task in GLUE_TASKS.values()), DIAGNOSTIC)
@@ -66,8 +73,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--path_to_mrpc", type=str, default="",
         help=f"folder with {MRPC_TRAIN}, {MRPC_TEST} and, if you have it, {MRPC_DEV_IDS}; "
         "'': download them")
+    add("--source", choices=["glue", "hub"], default="glue",
+        help=f"glue: the archives that the benchmark publishes; hub: {DATASET} on the Hugging Face"
+        " hub")
     add("--base_url", type=str, default=GLUE_URL,
-        help="address of a mirror (http, https or s3) that holds all files side by side")
+        help="address of a mirror (http, https or s3) that holds all files side by side; with"
+        " --source hub: of a mirror of the hub")
     add("--checksums", type=Path, default=None,
         help="file in the format of sha256sum that names the archives (RTE.zip) or the files "
         "(RTE/train.tsv) of every task; what it does not name or what differs is refused")
@@ -218,6 +229,22 @@ def prepare_task(folder: str, path_to_mrpc: str, fetch: Fetch, scratch: Path) ->
     return prepared
 
 
+def prepare_from_hub(
+    folder: str, args: argparse.Namespace, scratch: Path
+) -> tuple[Path, list[str]]:
+    """Return a folder in `scratch` with a task's files, and the names of the hub's they are of."""
+    config, prepared = hub_config(folder), scratch / "unpacked" / folder
+    endpoint = None if args.base_url == GLUE_URL else args.base_url.rstrip("/")
+    snapshot = fetch_dataset(DATASET, f"{config}/*.parquet", endpoint, **download_settings(args))
+    names = [path.relative_to(snapshot).as_posix() for path in all_files(snapshot / config)]
+    trusted = read_checksums(args.checksums) if args.checksums else {}
+    for name in names:
+        if (found := file_sha256(snapshot / name)) != trusted.get(name, found):
+            raise UserError(f"{name}: SHA-256 is {found}; {args.checksums} says {trusted[name]}")
+    write_glue(folder, snapshot / config, prepared)
+    return prepared, names
+
+
 def download_task(folder: str, args: argparse.Namespace, scratch: Path) -> None:
     """Download, prepare, check, record and move one task."""
     data_dir, sources = Path(args.data_dir), []
@@ -230,7 +257,10 @@ def download_task(folder: str, args: argparse.Namespace, scratch: Path) -> None:
         return download(f"{url}/{name}", scratch / name, trusted.get(name),
                         **download_settings(args))
 
-    prepared = prepare_task(folder, args.path_to_mrpc, fetch, scratch)
+    if args.source == "hub":
+        prepared, sources = prepare_from_hub(folder, args, scratch)
+    else:
+        prepared = prepare_task(folder, args.path_to_mrpc, fetch, scratch)
     moves = {path: data_dir / folder / path.relative_to(prepared) for path in all_files(prepared)}
     for path, place in moves.items():
         if place.exists() and file_sha256(place) != file_sha256(path):
@@ -249,11 +279,17 @@ def clean(scratch: Path) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a task that is none."""
+    """Raise a `UserError` for a task that is none, and for what --source hub does not go with."""
     parse_tasks(args.tasks)
+    if args.source == "hub":
+        import_pyarrow("--source hub")
+        if args.path_to_mrpc:
+            raise UserError(f"--path_to_mrpc {args.path_to_mrpc}: --source hub has MRPC's files;"
+                            " expected one of the two")
 
 
 def main(args: argparse.Namespace) -> None:
+    check_args(args)
     data_dir = Path(args.data_dir)
     for folder in parse_tasks(args.tasks):
         if is_complete(folder, data_dir):

@@ -1,11 +1,16 @@
-"""The HTTP server of the tests: real sockets on this machine, and every fault that we know of."""
+"""The HTTP server of the tests: real sockets on this machine, and every fault that we know of.
+
+`publish` makes it a stand-in of the Hugging Face hub.
+"""
 
 import hashlib
 import http.server
+import json
 import re
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -102,3 +107,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(stall)
         self.close_connection = self.command == "GET" and (
             sent is not None or "Content-Length" in headers)
+
+
+COMMIT = "0" * 40
+
+
+def publish(server: FileServer, folder: Path, name: str, revision: str = "main",
+            kind: str = "models") -> None:
+    """Serve the model or data set in `folder` as the Hugging Face hub does.
+
+    Beside weights in one format lie those in another and a README, which nobody should fetch.
+    """
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in folder.rglob("*") if path.is_file()}
+    if "model.safetensors" in contents:
+        contents = {**dict.fromkeys(("pytorch_model.bin", "README.md"), b"never read"), **contents}
+    tree = [{"type": "file", "path": path, "size": len(content), "oid": COMMIT}
+            for path, content in contents.items()]
+    info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": []}
+    server.headers["X-Repo-Commit"] = COMMIT
+    server.files[f"/api/{kind}/{name}/revision/{revision}"] = json.dumps(info).encode()
+    server.files[f"/api/{kind}/{name}/tree/{COMMIT}"] = json.dumps(tree).encode()
+    prefix = "" if kind == "models" else f"/{kind}"
+    for path, content in contents.items():
+        server.files[f"{prefix}/{name}/resolve/{COMMIT}/{path}"] = content

@@ -13,7 +13,7 @@ import torch
 from helpers import REPO, error_line, make_glue, read_json, run, same_weights, weights
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from server import FileServer
+from server import COMMIT, FileServer, publish
 
 import finetune_teacher
 import fix_teacher_layers
@@ -181,22 +181,7 @@ def test_teachers_are_given_by_pattern_or_list():
 
 # ------------------------------------------------------------------ a hub on this machine
 
-COMMIT = "0" * 40
 BASE = ["--base_model", "org/base", "--base_only"]
-
-
-def publish(server: FileServer, folder: Path, model: str, revision: str = "main") -> None:
-    """Serve the model in `folder` and other files beside it as the Hugging Face hub does."""
-    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if "model.safetensors" in contents:
-        contents = {**dict.fromkeys(("pytorch_model.bin", "README.md"), b"never read"), **contents}
-    tree = [{"type": "file", "path": name, "size": len(content), "oid": COMMIT}
-            for name, content in contents.items()]
-    info = {"id": model, "modelId": model, "sha": COMMIT, "siblings": []}
-    server.files[f"/api/models/{model}/revision/{revision}"] = json.dumps(info).encode()
-    server.files[f"/api/models/{model}/tree/{COMMIT}"] = json.dumps(tree).encode()
-    for name, content in contents.items():
-        server.files[f"/{model}/resolve/{COMMIT}/{name}"] = content
 
 
 @pytest.fixture
@@ -204,7 +189,6 @@ def hub_server(hub, server, tmp_path, monkeypatch) -> FileServer:
     """A stand-in of the hub; its library's cache is this test's own."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    server.headers["X-Repo-Commit"] = COMMIT
     publish(server, hub / "org" / "base", "org/base")
     publish(server, hub / "org" / "base", "org/base", "v1")
     publish(server, hub / "me" / "base-sst2", "me/base-sst2")

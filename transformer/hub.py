@@ -5,6 +5,8 @@ import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +147,38 @@ def fetch_from_hub(
 
     `endpoint` is the address of a mirror; the last three arguments are those of `download`.
     """
+    return _ask_hub(model, "model", partial(_snapshot, weights=weights), cache_dir, endpoint,
+                    attempts, delay, timeout)
+
+
+def fetch_dataset(
+    dataset: str, pattern: str, endpoint: str | None = None, **settings: Any
+) -> Path:
+    """Return the folder, in the hub's cache, with a data set's files of a pattern.
+
+    The arguments are those of `fetch_from_hub`.
+    """
+    def fetch(repository: str, options: dict[str, Any]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=pattern,
+                                      **options))
+
+    return _ask_hub(dataset, "data set", fetch, None, endpoint, **settings)
+
+
+def _ask_hub(
+    name: str, kind: str, fetch: Callable[[str, dict[str, Any]], Path],
+    cache_dir: Path | str | None, endpoint: str | None,
+    attempts: int = 5, delay: float = 1.0, timeout: float = 30.0,
+) -> Path:
+    """Return what `fetch(repository, options)` brings, as often as it takes."""
     from huggingface_hub import constants, errors, get_session  # here: a quarter of a second
     from huggingface_hub.utils import disable_progress_bars
 
-    repository, _, revision = model.partition("@")
-    name = f"{repository} (no folder here, so an id on the Hugging Face hub)"
+    repository, _, revision = name.partition("@")
+    what = f"{repository} (no folder here, so an id on the Hugging Face hub)" \
+        if kind == "model" else f"{repository} on the Hugging Face hub"
     if not sys.stderr.isatty():
         disable_progress_bars()
     constants.HF_HUB_DOWNLOAD_TIMEOUT = timeout
@@ -158,23 +187,23 @@ def fetch_from_hub(
                "cache_dir": cache_dir}
     while True:
         try:
-            return _snapshot(repository, weights, options)
+            return fetch(repository, options)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
                 ValueError) as error:  # not the form of an id, or of an endpoint
-            raise UserError(f"{name}: no such model, revision {revision or 'main'}, or it needs a "
-                            f"login ({first_line(error)})") from error
+            raise UserError(f"{what}: no such {kind}, revision {revision or 'main'}, or it needs a"
+                            f" login ({first_line(error)})") from error
         except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
             attempts -= 1
-            message = f"{name}: cannot be reached, and this machine's cache lacks it"
+            message = f"{what}: cannot be reached, and this machine's cache lacks it"
             if attempts <= 0 or constants.HF_HUB_OFFLINE:
-                raise UnreachableError(f"{message} ({first_line(error)}); give a local folder "
-                                       "instead of the id") from error
+                hint = "; give a local folder instead of the id" if kind == "model" else ""
+                raise UnreachableError(f"{message} ({first_line(error)}){hint}") from error
             logger.warning("%s (%s); asking again", message, first_line(error))
             time.sleep(delay)
             delay *= 2
 
 
-def _snapshot(repository: str, weights: bool, options: dict[str, Any]) -> Path:
+def _snapshot(repository: str, options: dict[str, Any], weights: bool) -> Path:
     """Fetch the settings, and of the weights the first kind that the model has."""
     from huggingface_hub import snapshot_download
 
