@@ -1,4 +1,4 @@
-"""Fine-tune a BERT on one GLUE task: a teacher, or a student without distillation.
+"""Fine-tune a BERT on one task: a teacher, or a student without distillation.
 
 The model is measured on the dev set before the first step, and the best dev checkpoint is kept,
 so fine-tuning a teacher again can only improve it.
@@ -11,20 +11,21 @@ Example:
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.batching import Batch, padded_collate, padding_multiple, shuffled_passes
+from transformer.config import BertConfig, find_config
 from transformer.distillation import no_teacher
-from transformer.evaluation import Selection, evaluate_splits, warn_of_chance
+from transformer.evaluation import Selection, evaluate_splits, evaluation_splits
 from transformer.features import load_features
-from transformer.file_utils import UserError
 from transformer.hub import fetch_model
+from transformer.inference import match_labels, note_task
 from transformer.modeling import TinyBertForSequenceClassification, model_inputs
 from transformer.optimization import BertAdam, param_groups
+from transformer.own_tasks import add_data_arguments, task_of
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
@@ -37,7 +38,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
+from transformer.tasks import Task
 from transformer.tokenization import BertTokenizer
 from transformer.training import StudentTrainer
 
@@ -50,11 +51,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_dir", required=True, help="the task's folder of TSV files")
+    add_data_arguments(parser)
     add("--bert_model", required=True, help="model to start from: folder, URL or hub id")
     add("--output_dir", required=True, help="folder to write the model to")
-    add("--task_name", default=None,
-        help=f"one of {', '.join(GLUE_TASKS)}; without it, data_dir's name")
     add("--max_seq_length", type=int, default=128,
         help="longest input in word pieces; longer ones are cut")
     add("--train_batch_size", type=int, default=32, help="rows a step")
@@ -74,23 +73,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a task that is none."""
-    if args.task_name is not None:
-        get_task(args.task_name)
+def read_settings(
+    args: argparse.Namespace, task: Task
+) -> tuple[BertTokenizer, tuple[str, ...]]:
+    """Read the vocabulary, and the labels in the order of the outputs, before any weights.
+
+    Raises:
+        UserError: vocabulary, labels or the rows' length do not fit the model.
+    """
+    path = find_config(fetch_model(args.bert_model, weights=False))
+    config, labels = BertConfig.from_json_file(path), task.labels
+    if not (args.from_scratch or args.new_classifier):
+        labels = match_labels(task, config, path)
+    tokenizer = BertTokenizer.from_pretrained(
+        fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
+    config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
+    config.check_length(args.max_seq_length, args.bert_model)
+    return tokenizer, labels
 
 
-def find_task(task_name: str | None, data_dir: str) -> GlueTask:
-    """Return the task by its name, or else by the name of its folder, which must be a task's."""
-    if task_name is not None:
-        return get_task(task_name)
-    try:
-        return get_task(Path(data_dir).resolve().name)
-    except UserError as error:
-        raise UserError(f"--data_dir {data_dir}: {error}; or give --task_name") from error
-
-
-def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceClassification:
+def load_model(
+    args: argparse.Namespace, task: Task, labels: tuple[str, ...]
+) -> TinyBertForSequenceClassification:
     """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
     folder = fetch_model(args.bert_model, weights=not args.from_scratch)
     if args.from_scratch:
@@ -105,6 +109,7 @@ def load_model(args: argparse.Namespace, task: GlueTask) -> TinyBertForSequenceC
     if not task.is_regression and (args.from_scratch or args.new_classifier):
         model.config.set_labels(task.labels)
     model.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
+    note_task(model.config, task, labels)
     return model
 
 
@@ -124,8 +129,7 @@ class LabelLoss(nn.Module):
 
 def main(args: argparse.Namespace) -> None:
     # Settings
-    check_args(args)
-    task = find_task(args.task_name, args.data_dir)
+    task = task_of(args)
     device = get_device(args.no_cuda)
     folder = RunFolder.open(args, [args.bert_model])
     dtype = resolve_precision(args.precision, device)
@@ -133,19 +137,14 @@ def main(args: argparse.Namespace) -> None:
         return
     set_seed(args.seed)
 
-    # Model and data
-    model = load_model(args, task)
-    tokenizer = BertTokenizer.from_pretrained(
-        fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
-    model.config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
-    model.config.check_length(args.max_seq_length, args.bert_model)
-    model.to(device)
-    labels = label_order(task, model.config.id2label)
+    # Data and model
+    tokenizer, labels = read_settings(args, task)
     data = (tokenizer, args.max_seq_length, labels)
     train_rows = load_features(task, args.data_dir, "aug" if args.aug_train else "train", *data,
                                args.max_train_rows, cache=True)
     dev = {split: load_features(task, args.data_dir, split, *data, cache=True)
-           for split in task.dev_files}
+           for split in evaluation_splits(task)}
+    model = load_model(args, task, labels).to(device)
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)
     loss = LabelLoss(model)
@@ -160,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     folder.start(log_start(
         args, device, dtype, compiled=compiled, task=task.name, rows=len(train_rows),
         parameters=parameter_count(model)))
-    output = StudentOutput(trainer, folder.paths[0], tokenizer, Selection(task),
+    output = StudentOutput(trainer, folder.paths[0], tokenizer, Selection(task), task,
                            tensorboard=args.tensorboard)
 
     # Training: measured before the first step and after each pass; the best checkpoint stays
@@ -184,10 +183,8 @@ def main(args: argparse.Namespace) -> None:
             run.report(evaluate)
 
     # Results
-    selection = output.selection
-    output.finish({"task": task.name, "before": selection.first["dev"],
+    output.finish({"task": task.name, "before": output.selection.first["dev"],
                    "rows": len(dev["dev"]), "train_rows": len(train_rows)})
-    warn_of_chance(task, selection.best, selection.per_class)
     run.finish()
 
 

@@ -35,7 +35,14 @@ from transformer.checkpoint import (
     weights_path,
     weights_record,
 )
-from transformer.evaluation import by_split, evaluate_splits, warn_of_chance, write_results
+from transformer.config import BertConfig, find_config
+from transformer.evaluation import (
+    by_split,
+    evaluate_splits,
+    evaluation_splits,
+    warn_of_chance,
+    write_results,
+)
 from transformer.features import Features, load_features
 from transformer.file_utils import (
     ONNX_NAME,
@@ -46,11 +53,12 @@ from transformer.file_utils import (
     write_json,
 )
 from transformer.hub import fetch_model
-from transformer.inference import load_classifier
-from transformer.modeling import TinyBertForSequenceClassification, freeze, model_inputs
+from transformer.inference import load_classifier, match_labels, note_task
+from transformer.modeling import freeze, model_inputs
+from transformer.own_tasks import add_data_arguments, save_task, stored_task, task_of
 from transformer.run_folder import check_not_input, prepare_output_dir
-from transformer.runtime import commit_id, get_device, run_script
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
+from transformer.runtime import add_eval_split_argument, commit_id, get_device, run_script
+from transformer.tasks import Task, get_task
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -79,15 +87,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="precision of the weights; fp32 only exports to ONNX")
     add("--format", choices=["torch", "onnx"], default="onnx",
         help="a PyTorch checkpoint, or a model.onnx for ONNX Runtime")
-    add("--task_name", type=str, default=None,
-        help="for --do_eval and int8-static; any case, one of: " + ", ".join(GLUE_TASKS))
-    add("--data_dir", type=str, default=None, help="the task's folder of TSV files")
+    add_data_arguments(parser, required=False)
     add("--calibration_rows", type=int, default=128,
         help="training rows on which int8-static measures its ranges")
     add("--reduce_range", action=argparse.BooleanOptionalAction, default=None,
         help="ONNX weights of 7 bits, for CPUs without VNNI; not given: where this one has none")
     add("--do_eval", action="store_true",
-        help="measure the model before and after on the dev set")
+        help="measure the model before and after")
+    add_eval_split_argument(parser)
     add("--max_seq_length", type=int, default=128,
         help="longest input in word pieces; not given: the task's (64 for single sentences)")
     add("--eval_batch_size", type=int, default=32, help="rows a batch on dev")
@@ -103,44 +110,47 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> GlueTask | None:
+def check_args(args: argparse.Namespace) -> Task | None:
     """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
     check_not_input(args.output_dir, [args.model])
     if args.format not in METHODS[args.method]:
         raise UserError(f"--method {args.method} --format {args.format}: {REASONS[args.method]};"
                         f" expected --format {METHODS[args.method][0]}")
-    for flag in ("task_name", "data_dir"):
-        if (args.do_eval or args.method == "int8-static") and getattr(args, flag) is None:
-            raise UserError(f"--do_eval and int8-static read rows of a task; --{flag} is missing")
-    task = None if args.task_name is None else get_task(args.task_name)
-    if task is not None and "max_seq_length" not in args.given:
+    if (args.do_eval or args.method == "int8-static") and args.data_dir is None:
+        raise UserError("--do_eval and int8-static read rows of a task; --data_dir is missing")
+    if args.eval_split and not args.do_eval:
+        raise UserError("--eval_split says what --do_eval measures on; expected --do_eval, too")
+    if args.data_dir is None:
+        return None if args.task_name is None else get_task(args.task_name)
+    task = task_of(args)
+    if "max_seq_length" not in args.given:
         args.max_seq_length = task.max_seq_length
     return task
 
 
-def load_source(args: argparse.Namespace, task: GlueTask | None) -> tuple[
-        Path, TinyBertForSequenceClassification, BertTokenizer]:
-    """Load the model in float32, with its vocabulary."""
+def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
+        Path, BertTokenizer, tuple[str, ...]]:
+    """Find the model's folder; read its vocabulary and, for a task, its labels; no weights."""
     if args.format == "onnx":
         import transformer.onnx_model  # noqa: F401  now, for its packages may be missing
     folder = fetch_model(args.model, args.cache_dir or None)
     weights_path(folder)  # an ONNX model cannot be quantized again
-    model = load_classifier(folder, None if task is None else task.num_labels)
+    config = BertConfig.from_json_file(path := find_config(folder))
+    labels = () if task is None else match_labels(task, config, path)
     tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
-    model.config.check_vocabulary(len(tokenizer), folder)
+    config.check_vocabulary(len(tokenizer), folder)
     if task is not None:
-        model.config.check_length(args.max_seq_length, "the model")
+        config.check_length(args.max_seq_length, "the model")
+    return folder, tokenizer, labels
+
+
+def load_source(args: argparse.Namespace, folder: Path, task: Task | None) -> nn.Module:
+    """Load the model in float32; its weights must fit into those of --method."""
+    model = load_classifier(folder, None if task is None else task.num_labels)
     if (dtype := HALF.get(args.method)) is not None:  # float16 ends at 65504
         check_weights({name: value.to(dtype) for name, value in model.named_parameters()},
                       f"{folder} as {args.method}")
-    return folder, freeze(model), tokenizer
-
-
-def load_rows(args: argparse.Namespace, task: GlueTask, split: str, model: nn.Module,
-              tokenizer: BertTokenizer) -> Features:
-    labels = label_order(task, model.config.id2label)
-    return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
-                         cache=True)
+    return freeze(model)
 
 
 def calibration_batches(rows: Features, count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
@@ -181,8 +191,8 @@ def computed_in(method: str, device: torch.device) -> torch.dtype | None:
     return HALF.get(method) if method == "bf16" or device.type == "cuda" else None
 
 
-def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict[str, dict],
-            dev: dict[str, Features]) -> None:
+def compare(args: argparse.Namespace, task: Task, folder: Path, before: dict[str, dict],
+            rows: dict[str, Features]) -> None:
     """Evaluate the model that was written, from its files, and write both results.
 
     Raises:
@@ -192,22 +202,23 @@ def compare(args: argparse.Namespace, task: GlueTask, folder: Path, before: dict
     model = load_classifier(folder, task.num_labels, device)
     dtype = computed_in(args.method, device)
     freeze(model, dtype, device)
-    after = evaluate_splits(model, dev, task, device, args.eval_batch_size, dtype)
+    after = evaluate_splits(model, rows, task, device, args.eval_batch_size, dtype)
     metrics, per_class = by_split(after, "metrics"), by_split(after, "per_class")
     changed = {split: int((after[split]["predictions"] != before[split]["predictions"]).sum())
-               for split in dev}
+               for split in rows}
+    first = next(iter(rows))
     write_results(folder, {
-        "task": task.name, "split": "dev", "model": str(folder), "method": args.method,
-        "format": args.format, "metrics": metrics["dev"], "all_metrics": metrics,
-        "before": by_split(before, "metrics"), "per_class": per_class, "rows": len(dev["dev"]),
+        "task": task.name, "split": first, "model": str(folder), "method": args.method,
+        "format": args.format, "metrics": metrics[first], "all_metrics": metrics,
+        "before": by_split(before, "metrics"), "per_class": per_class, "rows": len(rows[first]),
         **({} if task.is_regression else {"changed_predictions": changed}),
         "selection": "none: this checkpoint as it is",
     })
-    for split, rows in dev.items():
-        print(f"{task.name} {split} ({len(rows)} rows)  before {format_metrics(before[split])}"
-              f"  after {format_metrics(after[split])}")
+    for split, measured in rows.items():
+        print(f"{task.name} {split} ({len(measured)} rows)  before"
+              f" {format_metrics(before[split])}  after {format_metrics(after[split])}")
     warn_of_chance(task, metrics, per_class)
-    for split in dev:
+    for split in rows:
         kinds = [len(np.unique(result[split]["predictions"])) for result in (before, after)]
         if kinds[1] == 1 < kinds[0]:
             raise UserError(f"{folder}: the same prediction for all rows of {split}, unlike the"
@@ -219,21 +230,31 @@ def format_metrics(result: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    # Settings and model
+    # Settings and rows
     task = check_args(args)
-    source, model, tokenizer = load_source(args, task)
-    calibration, dev, before = None, {}, {}
+    splits = evaluation_splits(task, args.eval_split) if args.do_eval else ()
+    source, tokenizer, labels = read_settings(args, task)
+    rows = {split: load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
+                                 cache=True)
+            for split in (*splits, *["train"] * (args.method == "int8-static"))}
+    calibration = None
     if args.method == "int8-static":
-        train = load_rows(args, task, "train", model, tokenizer)
+        train = rows["train"]
         calibration = calibration_batches(train, args.calibration_rows, args.seed)
-    if args.do_eval:
-        dev = {split: load_rows(args, task, split, model, tokenizer) for split in task.dev_files}
-        before = evaluate_splits(model, dev, task, "cpu", args.eval_batch_size)
+    rows = {split: rows[split] for split in splits}
+
+    # Model
+    model = load_source(args, source, task)
+    if task is not None:
+        note_task(model.config, task, labels)
+    before = evaluate_splits(model, rows, task, "cpu", args.eval_batch_size)
 
     # The smaller model
     folder = prepare_output_dir(args.output_dir, args.overwrite_output_dir, [source])
     record = {"method": args.method, "format": args.format, "source": args.model,
               **weights_record(source)}
+    if (trained := task or stored_task(source)) is not None:
+        save_task(trained, folder)
     if args.format == "torch":
         save_pretrained(model.to(HALF[args.method]), folder, tokenizer)
     else:
@@ -252,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{made}: {size / 1e6:.1f} MB, {100 * size / before_size:.1f} % of"
           f" {before_size / 1e6:.1f}")
     if args.do_eval:
-        compare(args, task, folder, before, dev)
+        compare(args, task, folder, before, rows)
 
 
 if __name__ == "__main__":

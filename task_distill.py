@@ -1,4 +1,4 @@
-"""Distil a fine-tuned teacher into a student on one GLUE task, or evaluate a student.
+"""Distil a fine-tuned teacher into a student on one task, or evaluate a student.
 
 Task distillation has two stages, each a run of this script (paper, sections 3.2 and 4.2):
 intermediate layers first (attention and hidden states), then, with --pred_distill, the logits.
@@ -41,6 +41,7 @@ from transformer.batching import (
     padding_multiple,
     shuffled_passes,
 )
+from transformer.config import BertConfig, find_config, has_names
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -52,6 +53,7 @@ from transformer.evaluation import (
     Selection,
     by_split,
     evaluate_splits,
+    evaluation_splits,
     predict_logits,
     warn_of_chance,
     write_results,
@@ -59,13 +61,15 @@ from transformer.evaluation import (
 from transformer.features import Features, load_features
 from transformer.file_utils import UserError, atomic_path, read_json
 from transformer.hub import fetch_model
-from transformer.inference import load_classifier
+from transformer.inference import load_classifier, match_labels, note_task
 from transformer.modeling import TinyBertForSequenceClassification, freeze
 from transformer.optimization import BertAdam, param_groups
+from transformer.own_tasks import add_data_arguments, task_of
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RESULTS_NAME, RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
     add_distillation_arguments,
+    add_eval_split_argument,
     as_list,
     check_numbers,
     compile_models,
@@ -79,7 +83,7 @@ from transformer.runtime import (
     set_seed,
     training_steps,
 )
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, label_order
+from transformer.tasks import Task
 from transformer.tokenization import BertTokenizer
 from transformer.training import StudentTrainer
 
@@ -95,14 +99,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_dir", default=None, type=str, required=True, help="the task's folder of TSV files")
+    add_data_arguments(parser)
     add("--teacher_model", default=None, type=str,
         help="fine-tuned teacher: folder, URL or hub id; not needed with --do_eval")
     add("--student_model", default=None, type=str, required=True, nargs="+",
         help="student to start from or to evaluate: folder, URL or hub id; several students"
              " share the teacher's pass")
-    add("--task_name", default=None, type=str, required=True,
-        help=f"any case, one of: {', '.join(GLUE_TASKS)}")
     add("--output_dir", default=None, type=str, required=True, nargs="+",
         help="folder for the student, its logs and results; one for each student")
     add("--cache_dir", default="", type=str,
@@ -110,7 +112,8 @@ def get_args_parser() -> argparse.ArgumentParser:
              " the hub its own cache")
     add("--max_seq_length", default=128, type=int,
         help="longest input in word pieces; not given: the task's (64 for single sentences)")
-    add("--do_eval", action="store_true", help="only evaluate the student on the dev set")
+    add("--do_eval", action="store_true", help="only evaluate the student")
+    add_eval_split_argument(parser)
     add("--train_batch_size", default=32, type=int, nargs="+",
         help="rows a step, over all micro-batches; several with --sweep")
     add("--learning_rate", default=5e-5, type=float, nargs="+",
@@ -133,7 +136,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def apply_task_defaults(args: argparse.Namespace, task: GlueTask) -> None:
+def apply_task_defaults(args: argparse.Namespace, task: Task) -> None:
     """Replace the flags that were not given by the task's own values (paper, section 4.2)."""
     if "max_seq_length" not in args.given:
         args.max_seq_length = task.max_seq_length
@@ -147,7 +150,8 @@ def check_args(args: argparse.Namespace) -> None:
     Rates become a list of one a student, a batch size the number itself.
     """
     check_numbers(args, "num_train_epochs")
-    get_task(args.task_name)
+    if args.eval_split and not args.do_eval:
+        raise UserError("--eval_split is for --do_eval; training selects on the dev set")
     for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep", "tensorboard"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
@@ -162,17 +166,43 @@ def check_args(args: argparse.Namespace) -> None:
             "learning_rate", args.learning_rate, len(args.student_model))
 
 
-def load_rows(args: argparse.Namespace, task: GlueTask, split: str, tokenizer: BertTokenizer,
+def load_rows(args: argparse.Namespace, task: Task, split: str, tokenizer: BertTokenizer,
               labels: tuple[str, ...], max_rows: int = 0) -> Features:
     return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
                          max_rows, cache=True)
 
 
-def check_fit(args: argparse.Namespace, model: nn.Module, tokenizer: BertTokenizer,
+def check_fit(args: argparse.Namespace, config: BertConfig, tokenizer: BertTokenizer,
               vocabulary: Path | str) -> None:
     """Raise a `UserError` unless the vocabulary and the rows' length fit the model."""
-    model.config.check_vocabulary(len(tokenizer), vocabulary)
-    model.config.check_length(args.max_seq_length, "the model")
+    config.check_vocabulary(len(tokenizer), vocabulary)
+    config.check_length(args.max_seq_length, "the model")
+
+
+def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
+        BertTokenizer, tuple[str, ...]]:
+    """Read a classifier's vocabulary and its labels in the order of its outputs; no weights.
+
+    Raises:
+        UserError: labels, vocabulary or the rows' length do not fit the model.
+    """
+    folder = fetch_model(source, args.cache_dir or None, weights=False)
+    config = BertConfig.from_json_file(path := find_config(folder))
+    labels = match_labels(task, config, path)
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    check_fit(args, config, tokenizer, folder)
+    return tokenizer, labels
+
+
+def check_student_labels(args: argparse.Namespace, task: Task, labels: tuple[str, ...]) -> None:
+    """Raise a `UserError` for a student whose labels have names in another order than `labels`."""
+    for source in args.student_model:
+        path = find_config(fetch_model(source, args.cache_dir or None, weights=False))
+        config = BertConfig.from_json_file(path)
+        # Of another number are those of a model without classifier, or its weights will tell.
+        if has_names(config.id2label) and config.num_labels == task.num_labels \
+                and (own := match_labels(task, config, path)) != labels:
+            raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
 
 
 class Shared(NamedTuple):
@@ -183,7 +213,7 @@ class Shared(NamedTuple):
     teacher_logits: computes those of the training rows [rows, labels], once.
     """
 
-    task: GlueTask
+    task: Task
     teacher: nn.Module
     teacher_size: str
     tokenizer: BertTokenizer
@@ -194,20 +224,20 @@ class Shared(NamedTuple):
     dtype: torch.dtype | None
 
 
-def load_shared(args: argparse.Namespace, task: GlueTask, device: torch.device,
+def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
                 dtype: torch.dtype | None) -> Shared:
-    """Load the fine-tuned teacher strictly, with its vocabulary, and the rows."""
+    """Read the rows, then load the fine-tuned teacher strictly."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
-    folder = fetch_model(args.teacher_model, args.cache_dir or None)
-    teacher = TinyBertForSequenceClassification.from_pretrained(
-        folder, num_labels=task.num_labels)
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
-    check_fit(args, teacher, tokenizer, folder)
-    labels = label_order(task, teacher.config.id2label)
+    tokenizer, labels = read_settings(args, task, args.teacher_model)
+    check_student_labels(args, task, labels)
     train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                            args.max_train_rows)
-    dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
+    dev = {split: load_rows(args, task, split, tokenizer, labels)
+           for split in evaluation_splits(task)}
+    teacher = TinyBertForSequenceClassification.from_pretrained(
+        fetch_model(args.teacher_model, args.cache_dir or None), num_labels=task.num_labels)
+    note_task(teacher.config, task, labels)
     size = parameter_count(teacher)
     freeze(teacher, dtype, device, pack=not args.compile)
     teacher_logits = functools.cache(lambda: predict_logits(
@@ -216,7 +246,7 @@ def load_shared(args: argparse.Namespace, task: GlueTask, device: torch.device,
 
 
 def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Module:
-    """Load a student whose outputs take the teacher's label names."""
+    """Load a student, whose outputs take the teacher's label names."""
     teacher, task = shared.teacher, shared.task
     # A general student has no classifier yet; the prediction stage trains it.
     student = TinyBertForSequenceClassification.from_pretrained(
@@ -224,13 +254,10 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
         fit_size=None if args.pred_distill else teacher.config.hidden_size)
     if not args.pred_distill:
         check_layer_heads(teacher.config, student.config)
-    labels, own = (label_order(task, m.config.id2label) for m in (teacher, student))
-    if own != labels and not student.config.id2label[0].startswith("LABEL_"):
-        raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
     student.config.id2label = dict(teacher.config.id2label)
     student.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
     student.config.classifier_relu |= args.match_original
-    check_fit(args, student, shared.tokenizer, args.teacher_model)
+    check_fit(args, student.config, shared.tokenizer, args.teacher_model)
     return student
 
 
@@ -274,7 +301,7 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
         students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
     outputs = [
         StudentOutput(trainer, path, shared.tokenizer,
-                      Selection(shared.task) if args.pred_distill else None,
+                      Selection(shared.task) if args.pred_distill else None, shared.task,
                       tensorboard=args.tensorboard)
         for trainer, path in zip(trainers, folder.paths, strict=True)]
 
@@ -315,9 +342,6 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
             output.save("last")
         output.finish({"task": shared.task.name, "rows": len(shared.dev["dev"]),
                        "train_rows": len(rows), "steps": total_steps})
-        if args.pred_distill:
-            selection = output.selection
-            warn_of_chance(shared.task, selection.best, selection.per_class)
     run.finish()
 
 
@@ -376,36 +400,36 @@ def keep_best(path: Path, metric: str, rates: list[float], batch_sizes: list[int
     logger.info("%s: the best of %d settings on dev is %s", path, len(settings), chosen)
 
 
-def evaluate_only(args: argparse.Namespace, task: GlueTask, device: torch.device,
+def evaluate_only(args: argparse.Namespace, task: Task, device: torch.device,
                   dtype: torch.dtype | None) -> None:
-    """Measure each student, PyTorch or ONNX, on the dev sets of the task; write the results."""
+    """Measure each student, PyTorch or ONNX, on splits of the task; write the results."""
+    first, *others = evaluation_splits(task, args.eval_split)
     for source, path in zip(args.student_model, args.output_dir, strict=True):
-        student_dir = fetch_model(source, args.cache_dir or None)
-        student = load_classifier(student_dir, task.num_labels, device)
-        tokenizer = BertTokenizer.from_pretrained(student_dir, args.do_lower_case or None)
-        check_fit(args, student, tokenizer, student_dir)
-        labels = label_order(task, student.config.id2label)
-        dev = {split: load_rows(args, task, split, tokenizer, labels) for split in task.dev_files}
+        tokenizer, labels = read_settings(args, task, source)
+        rows = {split: load_rows(args, task, split, tokenizer, labels)
+                for split in (first, *others)}
+        student = load_classifier(
+            fetch_model(source, args.cache_dir or None), task.num_labels, device)
         output_dir = prepare_output_dir(path, args.overwrite_output_dir, keep=True)
         save_arguments(output_dir, log_start(
             args, device, dtype, task=task.name, parameters=parameter_count(student)))
         freeze(student, dtype, device)
-        results = evaluate_splits(student, dev, task, device, args.eval_batch_size, dtype)
+        results = evaluate_splits(student, rows, task, device, args.eval_batch_size, dtype)
         metrics, per_class = (by_split(results, name) for name in ("metrics", "per_class"))
         write_results(output_dir, {
-            "task": task.name, "split": "dev", "model": source,
-            "metrics": metrics["dev"], "all_metrics": metrics, "rows": len(dev["dev"]),
+            "task": task.name, "split": first, "model": source,
+            "metrics": metrics[first], "all_metrics": metrics, "rows": len(rows[first]),
             "per_class": per_class,
             "selection": "none: this checkpoint as it is",
         })
-        logger.info("%s (%d rows): %s", task.name, len(dev["dev"]), format_values(metrics))
+        logger.info("%s (%d rows): %s", task.name, len(rows[first]), format_values(metrics))
         warn_of_chance(task, metrics, per_class)
 
 
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_args(args)
-    task = get_task(args.task_name)
+    task = task_of(args)
     apply_task_defaults(args, task)
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)

@@ -40,6 +40,7 @@ from transformer.modeling import (
     TinyBertForSequenceClassification,
     model_inputs,
 )
+from transformer.tasks import get_task
 
 sys.path.insert(0, str(REPO / "K-prune" / "src"))
 kprune_main = importlib.import_module("main")
@@ -412,8 +413,8 @@ def test_units_that_cannot_be_told_apart_are_reported_with_what_becomes_of_them(
 
 def test_the_sample_takes_each_row_at_most_once_until_the_tokens_are_reached(tmp_path):
     tokenizer = write_vocab(tmp_path / "vocabulary")
-    rows = kprune_main.load_data("sst2", make_glue(tmp_path / "glue", rows=50), tokenizer, 32,
-                                 {0: "0", 1: "1"}, torch.device("cpu")).train
+    rows = kprune_main.load_data(get_task("sst2"), make_glue(tmp_path / "glue", rows=50), tokenizer,
+                                 32, ("0", "1"), torch.device("cpu")).train
     sample = draw_sample(rows, 100, seed=0)
     tokens = sample.lengths
     assert tokens.sum() >= 100 > tokens[:-1].sum()

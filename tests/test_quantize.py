@@ -218,7 +218,7 @@ def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
         (["--method", "bf16", "--format", "onnx"], "bfloat16"),
         (["--method", "fp32", "--format", "torch"], "--format onnx"),
         (["--method", "int8-dynamic", "--format", "torch"], "int8 as ONNX is as small and faster"),
-        (["--method", "int8-static"], "--task_name is missing"),
+        (["--method", "int8-static"], "--data_dir is missing"),
         (["--method", "fp16", "--do_eval", "--task_name", "RTE"], "--data_dir is missing"),
         (["--method", "int8-static", "--calibration_rows", "0", *task_flags(glue)],
          "--calibration_rows 0"),

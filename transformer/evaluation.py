@@ -17,12 +17,11 @@ from transformer.batching import batches, padded_collate, padding_multiple
 from transformer.features import Features
 from transformer.file_utils import UserError, write_json, write_text
 from transformer.modeling import inference_copy, model_inputs
-from transformer.tasks import GlueTask, get_task
+from transformer.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
 
 GPU_TOKENS = 16384  # in one batch of evaluation
-POSITIVE = "1"  # the class whose F1 is reported: a paraphrase, a duplicate
 
 
 def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> bool:
@@ -37,7 +36,7 @@ def _warn_if_constant(predicted: np.ndarray, gold: np.ndarray, what: str) -> boo
 
 
 def _correlations(
-    task: GlueTask, predicted: np.ndarray, gold: np.ndarray
+    task: Task, predicted: np.ndarray, gold: np.ndarray
 ) -> dict[str, float]:
     """Pearson and Spearman correlation and their mean; 0 where one side does not vary."""
     from scipy.stats import pearsonr, spearmanr  # here: a second to load, for STS-B alone
@@ -53,7 +52,7 @@ def _correlations(
 
 
 def _classification_metrics(
-    task: GlueTask, predicted: np.ndarray, gold: np.ndarray, labels_order: tuple[str, ...]
+    task: Task, predicted: np.ndarray, gold: np.ndarray, labels_order: tuple[str, ...]
 ) -> dict[str, float]:
     """Metrics of class numbers [rows] that count in `labels_order`.
 
@@ -63,7 +62,7 @@ def _classification_metrics(
 
     found = {"acc": float(np.mean(predicted == gold))}
     if "f1" in task.metrics or "acc_and_f1" in task.metrics:
-        positive = labels_order.index(POSITIVE)
+        positive = labels_order.index(task.positive)
         found["f1"] = float(f1_score(gold == positive, predicted == positive, zero_division=0.0))
         found["acc_and_f1"] = (found["acc"] + found["f1"]) / 2
     if "macro_f1" in task.metrics:
@@ -74,7 +73,7 @@ def _classification_metrics(
 
 
 def compute_metrics(
-    task: str | GlueTask,
+    task: str | Task,
     logits: np.ndarray,
     labels: np.ndarray,
     labels_order: tuple[str, ...] | None = None,
@@ -97,7 +96,7 @@ def compute_metrics(
     return _classification_metrics(task, predicted, labels, order)
 
 
-def majority_baseline(task: str | GlueTask, labels: Sequence[str]) -> dict[str, float]:
+def majority_baseline(task: str | Task, labels: Sequence[str]) -> dict[str, float]:
     """Compute the task's metrics of always predicting the most common class, as fractions of 1.
 
     `labels` are those of the rows, as their file spells them. For a regression all metrics are 0:
@@ -122,7 +121,7 @@ def count_classes(
 
 
 def warn_of_chance(
-    task: GlueTask, metrics: Mapping[str, Mapping[str, float]],
+    task: Task, metrics: Mapping[str, Mapping[str, float]],
     per_class: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> None:
     """Warn where a final score is no better than always predicting the commonest class.
@@ -174,6 +173,16 @@ def predict_logits(
     return distributed.sum_over_ranks(logits)  # each row comes from one process
 
 
+def evaluation_splits(task: Task, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the splits to measure on: those of --eval_split, or not given the task's dev sets."""
+    for name in names or ("dev",):
+        if name not in task.splits:
+            hint = "; --dev_share 0.1 sets a tenth of train aside" if name == "dev" else ""
+            raise UserError(f"task {task.name} has no labelled split {name!r}; expected one of"
+                            f" {', '.join(task.splits)}{hint}")
+    return tuple(dict.fromkeys(names or task.dev_files))
+
+
 def evaluate_splits(
     model: nn.Module, splits: Mapping[str, Features], *arguments: Any
 ) -> dict[str, dict[str, Any]]:
@@ -189,7 +198,7 @@ def by_split(results: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
 def evaluate(
     model: nn.Module,
     features: Features,
-    task: str | GlueTask,
+    task: str | Task,
     device: torch.device | str,
     batch_size: int = 32,
     dtype: torch.dtype | None = None,
@@ -219,7 +228,7 @@ class Selection:
     It starts at minus infinity, so the first evaluation always counts as the best.
     """
 
-    def __init__(self, task: GlueTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.metric = task.metrics[0]
         self.count = 0
         self.best_score = -math.inf

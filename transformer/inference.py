@@ -1,4 +1,4 @@
-"""One way to load a trained classifier, whatever it was made into: PyTorch or ONNX."""
+"""One way to load a trained classifier, whatever it was made into, and to know its labels."""
 
 import logging
 from pathlib import Path
@@ -8,13 +8,46 @@ import torch
 
 from transformer.checkpoint import WEIGHT_FORMS, load_state, weights_path
 from transformer.config import BertConfig, find_config
-from transformer.file_utils import ONNX_NAME, UserError
+from transformer.file_utils import ONNX_NAME, UserError, read_json
 from transformer.modeling import TinyBertForSequenceClassification
+from transformer.tasks import Task, label_order
 
 if TYPE_CHECKING:
     from transformer.onnx_model import OnnxClassifier
 
 logger = logging.getLogger(__name__)
+
+
+def match_labels(task: Task, config: BertConfig, path: Path) -> tuple[str, ...]:
+    """Match a classifier's labels with a task's by its configuration alone, before its weights.
+
+    Returns:
+        The task's labels in the order of the classifier's outputs (see `label_order`).
+
+    Raises:
+        UserError: it has other labels, or another number of them; both are listed.
+    """
+    # Older files leave their number out: then the weights will tell.
+    is_told = any(read_json(path).get(name) for name in ("id2label", "label2id", "num_labels"))
+    if is_told and config.num_labels != task.num_labels:
+        has, wants = ([*names][:12] for names in (config.id2label.values(), task.labels))
+        raise UserError(f"{path}: its classifier has {config.num_labels} labels; expected"
+                        f" {task.num_labels} for {task.name} (it has {has}, the task {wants})")
+    try:
+        return label_order(task, config.id2label)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def note_task(config: BertConfig, task: Task, labels: tuple[str, ...]) -> None:
+    """Write an own task and the names of its labels, in the order of the outputs, into a config.
+
+    The models of GLUE's tasks keep the names that they have.
+    """
+    if not task.is_glue:
+        config.other["finetuning_task"] = task.name
+        if labels:
+            config.set_labels(labels)
 
 
 def load_classifier(

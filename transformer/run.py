@@ -26,10 +26,12 @@ from transformer.checkpoint import (
     save_training_state,
     save_weights,
 )
-from transformer.evaluation import Selection, by_split, write_results
+from transformer.evaluation import Selection, by_split, warn_of_chance, write_results
 from transformer.file_utils import UserError
+from transformer.own_tasks import save_task
 from transformer.run_folder import STATE_FOLDER, JsonLog, RunningMean, remove_training_states
 from transformer.runtime import Stopped, check_disk, format_values
+from transformer.tasks import Task
 from transformer.tokenization import BertTokenizer
 from transformer.training import Step, StudentTrainer, train
 
@@ -47,6 +49,7 @@ class StudentOutput:
     folder: Path
     tokenizer: BertTokenizer
     selection: Selection | None = None  # where dev scores choose the student
+    task: Task | None = None
     means: RunningMean = field(default_factory=RunningMean)
     losses: dict[str, float] = field(default_factory=dict)  # the last that were logged
     tensorboard: bool = False
@@ -71,7 +74,9 @@ class StudentOutput:
         logger.info("%s: %s  eta %s", self.folder.name, format_values(record), eta)
 
     def save(self, subfolder: str = "") -> None:
-        """Write the student as a model directory."""
+        """Write the student as a model directory, with its own task's description."""
+        if self.task is not None and distributed.is_main():
+            save_task(self.task, self.folder / subfolder)
         save_pretrained(self.trainer.student, self.folder / subfolder, self.tokenizer,
                         finished=self.selection is not None)
 
@@ -87,6 +92,7 @@ class StudentOutput:
             scores = {"first": self.selection.first["dev"], "best": result["best"],
                       "last": result["last"]}
             logger.info("%s on dev: %s", self.folder.name, format_values(scores))
+            warn_of_chance(self.task, self.selection.best, self.selection.per_class)
         write_results(self.folder, result)
 
     def state(self) -> dict[str, Any]:

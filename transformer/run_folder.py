@@ -45,6 +45,7 @@ WEIGHTS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model
 # What a reader would take for a part of a model, or of the run that made it.
 MODEL_PATTERNS = (
     *WEIGHTS_PATTERNS, CONFIG_NAME, *TOKENIZER_FILES, "quantization.json", "kprune.json",
+    "task.json",
     ARGUMENTS_NAME, RESULTS_NAME, "eval_results.txt", "log.jsonl", EVENTS_FOLDER, STATE_FOLDER,
     "last", "lr*_batch*", "generation_config.json", "training_args.bin", "trainer_state.json",
     "modules.json", "sentence_bert_config.json", "chat_template.jinja")

@@ -222,6 +222,13 @@ def add_distillation_arguments(parser: argparse.ArgumentParser, eval_batch_size:
              " classifier")
 
 
+def add_eval_split_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --eval_split, which the scripts that measure a finished model have."""
+    parser.add_argument("--eval_split", nargs="+", default=None, metavar="SPLIT",
+                        help="with --do_eval: what to measure on, such as dev, or test where the"
+                             " task has a labelled one; not given: the task's dev sets")
+
+
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     """Add --resume, which every script with long work has."""
     parser.add_argument("--resume", action="store_true",

@@ -28,21 +28,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dataset.sample import draw_sample, sample_batches
-from dataset.tasks import TASKS, data_folder, default_length, load_data, model_arguments
+from dataset.tasks import default_length, find, load_data, model_arguments
 from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
-from utils.checkpoint import is_distilbert, load_model
+from utils.checkpoint import is_distilbert, load_model, read_config
 
 from transformer.checkpoint import save_pretrained
+from transformer.config import find_config
 from transformer.file_utils import VOCAB_NAME, UserError, write_json
 from transformer.hub import fetch_model
+from transformer.inference import match_labels, note_task
 from transformer.modeling import freeze
+from transformer.own_tasks import add_data_arguments, save_task
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
 from transformer.tokenization import FAST_TOKENIZER_NAME, BertTokenizer
 
 logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model_name", type=str, required=True,
         help="folder, URL or hub id (ORG/NAME) with the vocabulary, or the published model that"
              " ckpt_dir was made from, such as bert-base-uncased: its kind and case are checked")
-    add("--task_name", type=str, required=True, choices=TASKS, help="task to prune for")
+    add_data_arguments(parser, required=False)
     add("--ckpt_dir", type=str, required=True, help="fine-tuned model: folder, URL or hub id")
     add("--exp_name", type=str, default="test",
         help="name of the experiment; without --output_dir the folder is outputs/NAME")
@@ -69,9 +70,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--T", type=float, default=2.0, help="temperature of the softmax")
     add("--sublayerwise_tuning", action="store_true",
         help="refit each output projection by least squares")
-    add("--data_dir", type=str, default=None,
-        help="the task's folder of TSV or SQuAD JSON files; not given: the one below data/ of"
-             " this repository")
     add("--output_dir", type=str, default=None,
         help="folder for the pruned model; not given: outputs/ and --exp_name")
     add("--no_cuda", action="store_true", help="compute on the CPU")
@@ -84,18 +82,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a value that makes no sense; fill in what was not given."""
+    """Raise a `UserError` for a value that makes no sense."""
     check_share(args.constraint)
     if args.lam_pred == args.lam_rep == 0:
         raise UserError("--lam_pred 0 --lam_rep 0: all scores would be 0; expected one of the two"
                         " above 0")
     if not 0 < args.T < math.inf:
         raise UserError(f"--T {args.T}; expected a temperature above 0")
-    if args.max_seq_length is None:
-        args.max_seq_length = default_length(args.task_name)
-    if args.data_dir is None:
-        below = Path() if args.task_name.startswith("squad") else Path("glue_data")
-        args.data_dir = str(ROOT / "data" / below / data_folder(args.task_name))
     if args.output_dir is None:
         args.output_dir = str(Path("outputs") / args.exp_name)
 
@@ -147,20 +140,27 @@ def report(before: dict[str, Any], after: dict[str, Any], pruned: Pruned) -> Non
 def main(args: argparse.Namespace) -> None:
     # Settings
     check_args(args)
+    task = find(args)
+    if args.max_seq_length is None:
+        args.max_seq_length = default_length(task)
     inputs = (args.ckpt_dir, args.model_name, args.data_dir)
     check_output_dir(args.output_dir, args.overwrite_output_dir, inputs)
     device = get_device(args.no_cuda, args.gpu)
     set_seed(args.seed)
 
-    # Model and data
-    model_class, arguments = model_arguments(args.task_name)
+    # Data and model
     folder = fetch_model(args.ckpt_dir)
-    model = load_model(model_class, folder, **arguments).to(device)
+    config = read_config(folder)
+    is_squad = isinstance(task, str)
+    labels = () if is_squad else match_labels(task, config, find_config(folder))
     tokenizer = load_tokenizer(args, folder)
-    model.config.check_vocabulary(len(tokenizer), args.model_name)
-    model.config.check_length(args.max_seq_length, args.ckpt_dir)
-    data = load_data(args.task_name, args.data_dir, tokenizer, args.max_seq_length,
-                     model.config.id2label, device)
+    config.check_vocabulary(len(tokenizer), args.model_name)
+    config.check_length(args.max_seq_length, args.ckpt_dir)
+    data = load_data(task, args.data_dir, tokenizer, args.max_seq_length, labels, device)
+    model_class, arguments = model_arguments(task)
+    model = load_model(model_class, folder, **arguments).to(device)
+    if not is_squad:
+        note_task(model.config, task, labels)
     sample = draw_sample(data.train, args.num_tokens, args.seed)
     seq_len = float(data.train.lengths.mean())
     check_constraint(args.constraint, model.config, seq_len)
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     # Before
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir, inputs)
     start = log_start(
-        args, device, None, task=args.task_name, sample_rows=len(sample),
+        args, device, None, task=task if is_squad else task.name, sample_rows=len(sample),
         sample_tokens=int(sample.lengths.sum()), mean_length=round(seq_len, 2))
     save_arguments(output_dir, start)
     freeze(model)
@@ -191,9 +191,11 @@ def main(args: argparse.Namespace) -> None:
     report(before, after, pruned)
 
     # Results
+    if not is_squad:
+        save_task(task, output_dir)
     save_pretrained(pruned.model, output_dir, tokenizer)
     write_json(output_dir / "kprune.json", {
-        "task": args.task_name, "model": args.ckpt_dir, "exp_name": args.exp_name,
+        "task": task if is_squad else task.name, "model": args.ckpt_dir, "exp_name": args.exp_name,
         "constraint": args.constraint, "flops_removed": 1 - after["flops"] / before["flops"],
         "seq_len": seq_len, "sample_rows": len(sample),
         "sample_tokens": int(sample.lengths.sum()), "seconds": round(seconds, 2),

@@ -1,5 +1,6 @@
 """The tasks of K-prune: what each reads for its sample, and how its models are scored."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +10,20 @@ from evaluate.squad import evaluate_squad
 from torch import nn
 
 from dataset.squad import SQUAD_FILES, make_windows, read_squad, squad_path
-from transformer.evaluation import by_split, evaluate_splits
+from transformer.evaluation import (
+    by_split,
+    evaluate_splits,
+    evaluation_splits,
+    warn_of_chance,
+)
 from transformer.features import Features, load_features
+from transformer.file_utils import UserError
 from transformer.modeling import BertForQuestionAnswering, TinyBertForSequenceClassification
-from transformer.tasks import GlueTask, get_task, label_order
+from transformer.own_tasks import task_of
+from transformer.tasks import Task, get_task
 from transformer.tokenization import BertTokenizer
 
-# The original's names, in its order, and the tasks that it refused.
-TASKS = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "squad", "squad_v2", "cola", "rte", "wnli"]
+DATA = Path(__file__).resolve().parents[3] / "data"
 SQUAD_LENGTH = 384
 EVAL_BATCH = 32
 
@@ -34,49 +41,51 @@ class TaskData(NamedTuple):
     score: Callable[[nn.Module], Metrics]
 
 
-def is_squad(task: str) -> bool:
-    """Say whether a task asks for spans of a text, and not for a label."""
-    return task in SQUAD_FILES
+def find(args: argparse.Namespace) -> Task | str:
+    """Return the task, or SQuAD's name; --data_dir, if not given, becomes the one below data/."""
+    is_squad = args.task_name in SQUAD_FILES
+    if args.data_dir is None:
+        if args.task_name is None:
+            raise UserError("--task_name or --data_dir is missing; expected the task to prune for")
+        args.data_dir = str(DATA / "squad" if is_squad else
+                            DATA / "glue_data" / get_task(args.task_name).folder)
+    return args.task_name if is_squad else task_of(args)
 
 
-def model_arguments(task: str) -> tuple[type[nn.Module], dict[str, int]]:
+def model_arguments(task: Task | str) -> tuple[type[nn.Module], dict[str, int]]:
     """Return the class of a task's models, and what it has to be built with."""
-    if is_squad(task):
+    if isinstance(task, str):
         return BertForQuestionAnswering, {}
-    return TinyBertForSequenceClassification, {"num_labels": get_task(task).num_labels}
+    return TinyBertForSequenceClassification, {"num_labels": task.num_labels}
 
 
-def default_length(task: str) -> int:
+def default_length(task: Task | str) -> int:
     """Return the longest input of a task in word pieces."""
-    return SQUAD_LENGTH if is_squad(task) else get_task(task).max_seq_length
-
-
-def data_folder(task: str) -> str:
-    """Return the name of the folder that holds a task's files, below the others' folder."""
-    return "squad" if is_squad(task) else get_task(task).folder
+    return SQUAD_LENGTH if isinstance(task, str) else task.max_seq_length
 
 
 def load_data(
-    task: str, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
-    id2label: dict[int, str], device: torch.device,
+    task: Task | str, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
+    labels: tuple[str, ...], device: torch.device,
 ) -> TaskData:
-    """Read a task's training and dev rows; errors name file, line and value."""
-    if is_squad(task):
+    """Read a task's training and dev rows; errors name file, line and value.
+
+    `labels` stand in the order of the model's outputs.
+    """
+    if isinstance(task, str):
         return _squad_data(task, data_dir, tokenizer, max_seq_length, device)
-    return _glue_data(get_task(task), data_dir, tokenizer, max_seq_length, id2label, device)
-
-
-def _glue_data(
-    task: GlueTask, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
-    id2label: dict[int, str], device: torch.device,
-) -> TaskData:
-    labels = label_order(task, id2label)
     rows = {split: load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
                                  cache=True)
-            for split in ("train", *task.dev_files)}
+            for split in ("train", *evaluation_splits(task))}
     train = rows.pop("train")
-    return TaskData(train, lambda model: by_split(
-        evaluate_splits(model, rows, task, device, EVAL_BATCH), "metrics"))
+
+    def score(model: nn.Module) -> Metrics:
+        results = evaluate_splits(model, rows, task, device, EVAL_BATCH)
+        metrics = by_split(results, "metrics")
+        warn_of_chance(task, metrics, by_split(results, "per_class"))
+        return metrics
+
+    return TaskData(train, score)
 
 
 def _squad_data(

@@ -69,6 +69,14 @@ def is_distilbert(folder: Path | str) -> bool:
     return read_json(find_config(folder)).get("model_type") == "distilbert"
 
 
+def read_config(folder: Path | str) -> BertConfig:
+    """Read the shape of a BERT, a student of ours or a DistilBERT, as that of a BERT."""
+    path = find_config(folder)
+    if is_distilbert(folder):
+        return convert_config(read_json(path), path)
+    return BertConfig.from_json_file(path)
+
+
 def load_model(
     model_class: type[BertPreTrainedModel], folder: Path | str, **kwargs: Any
 ) -> BertPreTrainedModel:
@@ -81,14 +89,10 @@ def load_model(
         UserError: missing or damaged files, a checkpoint that does not fill the model, has no
             trained head, or was made by `quantize.py` in a format that cannot be pruned.
     """
-    path = find_config(folder)
-    state = load_state(folder)
+    config, state = read_config(folder), load_state(folder)
     if not any(key.startswith(model_class.head) for key in state):
         raise UserError(f"{weights_path(folder)}: holds no trained {HEAD_NAMES[model_class]};"
                         " expected a model that was fine-tuned or distilled on a task")
     if is_distilbert(folder):
-        config = convert_config(read_json(path), path)
         state = convert_weights(state, config)
-    else:
-        config = BertConfig.from_json_file(path)
     return model_class.from_state(config, state, folder, **kwargs)
