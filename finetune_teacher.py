@@ -3,10 +3,12 @@
 The model is measured on the dev set before the first step, and the best dev checkpoint is kept,
 so fine-tuning a teacher again can only improve it.
 
-Example:
+Examples:
     python finetune_teacher.py --task_name RTE --data_dir data/glue_data/RTE \
         --bert_model models/bert-base-uncased-rte --output_dir models/final_rte_teacher \
         --num_train_epochs 5 --train_batch_size 32 --learning_rate 2e-5
+    python finetune_teacher.py --data_dir data/mine --bert_model models/bert-base-uncased \
+        --new_classifier --output_dir models/teacher_mine
 """
 
 import argparse
@@ -55,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bert_model", required=True, help="model to start from: folder, URL or hub id")
     add("--output_dir", required=True, help="folder to write the model to")
     add("--max_seq_length", type=int, default=128,
-        help="longest input in word pieces; longer ones are cut")
+        help="longest input in word pieces; longer ones are cut; not given: 128, or what an own"
+             " task's task.json says")
     add("--train_batch_size", type=int, default=32, help="rows a step")
     add("--learning_rate", type=float, default=2e-5, help="peak learning rate")
     add("--num_train_epochs", type=float, default=3.0,
@@ -130,6 +133,8 @@ class LabelLoss(nn.Module):
 def main(args: argparse.Namespace) -> None:
     # Settings
     task = task_of(args)
+    if not task.is_glue and "max_seq_length" not in args.given:
+        args.max_seq_length = task.max_seq_length
     device = get_device(args.no_cuda)
     folder = RunFolder.open(args, [args.bert_model])
     dtype = resolve_precision(args.precision, device)

@@ -19,6 +19,8 @@ Examples:
         --task_name RTE --output_dir models/distilled_tinybert_4l_rte --aug_train
     python task_distill.py --do_eval --student_model models/distilled_tinybert_4l_rte \
         --data_dir data/glue_data/RTE --task_name RTE --output_dir tmp
+    python task_distill.py --do_eval --student_model models/distilled_mine --data_dir data/mine \
+        --eval_split dev test --output_dir tmp_mine
 """
 
 import argparse

@@ -25,7 +25,8 @@ def match_labels(task: Task, config: BertConfig, path: Path) -> tuple[str, ...]:
         The task's labels in the order of the classifier's outputs (see `label_order`).
 
     Raises:
-        UserError: it has other labels, or another number of them; both are listed.
+        UserError: it has other labels, or another number of them; both are listed. Or it is no
+            classifier of one label a row.
     """
     # Older files leave their number out: then the weights will tell.
     is_told = any(read_json(path).get(name) for name in ("id2label", "label2id", "num_labels"))
@@ -33,6 +34,7 @@ def match_labels(task: Task, config: BertConfig, path: Path) -> tuple[str, ...]:
         has, wants = ([*names][:12] for names in (config.id2label.values(), task.labels))
         raise UserError(f"{path}: its classifier has {config.num_labels} labels; expected"
                         f" {task.num_labels} for {task.name} (it has {has}, the task {wants})")
+    config.check_task(path)
     try:
         return label_order(task, config.id2label)
     except UserError as error:

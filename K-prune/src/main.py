@@ -11,6 +11,8 @@ Example:
         --data_dir ../data/glue_data/SST-2 --output_dir ../models/kprune_tinybert_4l_sst2 \
         --constraint 0.1 --num_tokens 100000 --lam_pred 1.0 --lam_rep 2.5e-4 --mu 64 --T 2 \
         --sublayerwise_tuning
+
+For data of your own --data_dir is their folder or file, and --task_name is left out.
 """
 
 import argparse
