@@ -548,14 +548,12 @@ def test_a_checkpoint_that_cannot_be_pruned_is_one_clear_line(pruned, capsys):
     make_model(pruned.root / "base", BertModel)
     run(quantize, "--model", pruned.root / "model", "--method", "int8-dynamic",
         "--output_dir", pruned.root / "int8")
-    for folder, task, expected in (
-        ("base", "sst2", "holds no trained classifier; expected a model"),
-        ("base", "squad", "holds no trained span head; expected a model"),
-        ("int8", "sst2", "an ONNX model, made by quantize.py; expected the PyTorch model"),
+    for folder, expected in (
+        ("base", "holds no trained classifier; expected a model"),
+        ("int8", "an ONNX model, made by quantize.py; expected the PyTorch model"),
     ):
         message = error_line(capsys, kprune_main, *pruned.arguments(
-            "never", "--ckpt_dir", pruned.root / folder, "--task_name", task, "--max_seq_length",
-            64))
+            "never", "--ckpt_dir", pruned.root / folder))
         assert f"{pruned.root / folder}" in message and expected in message
 
 

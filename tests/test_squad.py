@@ -210,6 +210,14 @@ def test_missing_data_is_one_clear_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_trained_span_head_is_one_clear_line(tmp_path, capsys):
+    make_model(tmp_path / "model")
+    for split in ("train", "dev"):
+        make_squad(tmp_path / "data" / f"{split}-v1.1.json")
+    message = error_line(capsys, kprune_main, *arguments(tmp_path))
+    assert "holds no trained span head; expected a model" in message
+
+
 def test_a_model_that_has_learned_to_answer_keeps_answering_after_pruning(tmp_path):
     """A few steps of training on the answers' places, then K-prune: f1 stays."""
     torch.manual_seed(0)
