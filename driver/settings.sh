@@ -7,6 +7,10 @@ requests boto3 scipy sklearn matplotlib wikiextractor onnx onnxruntime"
 TEST_MODULES="transformers pytest xdist hypothesis ruff"
 declare -gA SLUG=([RTE]=rte [SST-2]=sst2 [CoLA]=cola [MRPC]=mrpc [STS-B]=stsb [QQP]=qqp [MNLI]=mnli
   [QNLI]=qnli [WNLI]=wnli) # the tasks' names in folders and settings
+# Of each task of the user's own: where its data are and a hash of them, what splits off dev and
+# test, the file of augmented rows, and what models are measured on where there is a test set.
+declare -gA SOURCE=() CONTENT=() SHARES=() AUG_FILE=() EVAL_SPLITS=()
+declare -gA flags=() # --task, --teacher, --student, --vectors
 
 usage() {
   cat <<'TEXT'
@@ -16,8 +20,18 @@ Without options: the full reproduction (BERT-base, Wikipedia, days on a GPU).
 What is finished is skipped, and training goes on inside the step that was
 stopped, so the same call continues after Ctrl-C, kill -9 or a power cut.
 
+Your data and your BERT, from a teacher to an exported int8 student:
+  --task DATA         folder of train, dev and test files, or one file (CSV, TSV,
+                      JSON lines, Parquet); no dev file: a tenth of the rows serves
+  --teacher MODEL     a BERT (folder, URL or hub id): as it is if it has a classifier
+                      for these labels, else it gets a new one and is fine-tuned
+  --student MODEL     a student with weights to start from, or a config.json for random
+                      ones; without it, half of the teacher's layers
+  --vectors FILE      word vectors (or glove, which is downloaded): more training rows
+                      by data_augmentation.py; without it, the rows as they are
+
   --demo              same as --profile demo: offline, no GPU, minutes
-  --profile NAME|FILE settings of a run: full, demo, minilm (profiles/NAME.env)
+  --profile NAME|FILE settings of a run: full, demo, minilm, ... (profiles/)
   --recipe NAME       hyper-parameters: original (default) or paper
   --list              print the stages and what of them is finished
   --only STAGE        run this stage alone
@@ -41,13 +55,18 @@ complain() {
 
 read_options() {
   local names stage
-  profile=full recipe=original only='' from='' mode=run
+  profile='' recipe=original only='' from='' mode=run
   while (($#)); do
     case $1 in
       --demo) profile=demo ;;
       --profile | --recipe | --only | --from)
         (($# > 1)) || complain "$1 needs a value"
         declare -g "${1#--}=$2"
+        shift
+        ;;
+      --task | --teacher | --student | --vectors)
+        [[ -n ${2-} ]] || complain "$1 needs a value"
+        flags[${1#--}]=$2
         shift
         ;;
       --list | --dry-run | --python) mode=${1#--} ;;
@@ -59,8 +78,14 @@ read_options() {
   [[ $recipe != seed ]] || recipe=original # its former name
   [[ $recipe == original || $recipe == paper ]] ||
     complain "--recipe $recipe: expected original or paper"
+  profile=${profile:-$([[ -v flags[task] ]] && echo task || echo full)}
   [[ ! -f $profile ]] || profile=$(realpath "$profile")
-  cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." || exit
+  names=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+  for stage in "${!flags[@]}"; do # as they are called from there
+    [[ ! -e ${flags[$stage]} ]] ||
+      flags[$stage]=$(realpath -s --relative-base="$names" -- "${flags[$stage]}")
+  done
+  cd "$names" || exit
   names=$(echo $(sed -n 's/^ *stage \([a-z_]*\) .*/\1/p' reproduction.sh))
   for stage in $only $from; do
     [[ " $names " == *" $stage "* ]] || complain "no stage $stage; expected one of: $names"
@@ -83,6 +108,9 @@ read_settings() {
     source <(tr -d '\r' <"$file")
   done
   for override in "${overrides[@]}"; do declare -g "$override"; done
+  TEACHER=${flags[teacher]-$TEACHER} STUDENT=${flags[student]-$STUDENT}
+  WORD_VECTORS=${flags[vectors]-$WORD_VECTORS}
+  own_data
   check_names $names
   derive
   check_values
@@ -98,6 +126,48 @@ setting() {
 
 setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"); }
 
+# own_data: has driver/own_data.py read the folders and files of TASKS, and of a run that has them the
+# teacher and the student; TASKS then holds the tasks' names.
+own_data() {
+  local word words=(${TASKS//,/ }) own=() names=() models=() found
+  STUDENT_START=general TEACHER_CONTENT='' STUDENT_CONTENT=''
+  [[ ! -v flags[task] ]] || words=("${flags[task]}")
+  if [[ $MODEL_SOURCE == given ]]; then
+    ((${#words[@]} == 1)) || complain "profile $profile: expected --task and a folder or file"
+    [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
+    models=(--teacher "$TEACHER" --student "$STUDENT" --new_classifier "$NEW_CLASSIFIER"
+      ${STUDENT_LAYERS:+--num_layers "$STUDENT_LAYERS"}
+      ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"})
+    [[ $WORD_VECTORS != composed ]] ||
+      complain "WORD_VECTORS=composed needs the corpus of a full run; expected a file or glove"
+    [[ -z $WORD_VECTORS || -n $AUGMENTATION_MODEL ]] || models+=(--masked_lm yes)
+  elif [[ -v flags[task] ]]; then
+    complain "--task and --profile $profile: expected no profile, or one for own data" \
+      "(source profiles/task.env)"
+  else
+    for word in "${!flags[@]}"; do complain "--$word goes with --task, which is missing"; done
+  fi
+  for word in "${words[@]}"; do
+    if [[ $word == */* || ($MODEL_SOURCE == given || -e $word) && -z ${SLUG[$word]-} ]]; then
+      own+=("$word") names+=("")
+    else
+      names+=("$word")
+    fi
+  done
+  if ((${#own[@]} > 0)); then
+    [[ $mode != run ]] || find_python $RUNTIME_MODULES
+    known_python $RUNTIME_MODULES ||
+      complain "own data: ${PYTHON:-python3} lacks packages; PYTHON=\$(bash reproduction.sh --python)"
+    found=$("$PYTHON" driver/own_data.py --tasks "${own[@]}" "${models[@]}" \
+      --dev_share "${DEV_SHARE:-0}" --test_share "${TEST_SHARE:-0}") || exit 2
+    eval "$found"
+    for word in "${!names[@]}"; do
+      [[ -n ${names[word]} ]] || names[word]=${OWN[0]} OWN=("${OWN[@]:1}")
+    done
+  fi
+  TASKS=${names[*]}
+}
+
 # tidy_folder NAME...: a setting's folder without slashes at its end, dots or doubled slashes.
 tidy_folder() {
   local name base
@@ -111,11 +181,18 @@ tidy_folder() {
 }
 
 derive() {
+  GLUE_NAMES=''
   local task known tasks=() names=()
+  if [[ $MODEL_SOURCE == given ]]; then # one task
+    MODELS_DIR=${MODELS_DIR/SLUG/${SLUG[$TASKS]}} RESULTS_DIR=${RESULTS_DIR/SLUG/${SLUG[$TASKS]}}
+    WORK_DIR=${WORK_DIR:-$MODELS_DIR}
+    GLUE_DIR=${GLUE_DIR:-$WORK_DIR/data}
+  fi
   tidy_folder DATA_DIR MODELS_DIR RESULTS_DIR ${WORK_DIR:+WORK_DIR} ${GLUE_DIR:+GLUE_DIR}
   WORK_DIR=${WORK_DIR:-$DATA_DIR}
   GLUE_DIR=${GLUE_DIR:-$WORK_DIR/glue_data}
   BASE_MODEL=$MODELS_DIR/$BASE_MODEL_NAME
+  [[ $MODEL_SOURCE != given ]] || BASE_MODEL=$TEACHER
   # What the recipe changes: students and the teachers they learn from, augmented rows, results.
   STUDENTS_DIR=$MODELS_DIR
   if [[ $recipe != original ]]; then
@@ -124,13 +201,20 @@ derive() {
   VECTORS=$DATA_DIR/$WORD_VECTORS
   [[ ! $WORD_VECTORS =~ ^(glove|composed)$ ]] || VECTORS=$DATA_DIR/glove.840B.300d.txt
   [[ $WORD_VECTORS != composed || -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt
+  [[ $WORD_VECTORS != */* ]] || VECTORS=$WORD_VECTORS
+  if [[ -z $WORD_VECTORS ]]; then # no augmentation
+    VECTORS=''
+    for task in "${!AUGMENTED@}" "${!PREDICTION_AUGMENTED@}"; do declare -g "$task=no"; done
+  fi
   for task in ${TASKS//,/ }; do # as the folders are called, whatever the case
     for known in "${!SLUG[@]}"; do
       [[ ${task,,} != "${known,,}" && ${task,,} != "${SLUG[$known]}" ]] || task=$known
     done
-    [[ -n ${SLUG[$task]-} ]] || complain "TASKS: $task; expected some of: ${!SLUG[*]}"
+    [[ -n ${SLUG[$task]-} ]] || complain "TASKS: $task; expected some of: ${!SLUG[*]}, or" \
+      "a folder or file of your own"
     [[ " ${tasks[*]} " != *" $task "* ]] || complain "TASKS: $task stands there twice"
     tasks+=("$task") names+=("${SLUG[$task]}")
+    [[ -v SOURCE[$task] ]] || GLUE_NAMES+="${SLUG[$task]} "
   done
   TASKS=${tasks[*]} NAMES=${names[*]}
   [[ " ${!SLUG[*]} " == *" $LATENCY_TASK "* ]] ||
@@ -174,21 +258,23 @@ check_values() {
   expect "a number" '[1-9][0-9]*' GPUS JOBS ${SMART_STUDENT:+SMART_LAYERS}
   expect "a number" '[0-9]+' DISK_GB
   expect "a number" ' *([1-9][0-9]*)? *' "${!GENERAL_BATCH_SIZE@}" # they are compared
-  expect "yes or no" 'yes|no' NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
+  expect "yes or no" 'yes|no' NEEDS_GPU NEW_CLASSIFIER SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
     "${!PREDICTION_AUGMENTED@}"
   expect "given or demo" 'given|demo' INPUTS
-  expect "hub, demo or minilm" 'hub|demo|minilm' MODEL_SOURCE
+  expect "hub, demo, minilm or given" 'hub|demo|minilm|given' MODEL_SOURCE
   [[ $BASE_MODEL_NAME =~ ^[^/\ ]+$ ]] ||
     complain "BASE_MODEL_NAME=$BASE_MODEL_NAME: expected the name of a folder"
   [[ -n ${TASKS// /} && -n ${STUDENTS// /} ]] || complain "TASKS, STUDENTS: expected one at least"
   for student in $STUDENTS $SMART_STUDENT; do # part of settings' names and of folders
-    [[ $student =~ ^[A-Za-z0-9_]+$ && " ${known[*]} " != *" $student "* ]] ||
-      complain "student $student: expected a name of letters, digits and _, once"
+    [[ $student =~ ^[A-Za-z0-9_]+$ && " ${known[*]} $NAMES " != *" $student "* ]] ||
+      complain "student $student: expected a name of letters, digits and _, once, and no task's"
     known+=("$student")
   done
   for entry in $STUDENTS $BASELINES; do
     student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
-    if [[ $entry =~ ^(general|smart): ]]; then
+    if [[ $STUDENT_START != general && $entry =~ ^((start|scratch):)?student$ ]]; then
+      continue # made from what --student names
+    elif [[ $entry =~ ^(general|smart): ]]; then
       [[ $entry == "smart:$SMART_STUDENT" || $entry =~ general && " $STUDENTS " == *" $student "* ||
         $SMART_GENERAL == yes && $entry == "general:$SMART_STUDENT" ]] ||
         complain "BASELINES: $entry; this run makes no such model of $student"
@@ -205,13 +291,15 @@ check_values() {
 check_inputs() {
   local free
   [[ $INPUTS == given ]] || return 0
-  [[ $WORD_VECTORS =~ ^(glove|composed)$ || -f $VECTORS ]] ||
+  [[ $WORD_VECTORS =~ ^(glove|composed|)$ || -f $VECTORS ]] ||
     complain "WORD_VECTORS=$WORD_VECTORS: no file $VECTORS; expected glove, composed or its name"
-  if [[ ! -f $WORK_DIR/.state/prepare.json ]]; then
+  if [[ $STUDENT_START == general && ! -f $WORK_DIR/.state/prepare.json ]]; then
     [[ -f $DUMP ]] || complain "no Wikipedia dump $DATA_DIR/$WIKI_DUMP. $WIKI_DUMP_HELP"
     [[ $(head -c 3 "$DUMP") == BZh || $DUMP != *.bz2 ]] ||
       complain "$DUMP: not a bzip2 file; expected the dump as it was downloaded"
     [[ ! -e $DUMP.part && ! -e $DUMP.aria2 ]] || complain "$DUMP: its download has not finished"
+  fi
+  if [[ ! -f $WORK_DIR/.state/prepare.json ]]; then
     mkdir -p "$WORK_DIR"
     free=$(($(df -Pk "$WORK_DIR" | awk 'END {print $4}') / 1000000))
     ((free >= DISK_GB)) || complain "$WORK_DIR: $free GB free; this run needs about $DISK_GB" \
@@ -233,12 +321,19 @@ sys.exit(sys.version_info < (3, 11) or any(find_spec(name) is None for name in s
     "${@:2}" &>/dev/null
 }
 
-# find_python MODULE...: puts an interpreter that has them into PYTHON, making .venv if need be.
-find_python() {
-  local base=${PYTHON:-python3} candidate
-  for candidate in "$base" "$PWD/.venv/bin/python"; do
+# known_python MODULE...: puts an interpreter that has them into PYTHON.
+known_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" "$PWD/.venv/bin/python"; do
     has_modules "$candidate" "$@" && PYTHON=$(command -v "$candidate") && return
   done
+  return 1
+}
+
+# find_python MODULE...: the same, making .venv if need be.
+find_python() {
+  local base=${PYTHON:-python3}
+  ! known_python "$@" || return 0
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     complain "$base: expected Python 3.11 or newer; set PYTHON to one"
   echo "  making .venv from requirements.txt (some minutes) ..." >&2

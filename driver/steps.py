@@ -3,12 +3,13 @@
 The plan comes on standard input as words that end with NUL; a word of one newline ends an entry:
 
     stage NAME TITLE
-    step NAME [--update] OUTPUT... [--reads PATH...] -- COMMAND...
+    step NAME [--update] OUTPUT... [--reads PATH...] [--content HASH] -- COMMAND...
 
 What is known of a step stands in `.state/NAME.json` beside its outputs: {key, command, outputs,
 started, finished, seconds}. The key is a hash of the command and of the keys of all recorded
 outputs that the command names (or that lie in a folder after --reads), so it changes with the
-settings of every step before. --update: the command itself deals with what is there.
+settings of every step before, and with --content, a hash of what the user brings to it. --update:
+the command itself deals with what is there.
 """
 
 import argparse
@@ -34,7 +35,9 @@ from typing import Any, NamedTuple
 DISTRIBUTED = {"general_distill.py", "task_distill.py", "finetune_teacher.py",
                "data_augmentation.py"}
 RESUMABLE = {*DISTRIBUTED, "prepare_data.py"}
-FREE_FLAGS = {"--num_workers", "--save_minutes", "--save_steps"}  # results do not depend on them
+# Results do not depend on them; on what lies at --source they do, by --content.
+FREE_FLAGS = {"--num_workers", "--save_minutes", "--save_steps", "--source"}
+PLAN_FLAGS = ("--update", "--reads", "--content")
 LAUNCHER = "-m torch.distributed.run --standalone --max-restarts 3 --nproc_per_node"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -52,6 +55,7 @@ class Step(NamedTuple):
     update: bool
     outputs: tuple[str, ...]
     reads: tuple[str, ...]
+    content: tuple[str, ...]
     command: tuple[str, ...]
 
     @property
@@ -80,11 +84,16 @@ def read_plan(text: str) -> tuple[dict[str, str], list[Step]]:
         if kind == "stage":
             stages[name] = words[0]
             continue
-        paths, command = [*map(tidy, words[: words.index("--")])], words[words.index("--") + 1 :]
-        update = paths[:1] == ["--update"]
-        split = paths.index("--reads") if "--reads" in paths else len(paths)
-        steps.append(Step([*stages][-1], name, update, tuple(paths[update:split]),
-                          tuple(paths[split + 1 :]), tuple(command)))
+        flag, given = "", {flag: [] for flag in ("", *PLAN_FLAGS)}
+        for word in words[: words.index("--")]:
+            flag = word if word in PLAN_FLAGS else flag
+            given[flag] += [word]
+        update = bool(given["--update"])
+        outputs = given["--update"][1:] if update else given[""]
+        steps.append(Step(
+            [*stages][-1], name, update, tuple(map(tidy, outputs)),
+            tuple(map(tidy, given["--reads"][1:])), tuple(given["--content"][1:]),
+            tuple(words[words.index("--") + 1 :])))
     return stages, steps
 
 
@@ -161,7 +170,7 @@ def find_keys(steps: list[Step], chosen: list[str], folders: list[str]) -> dict[
         found = {key for output, key in made.items() if step.depends_on(output)}
         for place in named_places(step) - planned:
             found |= {finished_key(record) for record in makers(place).values()}
-        text = json.dumps([without_free_flags(step.command), sorted(found - {""})])
+        text = json.dumps([without_free_flags(step.command), sorted(found - {""}), *step.content])
         for place, folder in enumerate(map(tidy, folders)):
             text = text.replace(f"{folder}/", f"{place}/")
         keys[step.name] = hashlib.sha256(text.encode()).hexdigest()

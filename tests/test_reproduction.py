@@ -265,7 +265,7 @@ def test_a_setting_for_one_task_wins_and_what_is_harmless_is_forgiven(tmp_path):
         ("", {"DATA_DIR": ""}, "DATA_DIR=: expected a folder"),
         ("", {"RESULTS_DIR": "~/results"}, "RESULTS_DIR=~/results: expected a folder"),
         ("", {"BASE_MODEL_NAME": ""}, "BASE_MODEL_NAME=: expected the name of a folder"),
-        ("", {"MODEL_SOURCE": "web"}, "MODEL_SOURCE=web: expected hub, demo or minilm"),
+        ("", {"MODEL_SOURCE": "web"}, "MODEL_SOURCE=web: expected hub, demo, minilm or given"),
         ("--profile {typo}", {}, "no setting is called TEACHER_EPOCH;"),
         ("--profile {other}", {}, "TEACHER_EPOCHS_ret: ret is neither a task nor a student"),
     ],
