@@ -89,12 +89,14 @@ elif [[ $MODEL_SOURCE == minilm ]]; then
   step mlm_head "$BASE_MODEL" -- python pretrain_bert.py --bert_model "$BODY" --head_only \
     "${HEAD[@]}" --output_dir "$BASE_MODEL"
 fi
-if [[ $VECTORS == "$WORK_DIR/composed_vectors.txt" ]]; then
-  for task in $TASKS; do # own data may be no text files
-    [[ -v SOURCE[$task] ]] || files+=("$GLUE_DIR/$task/train.tsv")
+if [[ $VECTORS == "$WORK_DIR/composed_vectors.txt" ]]; then # of which words
+  for task in $TASKS; do
+    [[ -v SOURCE[$task] ]] || words+=("$GLUE_DIR/$task/train.tsv")
   done
-  step vectors "$VECTORS" -- python data_augmentation.py --pretrained_bert_model "$BASE_MODEL" \
-    --glove_embs "$VECTORS" --compose_vectors "$CORPUS" "${files[@]}"
+  words=("$CORPUS" "${words[@]}")
+  [[ $MODEL_SOURCE != given ]] || words=(--data_dir "$GLUE_DIR/$TASKS")
+  step vectors "$VECTORS" -- python data_augmentation.py --pretrained_bert_model \
+    "${AUGMENTATION_MODEL:-$BASE_MODEL}" --glove_embs "$VECTORS" --compose_vectors "${words[@]}"
 fi
 
 stage pregenerate "Instances for general distillation"

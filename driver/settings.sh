@@ -21,14 +21,14 @@ What is finished is skipped, and training goes on inside the step that was
 stopped, so the same call continues after Ctrl-C, kill -9 or a power cut.
 
 Your data and your BERT, from a teacher to an exported int8 student:
-  --task DATA         folder of train, dev and test files, or one file (CSV, TSV,
-                      JSON lines, Parquet); no dev file: a tenth of the rows serves
-  --teacher MODEL     a BERT (folder, URL or hub id): as it is if it has a classifier
-                      for these labels, else it gets a new one and is fine-tuned
-  --student MODEL     a student with weights to start from, or a config.json for random
-                      ones; without it, half of the teacher's layers
-  --vectors FILE      word vectors (or glove, which is downloaded): more training rows
-                      by data_augmentation.py; without it, the rows as they are
+  --task DATA         folder with train, dev, test, or a file (CSV, TSV, JSON
+                      lines, Parquet); without dev, a tenth of train is it
+  --teacher MODEL     a BERT (folder, URL, hub id): as it is if its labels are
+                      these, else fine-tuned with a new classifier
+  --student MODEL     weights to start from, or a config.json for random ones;
+                      not given: half of the teacher's layers
+  --vectors FILE      augmentation by word vectors; also glove (downloaded) and
+                      composed (of the teacher's own); not given: none
 
   --demo              same as --profile demo: offline, no GPU, minutes
   --profile NAME|FILE settings of a run: full, demo, minilm, ... (profiles/)
@@ -65,7 +65,7 @@ read_options() {
         shift
         ;;
       --task | --teacher | --student | --vectors)
-        [[ -n ${2-} ]] || complain "$1 needs a value"
+        [[ -n ${2-} && $2 != --* ]] || complain "$1 needs a value"
         flags[${1#--}]=$2
         shift
         ;;
@@ -138,8 +138,6 @@ own_data() {
     models=(--teacher "$TEACHER" --student "$STUDENT" --new_classifier "$NEW_CLASSIFIER"
       ${STUDENT_LAYERS:+--num_layers "$STUDENT_LAYERS"}
       ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"})
-    [[ $WORD_VECTORS != composed ]] ||
-      complain "WORD_VECTORS=composed needs the corpus of a full run; expected a file or glove"
     [[ -z $WORD_VECTORS || -n $AUGMENTATION_MODEL ]] || models+=(--masked_lm yes)
   elif [[ -v flags[task] ]]; then
     complain "--task and --profile $profile: expected no profile, or one for own data" \
@@ -200,7 +198,8 @@ derive() {
   fi
   VECTORS=$DATA_DIR/$WORD_VECTORS
   [[ ! $WORD_VECTORS =~ ^(glove|composed)$ ]] || VECTORS=$DATA_DIR/glove.840B.300d.txt
-  [[ $WORD_VECTORS != composed || -f $VECTORS ]] || VECTORS=$WORK_DIR/composed_vectors.txt
+  [[ $WORD_VECTORS != composed || ($MODEL_SOURCE != given && -f $VECTORS) ]] ||
+    VECTORS=$WORK_DIR/composed_vectors.txt
   [[ $WORD_VECTORS != */* ]] || VECTORS=$WORD_VECTORS
   if [[ -z $WORD_VECTORS ]]; then # no augmentation
     VECTORS=''

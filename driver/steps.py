@@ -450,6 +450,8 @@ def main(args: argparse.Namespace) -> None:
         if "report" in chosen and log.is_file():
             print(*log.read_text().splitlines()[2:], sep="\n")
             print(f"Results: {log.parents[1] / 'results.md'}, pictures beside it.")
+            for folder in {Path(o).parent: 1 for s in steps if s.stage == "export" for o in s.outputs}:
+                print(f"Exported: {folder}")
         print(f"Done in {clock(round(time.monotonic() - began))}.")
 
 
