@@ -14,10 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from driver.copy_task import task_files
+from transformer.data_layout import TASK_NAME, find_files
 from transformer.file_utils import UserError, file_sha256, read_json
-from transformer.own_tasks import TASK_NAME, find_files, find_task
+from transformer.own_tasks import find_task
 from transformer.runtime import run_script
-from transformer.tasks import GLUE_TASKS, Task, plain_name
+from transformer.tasks import GLUE_TASKS, Task, is_glue_name, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def missing_shares(source: Path, shares: dict[str, float]) -> dict[str, float]:
     """Return the shares of the splits that have no file, by their flags' names, and say so."""
     description = (source.parent if source.is_file() else source) / TASK_NAME
     settings = read_json(description) if description.is_file() else {}
-    if plain_name(source.resolve().name) in map(plain_name, GLUE_TASKS):
+    if not settings and is_glue_name(source.resolve().name):
         return {}
     files = settings.get("files") or find_files(source)
     missing = {f"{split}_share": share for split, share in shares.items()
