@@ -391,6 +391,11 @@ def needs(step: Step, steps: list[Step]) -> list[Step]:
             if any(step.depends_on(output) for output in other.outputs)]
 
 
+def made_by(stage: str, steps: list[Step]) -> list[str]:
+    """Return the outputs of a stage."""
+    return [output for step in steps if step.stage == stage for output in step.outputs]
+
+
 def now() -> str:
     return f"{datetime.now():%F %T}"
 
@@ -450,8 +455,8 @@ def main(args: argparse.Namespace) -> None:
         if "report" in chosen and log.is_file():
             print(*log.read_text().splitlines()[2:], sep="\n")
             print(f"Results: {log.parents[1] / 'results.md'}, pictures beside it.")
-            for folder in {Path(o).parent: 1 for s in steps if s.stage == "export" for o in s.outputs}:
-                print(f"Exported: {folder}")
+            exported = {Path(output).parent for output in made_by("export", steps)}
+            print(*(f"Exported: {folder}\n" for folder in exported), sep="", end="")
         print(f"Done in {clock(round(time.monotonic() - began))}.")
 
 

@@ -22,9 +22,9 @@ DOCUMENTS = [
     *(page for folder in ("docs", "benchmarks", "K-prune", "demo")
       for page in sorted((REPO / folder).glob("*.md"))),
 ]  # fmt: skip
-# What the reader brings, and folders that only runs make.
+# What the reader or the hub brings, and folders that only runs make.
 BROUGHT = ["data/enwiki-20251101-pages-articles-multistream.xml.bz2", "data/squad", "data/mine",
-           "models/my_bert"]
+           "models/my_bert", "google-bert/bert-base-uncased"]
 RUN_FOLDERS = {"data", "models", "results"}
 OUTPUT_FLAGS = {"--output_dir", "--output_file", "--results_dir", "-o", "-p", ">"}
 TORCHRUN_FLAGS = {"--max-restarts", "--nproc_per_node"}
@@ -223,8 +223,8 @@ def test_every_test_that_the_table_of_reported_cases_names_exists():
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
-def test_the_readme_has_at_most_235_lines_and_8_entries_of_troubleshooting():
-    assert len(read(README).splitlines()) <= 235
+def test_the_readme_has_at_most_250_lines_and_8_entries_of_troubleshooting():
+    assert len(read(README).splitlines()) <= 250
     section = read(README).partition("## Troubleshooting")[2].partition("\n## ")[0]
     assert 1 <= len(re.findall(r"^- ", section, re.M)) <= 8
 
