@@ -13,10 +13,14 @@ Examples:
         --student_model tinybert_4l_config tinybert_6l_config \
         --output_dir models/distilled_tinybert_4l models/distilled_tinybert_6l \
         --learning_rate 1e-4 5e-5 --train_batch_size 64 --eval_step 10000
+    python general_distill.py --train_corpus data/sentences.txt \
+        --teacher_model models/bert-base-chinese --student_model tinybert_4l_zh_config \
+        --output_dir models/distilled_tinybert_4l_zh
 """
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -35,20 +39,28 @@ from transformer.batching import (
     padding_multiple,
     pass_generator,
 )
-from transformer.checkpoint import save_config
+from transformer.checkpoint import save_config, weights_path
+from transformer.config import BertConfig, find_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     check_layer_heads,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, UserError
+from transformer.file_utils import WEIGHTS_NAME, UserError, read_json
 from transformer.hub import fetch_model
-from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
+from transformer.modeling import BertModel, TinyBertForPreTraining, freeze, scratch_config
 from transformer.optimization import BertAdam, param_groups
+from transformer.pregeneration import (
+    INSTANCE_FLAGS,
+    add_instance_arguments,
+    cached_instances,
+    corpus_files,
+    epoch_settings,
+)
 from transformer.pretraining_data import PregeneratedDataset, find_epochs, read_metrics
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
-from transformer.run_folder import RunFolder
+from transformer.run_folder import ARGUMENTS_NAME, RunFolder
 from transformer.runtime import (
     add_distillation_arguments,
     check_numbers,
@@ -74,8 +86,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--pregenerated_data", type=Path, required=True,
-        help="folder that pregenerate_training_data.py wrote")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--pregenerated_data", type=Path,
+                      help="folder that pregenerate_training_data.py wrote")
+    data.add_argument("--train_corpus", "--train_file_path", type=Path, nargs="+",
+                      help="text files, plain, .gz or .bz2, or folders of such, one sentence a"
+                           " line: instances are made of them as --instances says and kept in"
+                           " the user's cache ($TINYBERT_CACHE, else ~/.cache/tinybert) for"
+                           " further calls")
+    add_instance_arguments(parser, "lines")
     add("--teacher_model", default=None, type=str, required=True,
         help="teacher: folder, URL or hub id")
     add("--student_model", default=None, type=str, required=True, nargs="+",
@@ -170,6 +189,10 @@ def check_args(args: argparse.Namespace) -> None:
     Batch sizes and rates become lists of one a student.
     """
     check_numbers(args, "num_train_epochs")
+    for flag in INSTANCE_FLAGS:
+        if flag in args.given and args.train_corpus is None:
+            raise UserError(f"--{flag} says how instances are made of --train_corpus; expected it"
+                            " with that, or as a flag of pregenerate_training_data.py")
     for flag in ("resume", "tensorboard"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
@@ -184,20 +207,57 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
+def load_tokenizer(args: argparse.Namespace) -> tuple[BertTokenizer, list[BertConfig]]:
+    """Return the teacher's tokenizer and the students' configs, checked before the long work.
+
+    Raises:
+        UserError: missing files, or sizes that do not fit one another or --max_seq_length.
+    """
+    folder = fetch_model(args.teacher_model)
+    teacher = BertConfig.from_json_file(find_config(folder))
+    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    teacher.check_vocabulary(len(tokenizer), args.teacher_model)
+    teacher.check_length(args.max_seq_length, args.teacher_model)
+    weights_path(folder)
+    students = []
+    for source in args.student_model:
+        trained = args.continue_train or args.do_eval
+        folder = fetch_model(source, weights=trained)
+        if trained:
+            weights_path(folder)
+        config = scratch_config(folder, None if trained else len(tokenizer))
+        config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
+        config.check_length(args.max_seq_length, folder)
+        check_layer_heads(teacher, config)
+        students.append(config)
+    return tokenizer, students
+
+
+def find_data(
+    args: argparse.Namespace, tokenizer: BertTokenizer, folder: RunFolder
+) -> tuple[Path, str]:
+    """Return the folder of the instances and, of a corpus, the key of its contents; else ""."""
+    if args.train_corpus is None:
+        return args.pregenerated_data, ""
+    settings = epoch_settings(args, "max_seq_length")
+    epochs = 1 if settings.instances == "lines" else math.ceil(args.num_train_epochs)
+    begun = [path / ARGUMENTS_NAME for path in folder.paths if folder.state == "resume"]
+    keys = {read_json(path).get("corpus", "") for path in begun if path.is_file()}
+    return cached_instances(corpus_files(args.train_corpus), tokenizer, settings, epochs,
+                            args.num_workers, keys - {""})
+
+
 def make_trainer(
-    args: argparse.Namespace, number: int, teacher: BertModel, reader: EpochReader,
-    device: torch.device, dtype: torch.dtype | None,
+    args: argparse.Namespace, number: int, config: BertConfig, teacher: BertModel,
+    reader: EpochReader, device: torch.device, dtype: torch.dtype | None,
 ) -> StudentTrainer:
     """Make student `number`, with new or given weights, exactly as if it were the only one."""
     set_seed(args.seed)
-    trained = args.continue_train or args.do_eval
-    folder = fetch_model(args.student_model[number], weights=trained)
-    make = (TinyBertForPreTraining.from_pretrained if trained
-            else TinyBertForPreTraining.from_scratch)
-    student = make(folder, fit_size=teacher.config.hidden_size)
-    check_layer_heads(teacher.config, student.config)
-    student.config.check_vocabulary(len(reader.tokenizer), args.teacher_model)
-    student.config.check_length(args.max_seq_length, folder)
+    if args.continue_train or args.do_eval:
+        student = TinyBertForPreTraining.from_pretrained(
+            fetch_model(args.student_model[number]), fit_size=teacher.config.hidden_size)
+    else:
+        student = TinyBertForPreTraining(config, fit_size=teacher.config.hidden_size)
     student.to(device)
     size = args.train_batch_size[number]
     optimizer = BertAdam(
@@ -229,20 +289,6 @@ def mean_losses(trainer: StudentTrainer, teacher: IntermediateTeacher, collate: 
             for name, total in totals.items()}
 
 
-def load_teacher(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None
-) -> tuple[BertModel, BertTokenizer, str]:
-    """Load the teacher's encoder, frozen, with its vocabulary and its size in words."""
-    folder = fetch_model(args.teacher_model)
-    encoder = BertModel.from_pretrained(folder, add_pooler=False)
-    size = parameter_count(encoder)
-    freeze(encoder, dtype, device, pack=not args.compile)
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
-    encoder.config.check_vocabulary(len(tokenizer), args.teacher_model)
-    encoder.config.check_length(args.max_seq_length, args.teacher_model)
-    return encoder, tokenizer, size
-
-
 def evaluate_only(args: argparse.Namespace, trainers: list[StudentTrainer],
                   teacher: IntermediateTeacher, reader: EpochReader, folders: list[Path]) -> None:
     """Write each student's losses on the first epoch's data."""
@@ -268,15 +314,19 @@ def main(args: argparse.Namespace) -> None:
         folder.upload(strict=True)
         return
 
-    # Teacher, data and students
-    set_seed(args.seed)
-    encoder, tokenizer, teacher_size = load_teacher(args, device, dtype)
-    reader = EpochReader(args.pregenerated_data, tokenizer, args.max_seq_length,
-                         args.reduce_memory)
+    # Data, which may first be made
+    tokenizer, configs = load_tokenizer(args)
+    data, key = find_data(args, tokenizer, folder)
+    reader = EpochReader(data, tokenizer, args.max_seq_length, args.reduce_memory)
     reader.load(0)  # before anything is written: it may be damaged
     total_steps = reader.steps(args.num_train_epochs, batch_size)
-    trainers = [make_trainer(args, number, encoder, reader, device, dtype)
-                for number in range(len(args.student_model))]
+
+    # Teacher and students
+    encoder = BertModel.from_pretrained(fetch_model(args.teacher_model), add_pooler=False)
+    teacher_size = parameter_count(encoder)
+    freeze(encoder, dtype, device, pack=not args.compile)
+    trainers = [make_trainer(args, number, config, encoder, reader, device, dtype)
+                for number, config in enumerate(configs)]
     teacher = IntermediateTeacher(
         encoder, [trainer.student.config.num_hidden_layers for trainer in trainers])
     compiled = compile_models(args.compile, device, teacher, *(x.loss for x in trainers))
@@ -287,7 +337,8 @@ def main(args: argparse.Namespace) -> None:
     folder.start(log_start(
         args, device, dtype, compiled=compiled, rows=reader.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
-        students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
+        students=" ".join(parameter_count(trainer.student) for trainer in trainers),
+        **({"corpus": key} if key else {})))
     if args.do_eval:
         evaluate_only(args, trainers, teacher, reader, folder.paths)
         folder.upload(strict=True)

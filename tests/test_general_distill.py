@@ -1,7 +1,10 @@
 """General distillation from a pregenerated folder to a student that the next stage reads."""
 
+import gzip
+import json
 import random
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from helpers import (
     NEUTRAL,
     GeneralSetup,
     config_folder,
+    error_line,
     make_glue,
     make_model,
     make_pregenerated,
@@ -20,6 +24,7 @@ from helpers import (
     same_weights,
     weights,
 )
+from kill import Process, script, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import general_distill
@@ -252,3 +257,185 @@ def test_a_corpus_of_another_vocabulary_is_refused(setup, capsys):
     setup.expect_error(capsys, contains=["epoch_0.json, line", "tractor"])
 
 
+# ------------------------------------------------------------------ from plain text
+
+
+class TextSetup(GeneralSetup):
+    """A text file, one sentence a line, in place of the pregenerated corpus; a cache of its own."""
+
+    def __init__(self, root, monkeypatch):
+        super().__init__(root)
+        self.cache = root / "cache"
+        monkeypatch.setenv("TINYBERT_CACHE", str(self.cache))
+        rng = random.Random(0)
+        self.text = root / "sentences.txt"
+        self.text.write_text("".join(
+            " ".join(rng.choices(NEUTRAL + GOOD, k=rng.randint(1, 20)))
+            + ("\tthe film ." if row % 5 == 0 else "") + "\n" for row in range(60)))
+
+    def arguments(self, output, *more):
+        return ["--train_corpus", self.text, *super().arguments(output, *more)[2:]]
+
+    def made(self) -> list[Path]:
+        """The folders of instances in the cache."""
+        return [path for path in (self.cache / "instances").glob("*") if path.name[0] != "."]
+
+
+@pytest.fixture
+def text_setup(tmp_path, monkeypatch):
+    return TextSetup(tmp_path, monkeypatch)
+
+
+def test_one_command_distils_from_sentences_and_a_second_one_finds_the_instances(
+    text_setup, caplog
+):
+    caplog.set_level("INFO")
+    more = ("--num_train_epochs", 2, "--max_seq_length", 16)
+    first = text_setup.run("first", *more)
+    assert read_json(first / "eval_results.json")["rows"] == 60
+    assert len(text_setup.made()) == 1 and "made by an earlier call" not in caplog.text
+    again = text_setup.run("again", *more, "--reduce_memory", "--num_workers", 2)
+    assert len(text_setup.made()) == 1 and "made by an earlier call" in caplog.text
+    run(pregenerate_training_data, "--train_corpus", text_setup.text, "--instances", "lines",
+        "--bert_model", text_setup.teacher, "--max_seq_len", 16, "--output_dir",
+        text_setup.root / "data")
+    text_setup.corpus = text_setup.root / "data"
+    two_commands = GeneralSetup.arguments(text_setup, "two", *more)
+    run(general_distill, *two_commands)
+    for other in (again, text_setup.root / "two"):
+        assert same_weights(weights(first), weights(other))
+
+
+def test_the_instances_are_kept_by_content(text_setup):
+    more = ("--num_train_epochs", 2, "--eval_step", 99)
+    text_setup.run("a", *more)
+    copied = text_setup.root / "elsewhere" / "b.txt.gz"
+    copied.parent.mkdir()
+    copied.write_bytes(gzip.compress(b"the film .\n"))
+    same = text_setup.root / "elsewhere" / "same.txt"
+    same.write_bytes(text_setup.text.read_bytes())
+    # Elsewhere, for other passes and another seed: lines do not depend on them.
+    run(general_distill, "--train_file_path", same, *text_setup.arguments(
+        "b", "--num_train_epochs", 1, "--seed", 7)[2:])
+    assert len(text_setup.made()) == 1
+    changes = [("--max_seq_length", 16), ("--long_lines", "split"), ("--instances", "packed"),
+               ("--instances", "packed", "--seed", 7),
+               ("--instances", "packed", "--num_train_epochs", 3),
+               ("--train_corpus", text_setup.text, copied)]
+    for number, change in enumerate(changes):
+        text_setup.run(f"c{number}", *more, *change)
+        assert len(text_setup.made()) == 2 + number
+    epochs = sorted(len([*folder.glob("epoch_*_metrics.json")]) for folder in text_setup.made())
+    assert epochs == [1, 1, 1, 1, 2, 2, 3]
+    text_setup.text.write_text(text_setup.text.read_text() + "a book .\n")
+    text_setup.run("d", *more)
+    assert len(text_setup.made()) == 2 + len(changes)
+
+
+def test_damaged_instances_are_made_again(text_setup, caplog):
+    first = text_setup.run("first", "--num_train_epochs", 1)
+    [folder] = text_setup.made()
+    for name, damage in (("corpus.bin", lambda data: data[:-2]), ("instances.json", lambda _: b"["),
+                         ("epoch_0.bin", None)):
+        if damage:
+            (folder / name).write_bytes(damage((folder / name).read_bytes()))
+        else:
+            (folder / name).unlink()
+        again = text_setup.run(name, "--num_train_epochs", 1)
+        assert f"{folder}: damaged" in caplog.text and text_setup.made() == [folder]
+        assert same_weights(weights(first), weights(again))
+        caplog.clear()
+
+
+def test_of_two_calls_at_once_one_makes_the_instances_and_a_killed_one_leaves_nothing(text_setup):
+    line = text_setup.text.read_text() * 10
+    text_setup.text.write_text(line * 200)
+    commands = [script("general_distill.py", *text_setup.arguments(name, "--num_train_epochs",
+                                                                   0.0001))
+                for name in ("one", "two")]
+    process = Process(commands[0])
+    assert process.wait_until(lambda log: [*text_setup.cache.glob("instances/.*/*/corpus.bin")])
+    process.kill()
+    assert not text_setup.made()
+    processes = [Process(command) for command in commands]
+    assert [process.end() for process in processes] == [0, 0]
+    waited = ["made by an earlier call" in process.output() for process in processes]
+    assert sorted(waited) == [False, True]
+    assert not [path for path in text_setup.cache.glob("instances/.*") if path.is_dir()]
+
+
+def test_processes_of_one_run_share_the_instances(text_setup):
+    arguments = text_setup.arguments("out", "--num_train_epochs", 2)
+    process = Process(torchrun(2, "general_distill.py", *arguments))
+    assert process.end() == 0, process.output()
+    assert len(text_setup.made()) == 1
+    assert read_json(text_setup.root / "out" / "eval_results.json")["rows"] == 60
+
+
+def test_a_run_is_not_resumed_on_another_text(text_setup, capsys):
+    more = ("--num_train_epochs", 1)
+    output = text_setup.run("out", *more)
+    (output / "eval_results.json").unlink()  # as of a run that was stopped
+    text_setup.run("out", *more, "--resume")
+    (output / "eval_results.json").unlink()
+    text_setup.text.write_text("another text .\n" * 20)
+    message = error_line(capsys, general_distill, *text_setup.arguments("out", *more, "--resume"))
+    assert "--resume: --train_corpus or the vocabulary is no longer what" in message
+    assert len(text_setup.made()) == 1
+
+
+@pytest.mark.parametrize(("content", "contains"), [
+    (b"", ["0 documents", "one sentence a line"]),
+    ("\n \u3000\n\t\n".encode(), ["0 documents"]),
+    (b"PAR1\x15", ["Parquet", "prepare_data.py"]),
+    ("今天天气很好\n".encode("gb18030"), ["line 1", "UTF-8"]),
+    (None, ["no such file or folder"]),
+])
+def test_a_text_that_gives_no_instances_is_refused_before_a_model_is_loaded(
+    text_setup, capsys, content, contains
+):
+    (text_setup.teacher / "pytorch_model.bin").write_bytes(b"not read")
+    text_setup.text.unlink()
+    if content is not None:
+        text_setup.text.write_bytes(content)
+    with pytest.raises(SystemExit):
+        text_setup.run("out")
+    *_, message = capsys.readouterr().err.splitlines()  # below a progress bar
+    assert all(part in message for part in ("error: ", "sentences.txt", *contains))
+    assert not text_setup.made() and not (text_setup.root / "out").exists()
+
+
+def test_data_comes_from_one_place_and_its_flags_belong_to_text(setup, capsys):
+    (setup.root / "text.txt").write_text("a film .\n")
+    for more in (["--train_corpus", setup.root / "text.txt"], []):
+        arguments = setup.arguments("out", *more)
+        with pytest.raises(SystemExit):
+            run(general_distill, *(arguments if more else arguments[2:]))
+        message = capsys.readouterr().err
+        assert "--pregenerated_data" in message and "--train_corpus" in message
+    for flags in (("--instances", "lines"), ("--num_workers", 2)):
+        setup.expect_error(capsys, *flags, contains=[flags[0], "--train_corpus"])
+
+
+# ------------------------------------------------------------------ the student's vocabulary
+
+
+@pytest.mark.parametrize("size", [None, 30522, 7])
+def test_a_student_from_scratch_takes_the_teachers_vocabulary_size(setup, caplog, size):
+    caplog.set_level("INFO")
+    path = setup.student / "config.json"
+    config = {name: value for name, value in read_json(path).items() if name != "vocab_size"}
+    path.write_text(json.dumps(config | ({"vocab_size": size} if size else {})))
+    output = setup.run("out", "--num_train_epochs", 1)
+    pieces = len(read_json(setup.teacher / "tokenizer.json")["model"]["vocab"])
+    assert read_json(output / "config.json")["vocab_size"] == pieces
+    assert f"{path}: vocab_size is {size or 'missing'}" in caplog.text
+    TinyBertForPreTraining.from_pretrained(output)
+
+
+@pytest.mark.parametrize("flags", [[], ["--continue_train"]])
+def test_a_student_with_weights_of_another_vocabulary_is_named(setup, capsys, flags):
+    make_model(setup.student, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12,
+               vocab_size=400)
+    setup.expect_error(capsys, *flags, contains=[
+        f"{setup.student}/config.json: vocab_size is 400; expected ", str(setup.teacher)])

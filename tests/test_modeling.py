@@ -350,14 +350,18 @@ def test_random_weights_have_the_configured_spread_and_follow_the_seed():
     assert not first.encoder.layer[0].intermediate.dense.bias.any()
 
 
-@pytest.mark.parametrize(("name", "layers", "hidden", "intermediate", "parameters"), [
-    ("tinybert_4l_config", 4, 312, 1200, 14.5), ("tinybert_6l_config", 6, 768, 3072, 67.0),
+@pytest.mark.parametrize(("name", "layers", "hidden", "intermediate", "vocabulary", "parameters"), [
+    ("tinybert_4l_config", 4, 312, 1200, 30522, 14.5),
+    ("tinybert_6l_config", 6, 768, 3072, 30522, 67.0),
+    ("tinybert_4l_zh_config", 4, 312, 1200, 21128, 11.5),  # bert-base-chinese's word pieces
 ])
-def test_student_configs_have_the_papers_sizes(name, layers, hidden, intermediate, parameters):
+def test_student_configs_have_the_papers_sizes(
+    name, layers, hidden, intermediate, vocabulary, parameters
+):
     config = BertConfig.from_json_file(REPO / name / "config.json")
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (
         layers, hidden, intermediate)
-    assert (config.num_attention_heads, config.vocab_size) == (12, 30522)
+    assert (config.num_attention_heads, config.vocab_size) == (12, vocabulary)
     with torch.device("meta"):
         model = BertModel(config)
     count = sum(p.numel() for p in model.parameters()) / 1e6

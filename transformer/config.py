@@ -223,14 +223,27 @@ class BertConfig:
             self.neurons_per_layer = [self.neurons_per_layer[layer] for layer in layers]
         self.num_hidden_layers = len(layers)
 
-    def check_vocabulary(self, pieces: int, source: Path | str) -> None:
-        """Raise a `UserError` unless a vocabulary of `pieces` word pieces fits this model.
+    def fits_vocabulary(self, pieces: int) -> bool:
+        """Say whether a vocabulary of `pieces` word pieces fits this model.
 
         The embedding may be padded by fewer than 128 rows, as some toolkits do.
         """
-        if not pieces <= self.vocab_size < pieces + 128:
-            raise UserError(f"{source}: its vocabulary has {pieces} word pieces;"
-                            f" the model expects {self.vocab_size}")
+        return pieces <= self.vocab_size < pieces + 128
+
+    def check_vocabulary(
+        self, pieces: int, source: Path | str, model: Path | str | None = None
+    ) -> None:
+        """Raise a `UserError` unless the vocabulary of `source`, of `pieces`, fits this model.
+
+        `model` is the directory of a model whose vocabulary is another's, a student's.
+        """
+        if self.fits_vocabulary(pieces):
+            return
+        if model is not None:
+            raise UserError(f"{find_config(model)}: vocab_size is {self.vocab_size}; expected"
+                            f" {pieces}, the word pieces of {source}")
+        raise UserError(f"{source}: its vocabulary has {pieces} word pieces;"
+                        f" the model expects {self.vocab_size}")
 
     def check_length(self, length: int, source: Path | str) -> None:
         """Raise a `UserError` unless the model has positions for `length` word pieces."""

@@ -5,6 +5,7 @@ Every model returns what distillation needs: raw attention scores and all hidden
 """
 
 import copy
+import dataclasses
 import logging
 import math
 import warnings
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer.checkpoint import key_list, load_state, load_weights
+from transformer.checkpoint import WEIGHT_FORMS, key_list, load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
-from transformer.file_utils import CONFIG_NAME, UserError
+from transformer.file_utils import CONFIG_NAME, UserError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +315,22 @@ class MaskedLMOutput(NamedTuple):
     loss: Tensor | None
 
 
+def scratch_config(config_dir: Path | str, pieces: int | None = None) -> BertConfig:
+    """Read the `config.json` of a directory for a model with random weights.
+
+    Where the directory holds no weights, a vocab_size that is missing or does not fit a vocabulary
+    of `pieces` word pieces gives way to it.
+    """
+    path = find_config(config_dir)
+    config, stated = BertConfig.from_json_file(path), read_json(path).get("vocab_size")
+    if pieces is None or any((path.parent / name).is_file() for name in WEIGHT_FORMS) or (
+            stated is not None and config.fits_vocabulary(pieces)):
+        return config
+    logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d word pieces", path,
+                stated or "missing", pieces)
+    return dataclasses.replace(config, vocab_size=pieces)
+
+
 class BertPreTrainedModel(nn.Module):
     """Initialisation and loading that all models share."""
 
@@ -342,9 +359,14 @@ class BertPreTrainedModel(nn.Module):
                    if not name.startswith(self.only_distillation))
 
     @classmethod
-    def from_scratch(cls, config_dir: Path | str, **kwargs: Any) -> "BertPreTrainedModel":
-        """Build a model with random weights from the `config.json` of a directory."""
-        return cls(BertConfig.from_json_file(find_config(config_dir)), **kwargs)
+    def from_scratch(
+        cls, config_dir: Path | str, pieces: int | None = None, **kwargs: Any
+    ) -> "BertPreTrainedModel":
+        """Build a model with random weights from the `config.json` of a directory.
+
+        `pieces` is that of `scratch_config`.
+        """
+        return cls(scratch_config(config_dir, pieces), **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -5,11 +5,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -53,6 +53,7 @@ from transformer.tokenization import BLOCK_BYTES, BertTokenizer
 
 logger = logging.getLogger(__name__)
 
+INSTANCE_FLAGS = ("instances", "long_lines", "short_seq_prob", "num_workers")
 LONGEST_INSTANCE = 2**16 - 1  # what a record's 16 bits can count
 TEXT_SUFFIXES = (".txt", ".gz", ".bz2")  # of the files that are read of a folder
 # How files begin that are no text, and what they are.
@@ -267,17 +268,29 @@ class CachedInstances(NamedTuple):
 
 def cached_instances(
     files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int,
-    workers: int = 1,
+    workers: int = 1, expected_keys: Collection[str] = (),
 ) -> CachedInstances:
     """Return the epochs of a corpus, without masks, made now unless an earlier call has done it.
 
     The key is of the files' contents, the vocabulary, the settings and the number of epochs. Of
     several calls one makes them while the others wait; of several processes of this run the first
     of each machine does.
+
+    Raises:
+        UserError: a corpus that gives no instances, another one on another machine, or one of
+            another key than `expected_keys`, that of the run to resume.
     """
+    if settings.instances == "lines":
+        settings = settings._replace(seed=0)  # which nothing of them depends on
     found = None
     if distributed.local_rank() == 0:
-        found = _find_or_make(files, tokenizer, settings, epochs, workers)
+        key = _content_key(files, tokenizer, settings, epochs)
+        if {*expected_keys} - {key}:
+            raise UserError("--resume: --train_corpus or the vocabulary is no longer what the run"
+                            " was begun with; expected the same, or a call without --resume")
+        folder = cache_root() / "instances" / key[:32]
+        _find_or_make(folder, files, tokenizer, settings, epochs, workers)
+        found = CachedInstances(folder, key)
     places = distributed.gather(found)
     if len({place.key for place in places if place}) > 1:
         raise UserError(f"--train_corpus {files[0]}: other contents on another machine; expected"
@@ -285,25 +298,26 @@ def cached_instances(
     return places[distributed.rank() - distributed.local_rank()]
 
 
-def _find_or_make(
-    files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int,
-    workers: int,
-) -> CachedInstances:
+def _content_key(
+    files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int
+) -> str:
     content = {"version": VERSION, "files": [file_sha256(path) for path in files],
                "vocabulary": vocabulary_sha256(tokenizer), "tokenizer": tokenizer.settings,
                **settings._asdict(), "epochs": epochs}
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    folder = cache_root() / "instances" / key[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _find_or_make(folder: Path, *work: Any) -> None:
+    """Have `folder` hold the epochs that `_make` makes of the rest of the arguments."""
     try:
         with file_lock(folder):
             if _is_complete(folder):
                 logger.info("%s: made by an earlier call", folder)
             else:
-                _make(folder, files, tokenizer, settings, epochs, workers)
+                _make(folder, *work)
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{folder}: cannot be kept ({error}); TINYBERT_CACHE names another folder"
                         " for what is made of --train_corpus") from error
-    return CachedInstances(folder, key)
 
 
 def _make(

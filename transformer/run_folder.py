@@ -51,7 +51,7 @@ MODEL_PATTERNS = (
     "modules.json", "sentence_bert_config.json", "chat_template.jinja")
 # Flags that name what a training script reads.
 INPUT_ARGUMENTS = ("teacher_model", "student_model", "bert_model", "vocab_dir", "data_dir",
-                   "pregenerated_data")
+                   "pregenerated_data", "train_corpus")
 
 # Arguments that may change from one call to the one that resumes it: they do not change results.
 FREE_ARGUMENTS = {
