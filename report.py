@@ -4,11 +4,12 @@ It finds them by itself. The folders directly below --models_dir are the models:
 and from which other one, stands in its args.json, kprune.json or quantization.json. Their scores
 are those of the evaluations in --results_dir/eval, else their own. Writes results.json, results.md,
 loss_curves.png, scores.png and, where latencies were measured, tradeoff.png to --results_dir and
-prints the table.
+prints the tables: one of GLUE's tasks, one of each other task.
 
-Example:
+Examples:
     python report.py --models_dir models --results_dir results --glue_dir data/glue_data \
         --published_numbers
+    python report.py --models_dir models --results_dir results --data_dirs data/mine
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +28,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba
+from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from transformer.checkpoint import WEIGHT_FORMS
 from transformer.evaluation import majority_baseline
 from transformer.file_utils import (
+    ONNX_NAME,
     UserError,
     atomic_path,
     parse_json,
@@ -39,10 +44,11 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
+from transformer.own_tasks import find_task, stored_task
 from transformer.run_folder import ARGUMENTS_NAME, RESULTS_NAME
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task, load_examples
+from transformer.tasks import GLUE_TASKS, Task, get_task, load_examples
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +94,9 @@ PUBLISHED = [
         ("TinyBERT6 smart direct", "original", "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
         ("TinyBERT6 smart", "original", "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
     )]
+# For names of tasks that the first one lacks the characters of.
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei",
+         "SimHei", "WenQuanYi Zen Hei"]
 NOT_COMPARABLE = (
     "Published numbers are for BERT-base and its students: not comparable with\n"
     "the small models of this profile."
@@ -105,6 +114,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of the run's evaluations (eval/) and latencies, and to write to")
     add("--glue_dir", type=Path, default=None,
         help="folder of the tasks' folders, for the score of the majority class")
+    add("--data_dirs", type=Path, nargs="*", default=[], metavar="FOLDER",
+        help="folders of your own tasks, for the same")
     add("--published_numbers", action="store_true",
         help="set the numbers of the paper and of the original repository beside ours")
     return parser
@@ -120,6 +131,7 @@ class Model:
     record: dict[str, Any]
     results: dict[str, Any]
     name: str = ""  # of its row: the student, then what was done to it
+    task: Task | None = None  # None for general distillation
 
     @property
     def student(self) -> str:
@@ -127,16 +139,15 @@ class Model:
         return self.name.partition(", ")[0]
 
     @property
-    def task(self) -> GlueTask | None:
-        """Its task; None for general distillation."""
-        name = self.results.get("task") or self.record.get("task")
-        return get_task(name) if name else None
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Its metrics by split."""
+        return self.results["all_metrics"]
 
 
 class Column(NamedTuple):
-    """One column of the table: a task's dev set and the metric shown."""
+    """One column of a table: a split of a task and the metric shown."""
 
-    task: GlueTask
+    task: Task
     split: str
     title: str
     metric: str
@@ -214,18 +225,33 @@ def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:
     for model in models.values():
         if model.kind == "teacher" and layers(model.folder) < depth:
             general = model.source in models and models[model.source].kind == "general"
+            general |= model.folder.name.startswith("baseline_general_")  # of another run's student
             model.kind = "baseline_general" if general else "baseline_smart"
     for folder in folders_below(evaluation_dir):
         result = read_if_there(folder / RESULTS_NAME)
         path = models_dir / Path(result.get("model", "")).name
         if model := models.get(path.name):
-            rule = model.results.get("selection", result["selection"])
-            model.results = {**model.results, **result, "selection": rule}
+            add_evaluation(model, result)
         elif result and path.is_dir() and not (path / ARGUMENTS_NAME).is_file():
             models[path.name] = Model(path, "untrained", "", {}, result)
+    own = {task.name: task for model in models.values() if (task := stored_task(model.folder))}
+    for model in models.values():
+        name = model.results.get("task") or model.record.get("task")
+        model.task = own.get(name) or (get_task(name) if name else None)
     for model in models.values():
         model.name = row_name(model, models)
     return models
+
+
+def add_evaluation(model: Model, result: dict[str, Any]) -> None:
+    """Have the scores of an evaluation take the place of a model's own on the same splits."""
+    with naming(model.folder):
+        merged = {key: {**model.results.get(key, {}), **result.get(key, {})}
+                  for key in ("all_metrics", "per_class")}
+        rule = model.results.get("selection", result["selection"])
+        on_dev = result if "dev" in result["all_metrics"] or not model.results else {
+            "task": result["task"]}
+        model.results = {**model.results, **on_dev, **merged, "selection": rule}
 
 
 def row_name(model: Model, models: dict[str, Model]) -> str:
@@ -235,7 +261,9 @@ def row_name(model: Model, models: dict[str, Model]) -> str:
         made = (f"K-prune {100 * model.record['constraint']:g} % removed" if model.kind == "pruned"
                 else f"{model.record['method']} {ENGINE_NAME[model.record['format']]}")
         return f"{row_name(before, models) if before else model.source}, {made}"
-    task = model.task.name.replace("-", "") if model.task else ""
+    task = model.task.name if model.task else ""
+    if not task or model.task.is_glue:
+        task = task.replace("-", "")
     if model.folder.name == f"final_{task}_teacher":
         return "teacher"
     name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
@@ -243,19 +271,38 @@ def row_name(model: Model, models: dict[str, Model]) -> str:
 
 
 def make_columns(models: list[Model]) -> list[Column]:
-    """Return a column for each dev set of the tasks that were scored."""
-    scored = {model.task.folder for model in models}
+    """Return a column for each dev set of GLUE's tasks that were scored."""
+    scored = {model.task.folder for model in models if model.task.is_glue}
     return [Column(task, split, task.folder if split == "dev" else f"{task.folder}-mm",
                    SHOWN_METRIC.get(task.name, "acc"))
             for task in GLUE_TASKS.values() if task.folder in scored for split in task.dev_files]
 
 
-def majority_scores(columns: list[Column], glue_dir: Path | None) -> dict[str, dict[str, dict]]:
-    """Score the most common class of each dev set: {task: {split: metrics}}."""
+def own_columns(task: Task, models: list[Model]) -> list[Column]:
+    """Return a column for each metric of an own task, on dev and where it was scored on test."""
+    scored = {split for model in models if model.task == task for split in model.scores}
+    return [Column(task, split, split, metric)
+            for split in (*task.dev_files, "test") if split in scored for metric in task.metrics]
+
+
+def majority_scores(
+    columns: list[Column], glue_dir: Path | None, data_dirs: list[Path]
+) -> dict[str, dict[str, dict]]:
+    """Score the most common class of each split: {task: {split: metrics}}."""
+    folders = {column.task.folder: glue_dir / column.task.folder
+               for column in columns if column.task.is_glue and glue_dir}
+    tasks = {column.task.name: column.task for column in columns if not column.task.is_glue}
+    for folder in data_dirs:
+        name = find_task(None, folder).name
+        if name not in tasks:
+            raise UserError(f"--data_dirs {folder}: the task {name!r}; expected a task of this run:"
+                            f" {', '.join(tasks) or 'it has none but those of GLUE'}")
+        folders[tasks[name].folder] = folder
     best: dict[str, dict[str, dict]] = {}
-    for task, split, *_ in columns if glue_dir else []:
-        labels = [row.label for row in load_examples(task, glue_dir / task.folder, split)]
-        best.setdefault(task.folder, {})[split] = majority_baseline(task, labels)
+    for task, split in dict.fromkeys((column.task, column.split) for column in columns):
+        if task.folder in folders:
+            labels = [row.label for row in load_examples(task, folders[task.folder], split)]
+            best.setdefault(task.folder, {})[split] = majority_baseline(task, labels)
     return best
 
 
@@ -265,8 +312,9 @@ def read_speeds(results_dir: Path, models: list[Model], column: Column) -> list[
             for row in read_if_there(folder / "inference.json").get("rows", [])
             if row["threads"] == row["batch"] == 1 and not row["length"].isdigit()}
     return [{**rows[model.folder.name], "name": model.name, "model": model.student,
-             "accuracy": model.results["all_metrics"][column.split][column.metric]}
-            for model in models if model.task == column.task and model.folder.name in rows]
+             "accuracy": model.scores[column.split][column.metric]}
+            for model in models if model.task == column.task and model.folder.name in rows
+            and column.split in model.scores]
 
 
 # ------------------------------------------------------------------ the table
@@ -284,15 +332,40 @@ def table_rows(
     """Return the table's body: a row a model, `best / last` in each cell."""
     rows: dict[str, list[str]] = {}
     if majority:
-        rows["majority class"] = [percent(majority[c.task.folder], c) for c in columns]
+        rows["majority class"] = [percent(majority.get(c.task.folder, {}), c) for c in columns]
     for model in models:
         cells = rows.setdefault(model.name, [""] * len(columns))
         for place, column in enumerate(columns):
             if column.task == model.task:
                 last = percent({"dev": model.results.get("last", {})}, column)
-                best = percent(model.results["all_metrics"], column)
+                best = percent(model.scores, column)
                 cells[place] = f"{best} / {last}" if last else best
     return [[name, *cells] for name, cells in rows.items()]
+
+
+def own_table(
+    columns: list[Column], models: list[Model], majority: dict[str, Any],
+    speeds: list[dict[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and body of an own task's table: scores of the best checkpoint, size, time."""
+    task = columns[0].task
+    times = {speed["name"]: f"{speed['median']:.2f}" for speed in speeds}
+    header = [task.folder, *(f"{column.split} {column.metric}" for column in columns), "MB"]
+    rows = [["majority class", *(percent(majority[task.folder], column) for column in columns), ""]
+            ] if task.folder in majority else []
+    rows += [[model.name, *(percent(model.scores, column) for column in columns),
+              megabytes(model.folder)] for model in models if model.task == task]
+    if times:
+        header.append("ms")
+        rows = [[*row, times.get(row[0], "")] for row in rows]
+    return header, rows
+
+
+def megabytes(folder: Path) -> str:
+    """Return the size of a model's weights on disk; "" where the folder is gone."""
+    sizes = [(folder / name).stat().st_size for name in (*WEIGHT_FORMS, ONNX_NAME)
+             if (folder / name).is_file()]
+    return f"{sizes[0] / 1e6:.1f}" if sizes else ""
 
 
 def in_80_columns(rows: list[list[str]]) -> list[list[str]]:
@@ -315,7 +388,10 @@ def published_rows(columns: list[Column]) -> list[list[str]]:
 
 
 def speed_section(speeds: list[dict[str, Any]], column: Column) -> str:
-    """Return the part of results.md on size and latency."""
+    """Return the part of results.md on size and latency; own tasks have both in their tables."""
+    picture = "![Accuracy against latency](tradeoff.png)\n\n"
+    if not column.task.is_glue:
+        return picture
     first = speeds[0]
     header = ["model", "engine", "MB", "parameters", "median ms", "p95 ms",
               f"speed-up over {first['name']}", f"{column.title} {column.metric}"]
@@ -326,7 +402,7 @@ def speed_section(speeds: list[dict[str, Any]], column: Column) -> str:
     return (f"## Size and latency\n\nMilliseconds for one row of the {column.title} dev set at a"
             " time, on one thread of this machine's CPU, all in one run. Smaller students are"
             " scored in fp32 or what they were quantized to, the others in the run's precision.\n\n"
-            + markdown_table(header, rows) + "\n![Accuracy against latency](tradeoff.png)\n\n")
+            + markdown_table(header, rows) + f"\n{picture}")
 
 
 def selection(model: Model) -> str:
@@ -337,31 +413,57 @@ def selection(model: Model) -> str:
     return f"{model.results['chosen']}, the best on dev of {tried}; {rule}" if tried else rule
 
 
-def results_page(
-    header: list[str], rows: list[list[str]], models: list[Model], published: list[list[str]],
-    speeds: str,
-) -> str:
-    """Return results.md: the table, published numbers, `speeds`, and every score in full."""
-
-    def in_percent(metrics: dict[str, float]) -> str:
-        return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-
-    details = [
-        [model.name, model.task.folder, split, str(model.results["rows"] if split == "dev" else ""),
-         in_percent(metrics), in_percent(model.results.get("last", {}) if split == "dev" else {}),
-         selection(model)]
-        for model in models for split, metrics in model.results["all_metrics"].items()]
-    names = ["model", "task", "split", "rows", "best", "last", "selection"]
-    return "\n".join([
-        "# Results", "",
+def glue_part(
+    header: list[str], rows: list[list[str]], published: list[list[str]]
+) -> list[str]:
+    """Return the lines of results.md on GLUE's tasks: the table and the published numbers."""
+    return [
         "Scores on the GLUE **dev** sets in percent, `best / last`: the checkpoint that was best "
         "on dev, and the last one. The best of many dev evaluations flatters a model, the more so "
         "the smaller the dev set; the last one does not.", "",
         markdown_table(header, rows),
         "## Published numbers", "",
-        markdown_table(header, published) if published else NOT_COMPARABLE + "\n",
-        "![Scores](scores.png)", "", "![Loss curves](loss_curves.png)", "",
+        markdown_table(header, published) if published else NOT_COMPARABLE + "\n"]
+
+
+def own_part(columns: list[Column], models: list[Model], header: list[str],
+             rows: list[list[str]]) -> list[str]:
+    """Return the lines of results.md on an own task."""
+    task = columns[0].task
+    model = next(model for model in models if model.task == task)
+    counts = "".join(f", {row_count(model, split)} rows of {split}" for split in dict.fromkeys(
+        column.split for column in columns) if row_count(model, split))
+    what = "a score" if task.is_regression else f"{task.num_labels} classes"
+    chosen = (", so dev flatters it; nothing was chosen on test" if "test" in model.scores
+              else ", which flatters it")
+    ms = " ms: median for one row on one thread of this CPU." if "ms" in header else ""
+    return [f"## {task.folder}", "", f"{what[0].upper()}{what[1:]}{counts}. Percent, of the"
+            f" checkpoint that was best on dev{chosen}. MB: weights on disk.{ms}", "",
+            markdown_table(["model", *header[1:]], rows)]
+
+
+def results_page(parts: list[str], models: list[Model], speeds: str) -> str:
+    """Return results.md: the tables of `parts`, the pictures, `speeds`, every score in full."""
+
+    def in_percent(metrics: dict[str, float]) -> str:
+        return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+
+    details = [
+        [model.name, model.task.folder, split, row_count(model, split), in_percent(metrics),
+         in_percent(model.results.get("last", {}) if split == "dev" else {}), selection(model)]
+        for model in models for split, metrics in model.scores.items()]
+    names = ["model", "task", "split", "rows", "best", "last", "selection"]
+    return "\n".join([
+        "# Results", "", *parts, "![Scores](scores.png)", "", "![Loss curves](loss_curves.png)", "",
         speeds + "## Every score", "", markdown_table(names, details, "---")])
+
+
+def row_count(model: Model, split: str) -> str:
+    """Return how many rows a split has; "" where no record says it."""
+    if split == "dev":
+        return str(model.results["rows"])
+    classes = model.results.get("per_class", {}).get(split, {})
+    return str(sum(counts["rows"] for counts in classes.values()) or "")
 
 
 # ------------------------------------------------------------------ pictures
@@ -398,7 +500,8 @@ def draw_losses(runs: list[tuple[Model, list[dict[str, Any]]]], path: Path) -> N
     Curves that span a decade or more have a logarithmic axis.
     """
     found = [model.task for model, _ in runs]
-    tasks = [task for task in (None, *GLUE_TASKS.values()) if task in found] or [None]
+    order = dict.fromkeys((None, *GLUE_TASKS.values(), *found))
+    tasks = [task for task in order if task in found] or [None]
     colours = colours_of([model for model, _ in runs])
     figure, panels = plt.subplots(
         len(tasks), 2, figsize=(11, 3.1 * len(tasks)), squeeze=False, layout="constrained")
@@ -456,12 +559,12 @@ def draw_scores(
         shown = [model for model in models if model.task == column.task]
         bars = axes.barh(
             [names.index(model.name) for model in shown],
-            [float(percent(model.results["all_metrics"], column) or "nan") for model in shown],
+            [float(percent(model.scores, column) or "nan") for model in shown],
             color=[to_rgba(colours[model.student], 0.5 if model.kind in SMALLER else 1)
                    for model in shown])
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7,
                        bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
-        if majority:
+        if column.task.folder in majority:
             level = float(percent(majority[column.task.folder], column))
             axes.axvline(level, color="black", linestyle="dashed", linewidth=1)
         axes.set(title=f"{column.title} {column.metric}", xlabel="dev, %")
@@ -531,23 +634,33 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.models_dir}: no finished model with a score; expected those of a"
                         f" run, or evaluations of them in {args.results_dir / 'eval'}")
     columns = make_columns(models)
-    majority = majority_scores(columns, args.glue_dir)
+    own = [own_columns(task, models)
+           for task in dict.fromkeys(model.task for model in models) if not task.is_glue]
+    majority = majority_scores([*columns, *chain.from_iterable(own)], args.glue_dir, args.data_dirs)
+    drawn = [*columns, *(each[0]._replace(title=each[0].task.folder) for each in own)]
     speeds, column = next(
-        ((speeds, column) for column in columns
-         if (speeds := read_speeds(args.results_dir, models, column))), ([], columns[0]))
+        ((speeds, column) for column in drawn
+         if (speeds := read_speeds(args.results_dir, models, column))), ([], drawn[0]))
     runs = [(model, log) for model in found
             if model.kind in ("general", "intermediate", "student") and (log := read_log(model))]
 
-    # Table
+    # Tables
     header = ["dev, best / last", *(f"{c.title} {c.metric}" for c in columns)]
     rows = table_rows(models, columns, majority)
     published = published_rows(columns) if args.published_numbers else []
+    tables = [own_table(each, models, majority, read_speeds(args.results_dir, models, each[0]))
+              for each in own]
+    parts = glue_part(header, rows, published) if columns else []
+    for each, table in zip(own, tables, strict=True):
+        parts += own_part(each, models, *table)
     write_text(args.results_dir / "results.md", results_page(
-        header, rows, models, published, speed_section(speeds, column) if speeds else ""))
+        parts, models, speed_section(speeds, column) if speeds else ""))
 
     # Pictures
+    plt.rcParams["font.family"] = [
+        name for name in FONTS if name in fontManager.get_font_names()]
     draw_losses(runs, args.results_dir / "loss_curves.png")
-    draw_scores(models, columns, majority, args.results_dir / "scores.png")
+    draw_scores(models, drawn, majority, args.results_dir / "scores.png")
     if speeds:
         draw_tradeoff(speeds, colours_of(models), column, args.results_dir / "tradeoff.png")
 
@@ -555,7 +668,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(args.results_dir / "results.json", {
         "commit": commit_id(), "split": "dev",
         "scores": [{"name": model.name, "model": model.student, "kind": model.kind,
-                    "task": model.task.folder, "best": model.results["all_metrics"],
+                    "task": model.task.folder, "best": model.scores,
                     "last": model.results.get("last"), "selection": selection(model),
                     "rows": model.results["rows"], "folder": str(model.folder)}
                    for model in models],
@@ -564,9 +677,12 @@ def main(args: argparse.Namespace) -> None:
         "speeds": speeds,
         "published": PUBLISHED if args.published_numbers else None,
     })
-    print(text_table(header, in_80_columns(rows) + published))
-    if not published:
-        print(NOT_COMPARABLE)
+    if columns:
+        print(text_table(header, in_80_columns(rows) + published))
+        if not published:
+            print(NOT_COMPARABLE)
+    for header, rows in tables:
+        print(text_table(header, in_80_columns(rows), first_column=18))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ from transformer.modeling import (
     freeze,
     model_inputs,
 )
+from transformer.own_tasks import find_task
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tables import markdown_table
@@ -189,13 +190,16 @@ def fixed_batches(length: int, batch: int, vocab_size: int) -> list[Inputs]:
 
 
 def task_rows(args: argparse.Namespace, name: str) -> Features:
-    """Return the rows of a task's dev set."""
-    task = get_task(name)
+    """Return the rows of a task's dev set: one of GLUE, or that of a folder of --glue_dir."""
+    data_dir = args.glue_dir / name
+    if not data_dir.is_dir():
+        data_dir = args.glue_dir / get_task(name).folder
+    task = find_task(None, data_dir)
     folder = args.vocab_dir or next(
         (model.partition("=")[2] for model in args.models if "=" in model), None)
     if folder is None:
         raise UserError(f"--lengths {name}: its rows need --vocab_dir, or a MODEL of --models")
-    return load_features(task, args.glue_dir / task.folder, "dev",
+    return load_features(task, data_dir, "dev",
                          BertTokenizer.from_pretrained(fetch_model(folder, weights=False)),
                          task.max_seq_length, task.labels)
 

@@ -53,6 +53,19 @@ def test_what_quantize_made_is_measured_as_it_is(tmp_path):
     assert rows[1]["megabytes"] == onnx / 1e6
 
 
+def test_rows_of_an_own_task_are_measured_by_the_name_of_its_folder(tmp_path):
+    make_model(tmp_path / "small", num_hidden_layers=1)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    rows = "".join(f"a good film {number},{'yn'[number % 2]}\n" for number in range(30))
+    for split in ("train", "dev"):
+        (tmp_path / "data" / "mine" / f"{split}.csv").write_text(f"text,label\n{rows}")
+    run(inference, "--models", f"small={tmp_path / 'small'}", "--engines", "torch fp32",
+        "--lengths", "mine", "--glue_dir", tmp_path / "data", "--batches", "1", "--threads", "1",
+        "--seconds", "0.01", "--output_dir", tmp_path / "out")
+    (row,) = read_json(tmp_path / "out" / "inference.json")["rows"]
+    assert (row["model"], row["length"]) == ("small", "mine")
+
+
 def test_the_known_shapes_have_the_parameters_of_the_paper():
     millions = {name: sum(p.numel() for p in inference.make_model(name).parameters()) / 1e6
                 for name in ("tinybert4", "tinybert6")}

@@ -13,8 +13,10 @@ from helpers import make_rows, read_json
 import report
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
+from transformer.own_tasks import find_task, save_task
 from transformer.table_files import write_tsv
-from transformer.tasks import get_task
+from transformer.tables import display_width
+from transformer.tasks import Task, get_task
 
 
 class Run:
@@ -241,6 +243,97 @@ def test_a_run_without_any_result_is_an_error_and_writes_nothing(tmp_path, capsy
     folders = ["--models_dir", tmp_path, "--results_dir", tmp_path / "results"]
     assert "no finished model with a score" in helpers.error_line(capsys, report, *folders)
     assert not (tmp_path / "results").exists()
+
+
+# ------------------------------------------------------------------ tasks of a user's own
+
+
+def own_run(run: Run, task: Task, test: bool = True) -> None:
+    """Add a teacher, a student, one of labels only and an int8 student of an own task."""
+    best = dict(zip(task.metrics, (0.912, 0.873), strict=True))
+    folders = {f"final_{task.name}_teacher": best}
+    run.trained(f"final_{task.name}_teacher", "bert", task.name, best, layers=12,
+                from_scratch=False)
+    run.student(f"distilled_student_{task.name}", task.name, best)
+    run.trained(f"baseline_general_student_{task.name}", "given", task.name, best,
+                from_scratch=False)
+    write_json(run.models / "int8" / "quantization.json", {
+        "source": f"distilled_student_{task.name}", "method": "int8-dynamic", "format": "onnx"})
+    run.evaluated("int8", task.name, {"dev": {name: 0.9 for name in task.metrics}})
+    folders |= dict.fromkeys((f"distilled_student_{task.name}", "int8",
+                              f"baseline_general_student_{task.name}"))
+    for number, folder in enumerate(folders):
+        save_task(task, run.models / folder)
+        name = "model.onnx" if folder == "int8" else "pytorch_model.bin"
+        (run.models / folder / name).write_bytes(bytes(2_000_000 * (number + 1)))
+        if test:
+            write_results(run.results / "eval" / f"{folder}_test", {
+                "task": task.name, "model": f"elsewhere/{folder}", "split": "test",
+                "all_metrics": {"test": dict.fromkeys(task.metrics, 0.8)}, "rows": 9,
+                "per_class": {"test": {"x": {"rows": 9}}}, "selection": "none"})
+    write_json(run.results / "latency" / "inference.json", {"rows": [
+        {"model": folder, "engine": "torch fp32", "median": 4.25, "p95": 5.0, "megabytes": 2.0,
+         "parameters": 500, "threads": 1, "batch": 1, "length": task.name} for folder in folders]})
+
+
+@pytest.fixture
+def intents(tmp_path) -> Task:
+    """An own task of three classes, in a folder of CSV files."""
+    for split in ("train", "dev", "test"):
+        rows = [f"play it {split} {number},{'abacab'[number % 6]}" for number in range(12)]
+        (tmp_path / "intents").mkdir(exist_ok=True)
+        (tmp_path / "intents" / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    return find_task(None, tmp_path / "intents")
+
+
+def test_a_run_of_an_own_task_is_one_table_of_dev_test_size_and_time(tmp_path, intents, capsys):
+    run = Run(tmp_path)
+    own_run(run, intents)
+    result = run.report("--data_dirs", tmp_path / "intents")
+    assert [line for line in run.page.partition("![")[0].splitlines() if line] == [
+        "# Results", "## intents",
+        "3 classes, 4 rows of dev, 9 rows of test. Percent, of the checkpoint that was best on dev,"
+        " so dev flatters it; nothing was chosen on test. MB: weights on disk. ms: median for one"
+        " row on one thread of this CPU.",
+        "| model | dev acc | dev macro_f1 | test acc | test macro_f1 | MB | ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| majority class | 50.0 | 22.2 | 50.0 | 22.2 |  |  |",
+        "| teacher | 91.2 | 87.3 | 80.0 | 80.0 | 2.0 | 4.25 |",
+        "| student | 91.2 | 87.3 | 80.0 | 80.0 | 4.0 | 4.25 |",
+        "| student, int8-dynamic ONNX | 90.0 | 90.0 | 80.0 | 80.0 | 6.0 | 4.25 |",
+        "| student, labels only, after general d. | 91.2 | 87.3 | 80.0 | 80.0 | 8.0 | 4.25 |"]
+    printed = capsys.readouterr().out
+    assert max(map(display_width, printed.splitlines())) <= 80
+    assert printed.count("teacher") == 1  # all columns in one table
+    assert not re.search("GLUE|[Pp]ublished|comparable", run.page + printed)
+    assert result["majority_class"]["intents"]["test"]["acc"] == 0.5
+    assert result["scores"][0]["best"]["test"] == {"acc": 0.8, "macro_f1": 0.8}
+
+
+def test_own_tasks_stand_below_glues_and_no_published_number_beside_them(run, intents, figures):
+    own_run(run, intents, test=False)
+    run.report("--published_numbers")
+    assert "| BERT-base (paper, test) | 52.8 |" in run.page
+    assert "| model | dev acc | dev macro_f1 | MB | ms |" in run.page
+    assert "best on dev, which flatters it. MB" in run.page
+    assert [axes.get_title() for axes in figures["scores.png"].axes] == ["CoLA mcc", "intents acc"]
+
+
+def test_the_metrics_of_an_own_task_keep_its_order_and_chinese_names_are_aligned(tmp_path, capsys):
+    run = Run(tmp_path)
+    own_run(run, Task("外卖", "外卖", ("差评", "好评"), "评论", None, "标签", ("macro_f1", "acc")))
+    run.report()
+    assert "| model | dev macro_f1 | dev acc | test macro_f1 | test acc | MB | ms |" in run.page
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("外卖 ") and len({display_width(line) for line in lines if "80.0" in
+                                               line or "外卖" in line}) == 1
+
+
+def test_data_of_a_task_that_the_run_lacks_is_named(run, intents, tmp_path, capsys):
+    folder = tmp_path / "intents"
+    message = helpers.error_line(capsys, report, "--models_dir", run.models, "--results_dir",
+                                 run.results, "--data_dirs", folder)
+    assert f"--data_dirs {folder}: the task 'intents'; expected a task of this run" in message
 
 
 # ------------------------------------------------------------------ pictures and the terminal

@@ -33,15 +33,16 @@ def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:"
     return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
 
 
-def text_table(header: list[str], rows: list[list[str]], width: int = 80) -> str:
+def text_table(header: list[str], rows: list[list[str]], width: int = 80,
+               first_column: int = FIRST_COLUMN) -> str:
     """Format a table for the terminal: the first column to the left, the others to the right.
 
-    Of a table that is wider than `width`, the first column is broken into lines, and columns for
-    which there is still no room follow below.
+    Of a table that is wider than `width`, the first column is broken into lines of `first_column`
+    cells, and columns for which there is still no room follow below.
     """
     sizes = [max(map(display_width, column)) for column in zip(header, *rows, strict=True)]
     if sum(sizes) + 2 * (len(sizes) - 1) > width:
-        sizes[0] = min(sizes[0], FIRST_COLUMN)
+        sizes[0] = min(sizes[0], first_column)
     shown = 2
     while shown < len(sizes) and sum(sizes[: shown + 1]) + 2 * shown <= width:
         shown += 1
@@ -53,5 +54,5 @@ def text_table(header: list[str], rows: list[list[str]], width: int = 80) -> str
         lines += ["  ".join([pad(first, sizes[0]), *texts]).rstrip(), *more]
     if shown < len(sizes):
         others = [[row[0], *row[shown:]] for row in [header, *rows]]
-        lines += ["", text_table(others[0], others[1:], width)]
+        lines += ["", text_table(others[0], others[1:], width, first_column)]
     return "\n".join(lines)
