@@ -110,8 +110,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> Task | None:
-    """Raise a `UserError` for flags that do not go together; returns the task, if one is given."""
+def check_args(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags that do not go together."""
     check_not_input(args.output_dir, [args.model])
     if args.format not in METHODS[args.method]:
         raise UserError(f"--method {args.method} --format {args.format}: {REASONS[args.method]};"
@@ -120,6 +120,10 @@ def check_args(args: argparse.Namespace) -> Task | None:
         raise UserError("--do_eval and int8-static read rows of a task; --data_dir is missing")
     if args.eval_split and not args.do_eval:
         raise UserError("--eval_split says what --do_eval measures on; expected --do_eval, too")
+
+
+def find_rows_task(args: argparse.Namespace) -> Task | None:
+    """Return the task whose rows are read, if any; its length holds where none was given."""
     if args.data_dir is None:
         return None if args.task_name is None else get_task(args.task_name)
     task = task_of(args)
@@ -231,7 +235,8 @@ def format_metrics(result: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     # Settings and rows
-    task = check_args(args)
+    check_args(args)
+    task = find_rows_task(args)
     splits = evaluation_splits(task, args.eval_split) if args.do_eval else ()
     source, tokenizer, labels = read_settings(args, task)
     rows = {split: load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
