@@ -25,7 +25,11 @@ from transformer.evaluation import Selection, evaluate_splits, evaluation_splits
 from transformer.features import load_features
 from transformer.hub import fetch_model
 from transformer.inference import match_labels, note_task
-from transformer.modeling import TinyBertForSequenceClassification, model_inputs
+from transformer.modeling import (
+    TinyBertForSequenceClassification,
+    model_inputs,
+    scratch_config,
+)
 from transformer.optimization import BertAdam, param_groups
 from transformer.own_tasks import add_data_arguments, task_of
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
@@ -84,25 +88,29 @@ def read_settings(
     Raises:
         UserError: vocabulary, labels or the rows' length do not fit the model.
     """
-    path = find_config(fetch_model(args.bert_model, weights=False))
+    folder = fetch_model(args.bert_model, weights=False)
+    path = find_config(folder)
     config, labels = BertConfig.from_json_file(path), task.labels
     if not (args.from_scratch or args.new_classifier):
         labels = match_labels(task, config, path)
     tokenizer = BertTokenizer.from_pretrained(
         fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
-    config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model)
+    if args.from_scratch:
+        config = scratch_config(folder, len(tokenizer))
+    config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model,
+                            folder if args.vocab_dir else None)
     config.check_length(args.max_seq_length, args.bert_model)
     return tokenizer, labels
 
 
 def load_model(
-    args: argparse.Namespace, task: Task, labels: tuple[str, ...]
+    args: argparse.Namespace, task: Task, labels: tuple[str, ...], pieces: int
 ) -> TinyBertForSequenceClassification:
     """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
     folder = fetch_model(args.bert_model, weights=not args.from_scratch)
     if args.from_scratch:
         model = TinyBertForSequenceClassification.from_scratch(
-            folder, num_labels=task.num_labels)
+            folder, pieces, num_labels=task.num_labels)
     elif args.new_classifier:
         model = TinyBertForSequenceClassification.from_pretrained(folder, new_head=True)
         model.renew_classifier(task.num_labels)
@@ -149,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
                                args.max_train_rows, cache=True)
     dev = {split: load_features(task, args.data_dir, split, *data, cache=True)
            for split in evaluation_splits(task)}
-    model = load_model(args, task, labels).to(device)
+    model = load_model(args, task, labels, len(tokenizer)).to(device)
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)
     loss = LabelLoss(model)

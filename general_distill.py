@@ -207,8 +207,8 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def load_tokenizer(args: argparse.Namespace) -> tuple[BertTokenizer, list[BertConfig]]:
-    """Return the teacher's tokenizer and the students' configs, checked before the long work.
+def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
+    """Return the teacher's tokenizer; that the models fit it is checked before the long work.
 
     Raises:
         UserError: missing files, or sizes that do not fit one another or --max_seq_length.
@@ -219,7 +219,6 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[BertTokenizer, list[BertCo
     teacher.check_vocabulary(len(tokenizer), args.teacher_model)
     teacher.check_length(args.max_seq_length, args.teacher_model)
     weights_path(folder)
-    students = []
     for source in args.student_model:
         trained = args.continue_train or args.do_eval
         folder = fetch_model(source, weights=trained)
@@ -229,8 +228,7 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[BertTokenizer, list[BertCo
         config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
         config.check_length(args.max_seq_length, folder)
         check_layer_heads(teacher, config)
-        students.append(config)
-    return tokenizer, students
+    return tokenizer
 
 
 def find_data(
@@ -248,16 +246,18 @@ def find_data(
 
 
 def make_trainer(
-    args: argparse.Namespace, number: int, config: BertConfig, teacher: BertModel,
-    reader: EpochReader, device: torch.device, dtype: torch.dtype | None,
+    args: argparse.Namespace, number: int, teacher: BertModel, reader: EpochReader,
+    device: torch.device, dtype: torch.dtype | None,
 ) -> StudentTrainer:
     """Make student `number`, with new or given weights, exactly as if it were the only one."""
     set_seed(args.seed)
-    if args.continue_train or args.do_eval:
-        student = TinyBertForPreTraining.from_pretrained(
-            fetch_model(args.student_model[number]), fit_size=teacher.config.hidden_size)
+    trained, fit_size = args.continue_train or args.do_eval, teacher.config.hidden_size
+    folder = fetch_model(args.student_model[number], weights=trained)
+    if trained:
+        student = TinyBertForPreTraining.from_pretrained(folder, fit_size=fit_size)
     else:
-        student = TinyBertForPreTraining(config, fit_size=teacher.config.hidden_size)
+        student = TinyBertForPreTraining.from_scratch(
+            folder, len(reader.tokenizer), fit_size=fit_size)
     student.to(device)
     size = args.train_batch_size[number]
     optimizer = BertAdam(
@@ -315,7 +315,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # Data, which may first be made
-    tokenizer, configs = load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     data, key = find_data(args, tokenizer, folder)
     reader = EpochReader(data, tokenizer, args.max_seq_length, args.reduce_memory)
     reader.load(0)  # before anything is written: it may be damaged
@@ -325,8 +325,8 @@ def main(args: argparse.Namespace) -> None:
     encoder = BertModel.from_pretrained(fetch_model(args.teacher_model), add_pooler=False)
     teacher_size = parameter_count(encoder)
     freeze(encoder, dtype, device, pack=not args.compile)
-    trainers = [make_trainer(args, number, config, encoder, reader, device, dtype)
-                for number, config in enumerate(configs)]
+    trainers = [make_trainer(args, number, encoder, reader, device, dtype)
+                for number in range(len(args.student_model))]
     teacher = IntermediateTeacher(
         encoder, [trainer.student.config.num_hidden_layers for trainer in trainers])
     compiled = compile_models(args.compile, device, teacher, *(x.loss for x in trainers))

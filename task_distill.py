@@ -196,11 +196,13 @@ def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
     return tokenizer, labels
 
 
-def check_student_labels(args: argparse.Namespace, task: Task, labels: tuple[str, ...]) -> None:
-    """Raise a `UserError` for a student whose labels have names in another order than `labels`."""
+def check_students(args: argparse.Namespace, task: Task, tokenizer: BertTokenizer,
+                   labels: tuple[str, ...]) -> None:
+    """Raise a `UserError` for a student of another vocabulary, or of labels in another order."""
     for source in args.student_model:
         path = find_config(fetch_model(source, args.cache_dir or None, weights=False))
         config = BertConfig.from_json_file(path)
+        config.check_vocabulary(len(tokenizer), args.teacher_model, path)
         # Of another number are those of a model without classifier, or its weights will tell.
         if has_names(config.id2label) and config.num_labels == task.num_labels \
                 and (own := match_labels(task, config, path)) != labels:
@@ -232,7 +234,7 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
     tokenizer, labels = read_settings(args, task, args.teacher_model)
-    check_student_labels(args, task, labels)
+    check_students(args, task, tokenizer, labels)
     train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                            args.max_train_rows)
     dev = {split: load_rows(args, task, split, tokenizer, labels)

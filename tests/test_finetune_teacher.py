@@ -118,12 +118,15 @@ def test_a_new_classifier_replaces_one_of_another_task(sst2):
 
 
 def test_random_weights_in_a_given_shape_need_only_config_and_vocabulary(sst2):
-    shape = config_folder(sst2.root / "shape", num_hidden_layers=1, hidden_size=12)
+    shape = config_folder(sst2.root / "shape", num_hidden_layers=1, hidden_size=12,
+                          vocab_size=21128)  # the vocabulary's size wins
     write_vocab(sst2.root / "words")
     sst2.model = shape
     output = sst2.run("out", "--from_scratch", "--vocab_dir", sst2.root / "words",
                       "--num_train_epochs", 1)
     assert weights(output)["classifier.weight"].shape == (2, 12)
+    words = (sst2.root / "words" / "vocab.txt").read_text().splitlines()
+    assert weights(output)["bert.embeddings.word_embeddings.weight"].shape == (len(words), 12)
     assert (output / "vocab.txt").read_text() == (sst2.root / "words" / "vocab.txt").read_text()
 
 

@@ -211,7 +211,7 @@ def test_equal_widths_start_from_the_identity(setup):
 @pytest.mark.parametrize(("changes", "contains"), [
     ({"num_hidden_layers": 3}, ["4 layers", "student 3"]),
     ({"num_attention_heads": 4}, ["2 attention heads", "student 4"]),
-    ({"vocab_size": 400}, ["word pieces", "400"]),
+    ({"vocab_size": 400}, ["student/config.json: vocab_size is 400", "word pieces"]),
 ])
 def test_sizes_that_disagree_are_named_with_both_numbers(setup, capsys, changes, contains):
     make_model(setup.trained, BertModel, **{"num_hidden_layers": 2, **changes})

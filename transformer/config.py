@@ -241,7 +241,7 @@ class BertConfig:
             return
         if model is not None:
             raise UserError(f"{find_config(model)}: vocab_size is {self.vocab_size}; expected"
-                            f" {pieces}, the word pieces of {source}")
+                            f" that of {source}, {pieces} word pieces")
         raise UserError(f"{source}: its vocabulary has {pieces} word pieces;"
                         f" the model expects {self.vocab_size}")
 

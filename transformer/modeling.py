@@ -322,12 +322,10 @@ def scratch_config(config_dir: Path | str, pieces: int | None = None) -> BertCon
     of `pieces` word pieces gives way to it.
     """
     path = find_config(config_dir)
-    config, stated = BertConfig.from_json_file(path), read_json(path).get("vocab_size")
+    config, stated = BertConfig.from_json_file(path), "vocab_size" in read_json(path)
     if pieces is None or any((path.parent / name).is_file() for name in WEIGHT_FORMS) or (
-            stated is not None and config.fits_vocabulary(pieces)):
+            stated and config.fits_vocabulary(pieces)):
         return config
-    logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d word pieces", path,
-                stated or "missing", pieces)
     return dataclasses.replace(config, vocab_size=pieces)
 
 
@@ -364,9 +362,14 @@ class BertPreTrainedModel(nn.Module):
     ) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory.
 
-        `pieces` is that of `scratch_config`.
+        `pieces` is that of `scratch_config`; what gives way to it is logged.
         """
-        return cls(scratch_config(config_dir, pieces), **kwargs)
+        config, path = scratch_config(config_dir, pieces), find_config(config_dir)
+        stated = read_json(path).get("vocab_size", "missing")
+        if pieces is not None and stated != config.vocab_size:
+            logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d", path, stated,
+                        config.vocab_size)
+        return cls(config, **kwargs)
 
     @classmethod
     def from_pretrained(
