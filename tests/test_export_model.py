@@ -358,7 +358,8 @@ def test_an_own_task_with_chinese_labels_goes_with_its_model(tmp_path, monkeypat
     assert card.data.eval_results[1].metric_args == {"average": "macro"}
     for text in ("A BERT for waimai", "Labels: `差评`, `好评`.", "| test | macro_f1 | 0.6000 |",
                  "| class | dev rows | predicted | correct | F1 |",
-                 "| `好评` | 2 | 3 | 2 | 0.8000 |", "0.1 of the training rows"):
+                 "| `好评` | 2 | 3 | 2 | 0.8000 |",
+                 "Shares of the training file, by texts: dev 0.1."):
         assert text in card.text
     monkeypatch.chdir(out)
     for code in code_blocks(card.text):

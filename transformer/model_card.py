@@ -277,8 +277,9 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
         parts += ["## Results", "\n".join(["| split | metric | value |", "|---|---|---:|", *rows])]
         if found.task:
             parts += class_table(found.task, found.classes)
-            if found.task.dev_share:
-                parts.append(f"dev: a share of {found.task.dev_share:g} of the training rows.")
+            shares = {"dev": found.task.dev_share, "test": found.task.test_share}
+            if told := [f"{split} {share:g}" for split, share in shares.items() if share]:
+                parts.append(f"Shares of the training file, by texts: {', '.join(told)}.")
         if found.selection:
             parts.append(f"Selection of the checkpoint: {found.selection}.")
     made = [*facts["notes"], *found.steps]

@@ -108,7 +108,8 @@ class TextInputs:
         self.path, self.form, self.wanted, self.task = path, form, wanted, task
         self.name = "standard input" if path is None else str(path)
         self.by_suffix = TSV if path is None else FORMATS.get(path.suffix.lower(), TSV)
-        self.labels = {label.casefold() for label in labels}
+        spellings = (*labels, *(task.spellings if task else ()))
+        self.labels = {label.casefold() for label in spellings}
         self.columns: list[int] | None = None  # of the texts; empty: all; None: no row was read
         self.header: list[str] = []
         self.unchecked = 2  # rows: a header of other names may stand above the labels
