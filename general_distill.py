@@ -231,18 +231,16 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
     return tokenizer
 
 
-def find_data(
-    args: argparse.Namespace, tokenizer: BertTokenizer, folder: RunFolder
-) -> tuple[Path, str]:
-    """Return the folder of the instances and, of a corpus, the key of its contents; else ""."""
+def find_data(args: argparse.Namespace, tokenizer: BertTokenizer, folder: RunFolder) -> Path:
+    """Return the folder of the instances, which are made of --train_corpus where it is given."""
     if args.train_corpus is None:
-        return args.pregenerated_data, ""
+        return args.pregenerated_data
     settings = epoch_settings(args, "max_seq_length")
     epochs = 1 if settings.instances == "lines" else math.ceil(args.num_train_epochs)
     begun = [path / ARGUMENTS_NAME for path in folder.paths if folder.state == "resume"]
-    keys = {read_json(path).get("corpus", "") for path in begun if path.is_file()}
+    corpora = {read_json(path).get("corpus", "") for path in begun if path.is_file()}
     return cached_instances(corpus_files(args.train_corpus), tokenizer, settings, epochs,
-                            args.num_workers, keys - {""})
+                            args.num_workers, corpora - {""})
 
 
 def make_trainer(
@@ -316,7 +314,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Data, which may first be made
     tokenizer = load_tokenizer(args)
-    data, key = find_data(args, tokenizer, folder)
+    data = find_data(args, tokenizer, folder)
     reader = EpochReader(data, tokenizer, args.max_seq_length, args.reduce_memory)
     reader.load(0)  # before anything is written: it may be damaged
     total_steps = reader.steps(args.num_train_epochs, batch_size)
@@ -338,7 +336,7 @@ def main(args: argparse.Namespace) -> None:
         args, device, dtype, compiled=compiled, rows=reader.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
         students=" ".join(parameter_count(trainer.student) for trainer in trainers),
-        **({"corpus": key} if key else {})))
+        **({"corpus": data.name} if args.train_corpus else {})))
     if args.do_eval:
         evaluate_only(args, trainers, teacher, reader, folder.paths)
         folder.upload(strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -247,7 +247,8 @@ def generate_all(
     rows = [generate(folder, corpus, writer, 0, workers)]
     # The other epochs are as large as the first.
     size = sum(path.stat().st_size for path in folder.glob("epoch_0*"))
-    check_disk("pregeneration", folder, (epochs - 1) * size)
+    if epochs > 1:
+        check_disk("pregeneration", folder, (epochs - 1) * size)
     rows += [generate(folder, corpus, writer, epoch, workers) for epoch in range(1, epochs)]
     if writer.format == "binary":
         writer.write_info(folder / CORPUS_INFO_NAME)
@@ -259,43 +260,34 @@ def generate_all(
 # ------------------------------------------------------------------ the user's cache
 
 
-class CachedInstances(NamedTuple):
-    """A folder of the user's cache with the epochs made of a corpus, and the key of its content."""
-
-    folder: Path
-    key: str
-
-
 def cached_instances(
     files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int,
-    workers: int = 1, expected_keys: Collection[str] = (),
-) -> CachedInstances:
-    """Return the epochs of a corpus, without masks, made now unless an earlier call has done it.
+    workers: int = 1, expected: Collection[str] = (),
+) -> Path:
+    """Return the folder with the epochs of a corpus, without masks, made by this call if need be.
 
-    The key is of the files' contents, the vocabulary, the settings and the number of epochs. Of
-    several calls one makes them while the others wait; of several processes of this run the first
+    Its name stands for the files' contents, the vocabulary, the settings and the number of epochs.
+    Of several calls one makes it while the others wait; of several processes of this run the first
     of each machine does.
 
     Raises:
-        UserError: a corpus that gives no instances, another one on another machine, or one of
-            another key than `expected_keys`, that of the run to resume.
+        UserError: a corpus that gives no instances, another one on another machine, or a name
+            other than the `expected` one, that of a run to resume.
     """
     if settings.instances == "lines":
         settings = settings._replace(seed=0)  # which nothing of them depends on
     found = None
     if distributed.local_rank() == 0:
-        key = _content_key(files, tokenizer, settings, epochs)
-        if {*expected_keys} - {key}:
+        found = cache_root() / "instances" / _content_key(files, tokenizer, settings, epochs)
+        if {*expected} - {found.name}:
             raise UserError("--resume: --train_corpus or the vocabulary is no longer what the run"
                             " was begun with; expected the same, or a call without --resume")
-        folder = cache_root() / "instances" / key[:32]
-        _find_or_make(folder, files, tokenizer, settings, epochs, workers)
-        found = CachedInstances(folder, key)
-    places = distributed.gather(found)
-    if len({place.key for place in places if place}) > 1:
+        _find_or_make(found, files, tokenizer, settings, epochs, workers)
+    folders = distributed.gather(found)
+    if len({folder.name for folder in folders if folder}) > 1:
         raise UserError(f"--train_corpus {files[0]}: other contents on another machine; expected"
                         " the same files on all")
-    return places[distributed.rank() - distributed.local_rank()]
+    return folders[distributed.rank() - distributed.local_rank()]
 
 
 def _content_key(
@@ -304,7 +296,7 @@ def _content_key(
     content = {"version": VERSION, "files": [file_sha256(path) for path in files],
                "vocabulary": vocabulary_sha256(tokenizer), "tokenizer": tokenizer.settings,
                **settings._asdict(), "epochs": epochs}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _find_or_make(folder: Path, *work: Any) -> None:
