@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     BAD,
+    GOLDEN,
     GOOD,
     NEUTRAL,
     GeneralSetup,
@@ -23,6 +24,7 @@ from helpers import (
     run,
     same_weights,
     weights,
+    write_vocab,
 )
 from kill import Process, script, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -304,6 +306,22 @@ def test_one_command_distils_from_sentences_and_a_second_one_finds_the_instances
     run(general_distill, *two_commands)
     for other in (again, text_setup.root / "two"):
         assert same_weights(weights(first), weights(other))
+
+
+def test_a_chinese_bert_and_sentences_give_a_student_of_its_vocabulary(text_setup):
+    golden = read_json(GOLDEN / "chinese_fork_data.json")
+    make_model(text_setup.teacher, BertModel, vocab_size=len(golden["vocab"]))
+    write_vocab(text_setup.teacher, golden["vocab"])
+    config_folder(text_setup.student, num_hidden_layers=2, hidden_size=12, vocab_size=21128)
+    text_setup.text.write_text("\n".join(golden["corpus_lines"]), encoding="utf-8")
+    output = text_setup.run("out", "--num_train_epochs", 2, "--long_lines", "split",
+                            "--max_seq_length", 64)
+    results = read_json(output / "eval_results.json")
+    # 14 lines that are not blank; the longest, of 150 word pieces, fills three instances.
+    assert results["rows"] == 16
+    student = TinyBertForPreTraining.from_pretrained(output)
+    assert student.config.vocab_size == len(golden["vocab"])
+    assert (output / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1] == golden["vocab"]
 
 
 def test_the_instances_are_kept_by_content(text_setup):
