@@ -13,64 +13,28 @@ Examples:
 """
 
 import argparse
-import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axis import Axis
-from matplotlib.colors import to_rgba
-from matplotlib.font_manager import fontManager
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from matplotlib.transforms import Bbox
-
-from transformer.checkpoint import WEIGHT_FORMS
-from transformer.evaluation import majority_baseline
-from transformer.file_utils import (
-    ONNX_NAME,
-    UserError,
-    atomic_path,
-    parse_json,
-    read_json,
-    write_json,
-    write_text,
+from transformer.file_utils import UserError, write_json, write_text
+from transformer.pictures import colours_of, draw_losses, draw_scores, draw_tradeoff, set_fonts
+from transformer.run_records import (
+    Column,
+    Model,
+    majority_scores,
+    make_columns,
+    megabytes,
+    own_columns,
+    percent,
+    read_log,
+    read_models,
+    read_speeds,
+    row_count,
+    selection,
 )
-from transformer.own_tasks import find_task, stored_task
-from transformer.run_folder import ARGUMENTS_NAME, RESULTS_NAME
 from transformer.runtime import commit_id, run_script
 from transformer.tables import markdown_table, text_table
-from transformer.tasks import GLUE_TASKS, Task, get_task, load_examples
-
-logger = logging.getLogger(__name__)
-
-SUFFIX = {
-    "untrained": ", no task distillation",
-    "baseline_scratch": ", labels only, random start",
-    "baseline_general": ", labels only, after general d.",
-    "baseline_smart": ", labels only, copied layers",
-}
-# How a smaller student was made: the file that says it, and its key for the model before.
-SMALLER = {"pruned": ("kprune.json", "model"), "quantized": ("quantization.json", "source")}
-ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
-
-# The metric of each task's column, as in the paper's tables; accuracy elsewhere.
-SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
-# The panels of loss_curves.png, of general and of task distillation: kind of the runs, losses that
-# are added up, title.
-CURVES = (
-    [("general", ["att_loss"], "attention"), ("general", ["rep_loss"], "hidden states")],
-    [("intermediate", ["att_loss", "rep_loss"], "attention + hidden states"),
-     ("student", ["cls_loss"], "logits")],
-)
 
 # Numbers as published, in percent: model, source and split, scores. MRPC and QQP are F1.
 PUBLISHED_COLUMNS = "MNLI MNLI-mm QQP QNLI SST-2 CoLA STS-B MRPC RTE".split()
@@ -94,9 +58,6 @@ PUBLISHED = [
         ("TinyBERT6 smart direct", "original", "dev", "- - - - 92.0 55.7 - 88.0 67.5"),
         ("TinyBERT6 smart", "original", "dev", "- - - - 93.3 56.2 - 88.5 69.3"),
     )]
-# For names of tasks that the first one lacks the characters of.
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei",
-         "SimHei", "WenQuanYi Zen Hei"]
 NOT_COMPARABLE = (
     "Published numbers are for BERT-base and its students: not comparable with\n"
     "the small models of this profile."
@@ -121,209 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class Model:
-    """A model of the run: how it was made (`record`), its scores as fractions of 1 (`results`)."""
-
-    folder: Path
-    kind: str
-    source: str  # the name of the folder that it was made from
-    record: dict[str, Any]
-    results: dict[str, Any]
-    name: str = ""  # of its row: the student, then what was done to it
-    task: Task | None = None  # None for general distillation
-
-    @property
-    def student(self) -> str:
-        """The student that it is or was made from."""
-        return self.name.partition(", ")[0]
-
-    @property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Its metrics by split."""
-        return self.results["all_metrics"]
-
-
-class Column(NamedTuple):
-    """One column of a table: a split of a task and the metric shown."""
-
-    task: Task
-    split: str
-    title: str
-    metric: str
-
-
-# ------------------------------------------------------------------ finding the models
-
-
-def folders_below(path: Path) -> list[Path]:
-    """Return the folders directly below `path`, save those that the driver has moved away."""
-    return [folder for folder in sorted(path.glob("*"))
-            if folder.is_dir() and folder.suffix != ".old"]
-
-
-def read_if_there(path: Path) -> dict[str, Any]:
-    """Read a JSON file; an empty result where there is none."""
-    return read_json(path) if path.is_file() else {}
-
-
-@contextmanager
-def naming(place: Path) -> Iterator[None]:
-    """Name the folder or file whose records are not as our scripts write them."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: not as the scripts record it ({error!r})") from error
-
-
-def kind_of_run(arguments: dict[str, Any]) -> str | None:
-    """Tell from its arguments which script trained a model, and how; None for other scripts."""
-    if arguments.get("do_eval"):
-        return None
-    if "pregenerated_data" in arguments:
-        return "general"
-    if "pred_distill" in arguments:
-        return "student" if arguments["pred_distill"] else "intermediate"
-    if "from_scratch" in arguments:
-        return "baseline_scratch" if arguments["from_scratch"] else "teacher"
-    return None
-
-
-def read_model(folder: Path) -> Model | None:
-    """Read how the model in a folder was made; None where no script has finished one."""
-    results = read_if_there(folder / RESULTS_NAME)
-    with naming(folder):
-        for scores in results.get("all_metrics", {}).values():
-            dict(scores)
-        for kind, (name, source) in SMALLER.items():
-            if record := read_if_there(folder / name):
-                return Model(folder, kind, Path(record[source]).name, record, results)
-        record = read_if_there(folder / ARGUMENTS_NAME)
-        kind = kind_of_run(record.get("arguments", {}))
-        if kind and results:
-            return Model(folder, kind, Path(record["student"]).name, record, results)
-    if kind:
-        logger.warning("%s: not finished, left out", folder)
-    return None
-
-
-def layers(folder: Path) -> int:
-    """Return the number of layers of the model in a folder, 0 where there is none."""
-    return read_if_there(folder / "config.json").get("num_hidden_layers", 0)
-
-
-def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:
-    """Return the finished models by the names of their folders.
-
-    Paths are compared by their last part alone: a run may have been moved since.
-    """
-    models = {folder.name: model for folder in folders_below(models_dir)
-              if (model := read_model(folder))}
-    depth = max((layers(models_dir / Path(model.record["arguments"]["teacher_model"]).name)
-                 for model in models.values() if model.kind in ("intermediate", "student")),
-                default=0)
-    for model in models.values():
-        if model.kind == "teacher" and layers(model.folder) < depth:
-            general = model.source in models and models[model.source].kind == "general"
-            general |= model.folder.name.startswith("baseline_general_")  # of another run's student
-            model.kind = "baseline_general" if general else "baseline_smart"
-    for folder in folders_below(evaluation_dir):
-        result = read_if_there(folder / RESULTS_NAME)
-        path = models_dir / Path(result.get("model", "")).name
-        if model := models.get(path.name):
-            add_evaluation(model, result)
-        elif result and path.is_dir() and not (path / ARGUMENTS_NAME).is_file():
-            models[path.name] = Model(path, "untrained", "", {}, result)
-    own = {task.name: task for model in models.values() if (task := stored_task(model.folder))}
-    for model in models.values():
-        name = model.results.get("task") or model.record.get("task")
-        model.task = own.get(name) or (get_task(name) if name else None)
-    for model in models.values():
-        model.name = row_name(model, models)
-    return models
-
-
-def add_evaluation(model: Model, result: dict[str, Any]) -> None:
-    """Have the scores of an evaluation take the place of a model's own on the same splits."""
-    with naming(model.folder):
-        merged = {key: {**model.results.get(key, {}), **result.get(key, {})}
-                  for key in ("all_metrics", "per_class")}
-        rule = model.results.get("selection", result["selection"])
-        on_dev = result if "dev" in result["all_metrics"] or not model.results else {
-            "task": result["task"]}
-        model.results = {**model.results, **on_dev, **merged, "selection": rule}
-
-
-def row_name(model: Model, models: dict[str, Model]) -> str:
-    """Return the name of a model's row, which begins with that of the model before."""
-    if model.kind in SMALLER:
-        before = models.get(model.source)
-        made = (f"K-prune {100 * model.record['constraint']:g} % removed" if model.kind == "pruned"
-                else f"{model.record['method']} {ENGINE_NAME[model.record['format']]}")
-        return f"{row_name(before, models) if before else model.source}, {made}"
-    task = model.task.name if model.task else ""
-    if not task or model.task.is_glue:
-        task = task.replace("-", "")
-    if model.folder.name == f"final_{task}_teacher":
-        return "teacher"
-    name = re.sub("^(tmp_)?(distilled_|baseline_(scratch|general|smart)_)?", "", model.folder.name)
-    return name.removesuffix("_tsd").removesuffix(f"_{task}") + SUFFIX.get(model.kind, "")
-
-
-def make_columns(models: list[Model]) -> list[Column]:
-    """Return a column for each dev set of GLUE's tasks that were scored."""
-    scored = {model.task.folder for model in models if model.task.is_glue}
-    return [Column(task, split, task.folder if split == "dev" else f"{task.folder}-mm",
-                   SHOWN_METRIC.get(task.name, "acc"))
-            for task in GLUE_TASKS.values() if task.folder in scored for split in task.dev_files]
-
-
-def own_columns(task: Task, models: list[Model]) -> list[Column]:
-    """Return a column for each metric of an own task, on dev and where it was scored on test."""
-    scored = {split for model in models if model.task == task for split in model.scores}
-    return [Column(task, split, split, metric)
-            for split in (*task.dev_files, "test") if split in scored for metric in task.metrics]
-
-
-def majority_scores(
-    columns: list[Column], glue_dir: Path | None, data_dirs: list[Path]
-) -> dict[str, dict[str, dict]]:
-    """Score the most common class of each split: {task: {split: metrics}}."""
-    folders = {column.task.folder: glue_dir / column.task.folder
-               for column in columns if column.task.is_glue and glue_dir}
-    tasks = {column.task.name: column.task for column in columns if not column.task.is_glue}
-    for folder in data_dirs:
-        name = find_task(None, folder).name
-        if name not in tasks:
-            raise UserError(f"--data_dirs {folder}: the task {name!r}; expected a task of this run:"
-                            f" {', '.join(tasks) or 'it has none but those of GLUE'}")
-        folders[tasks[name].folder] = folder
-    best: dict[str, dict[str, dict]] = {}
-    for task, split in dict.fromkeys((column.task, column.split) for column in columns):
-        if task.folder in folders:
-            labels = [row.label for row in load_examples(task, folders[task.folder], split)]
-            best.setdefault(task.folder, {})[split] = majority_baseline(task, labels)
-    return best
-
-
-def read_speeds(results_dir: Path, models: list[Model], column: Column) -> list[dict[str, Any]]:
-    """Join the latencies of single rows of a task, on one thread, with the models' scores."""
-    rows = {row["model"]: row for folder in folders_below(results_dir)
-            for row in read_if_there(folder / "inference.json").get("rows", [])
-            if row["threads"] == row["batch"] == 1 and not row["length"].isdigit()}
-    return [{**rows[model.folder.name], "name": model.name, "model": model.student,
-             "accuracy": model.scores[column.split][column.metric]}
-            for model in models if model.task == column.task and model.folder.name in rows
-            and column.split in model.scores]
-
-
-# ------------------------------------------------------------------ the table
-
-
-def percent(metrics: dict[str, dict[str, float]], column: Column) -> str:
-    """Format a score in percent; empty where there is none."""
-    value = metrics.get(column.split, {}).get(column.metric)
-    return "" if value is None else f"{100 * value:.1f}"
+# ------------------------------------------------------------------ the tables
 
 
 def table_rows(
@@ -361,13 +120,6 @@ def own_table(
     return header, rows
 
 
-def megabytes(folder: Path) -> str:
-    """Return the size of a model's weights on disk; "" where the folder is gone."""
-    sizes = [(folder / name).stat().st_size for name in (*WEIGHT_FORMS, ONNX_NAME)
-             if (folder / name).is_file()]
-    return f"{sizes[0] / 1e6:.1f}" if sizes else ""
-
-
 def in_80_columns(rows: list[list[str]]) -> list[list[str]]:
     """Return the table's rows for a terminal: what was made from a student indented below it."""
     names = [row[0] for row in rows]
@@ -403,14 +155,6 @@ def speed_section(speeds: list[dict[str, Any]], column: Column) -> str:
             " time, on one thread of this machine's CPU, all in one run. Smaller students are"
             " scored in fp32 or what they were quantized to, the others in the run's precision.\n\n"
             + markdown_table(header, rows) + f"\n{picture}")
-
-
-def selection(model: Model) -> str:
-    """Say how the checkpoint was selected; after a sweep, among which settings."""
-    rule, metric = model.results["selection"], model.task.metrics[0]
-    tried = ", ".join(f"{setting['folder']} {metric} {100 * setting['metrics'][metric]:.1f}"
-                      for setting in model.results.get("sweep", []))
-    return f"{model.results['chosen']}, the best on dev of {tried}; {rule}" if tried else rule
 
 
 def glue_part(
@@ -458,170 +202,6 @@ def results_page(parts: list[str], models: list[Model], speeds: str) -> str:
         speeds + "## Every score", "", markdown_table(names, details, "---")])
 
 
-def row_count(model: Model, split: str) -> str:
-    """Return how many rows a split has; "" where no record says it."""
-    if split == "dev":
-        return str(model.results["rows"])
-    classes = model.results.get("per_class", {}).get(split, {})
-    return str(sum(counts["rows"] for counts in classes.values()) or "")
-
-
-# ------------------------------------------------------------------ pictures
-
-
-def read_log(model: Model) -> list[dict[str, Any]]:
-    """Read a run's log.jsonl, of a sweep that of the setting chosen."""
-    path = model.folder / model.results.get("chosen", "") / "log.jsonl"
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    log = [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
-    shown = [loss for row in CURVES for kind, losses, _ in row if kind == model.kind
-             for loss in losses]
-    with naming(path):
-        for record in log:
-            sum(float(record[name]) for name in ("step", "epoch", *shown))
-    return log
-
-
-def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float], list[float]]:
-    """Return the epochs of a log and the sums of the mean losses since the record before.
-
-    A last interval that is shorter is left out: the mean of a few batches would look like a jump.
-    """
-    steps = [record.get("steps", record["step"] - before["step"])
-             for before, record in zip([{"step": 0}, *log[:-1]], log, strict=True)]
-    whole = log[:-1] if len(log) > 1 and steps[-1] < steps[0] else log
-    return ([record["epoch"] for record in whole],
-            [sum(record[loss] for loss in losses) for record in whole])
-
-
-def draw_losses(runs: list[tuple[Model, list[dict[str, Any]]]], path: Path) -> None:
-    """Draw a row of panels for each task, a curve a student, from models and their logs.
-
-    Curves that span a decade or more have a logarithmic axis.
-    """
-    found = [model.task for model, _ in runs]
-    order = dict.fromkeys((None, *GLUE_TASKS.values(), *found))
-    tasks = [task for task in order if task in found] or [None]
-    colours = colours_of([model for model, _ in runs])
-    figure, panels = plt.subplots(
-        len(tasks), 2, figsize=(11, 3.1 * len(tasks)), squeeze=False, layout="constrained")
-    for task, row in zip(tasks, panels, strict=True):
-        for axes, (kind, losses, name) in zip(row, CURVES[task is not None], strict=True):
-            lines = [(model.student, *loss_curve(log, losses)) for model, log in runs
-                     if model.kind == kind and model.task == task]
-            for student, epochs, values in lines:
-                axes.plot(epochs, values, marker="." if len(epochs) < 20 else "", label=student,
-                          color=colours[student])
-            axes.set(title=f"{task.folder if task else 'General'}, {name}", xlabel="epoch",
-                     ylabel="loss")
-            axes.grid(alpha=0.3, which="both")
-            axes.set_visible(bool(lines))
-            seen = [value for *_, values in lines for value in values]
-            if seen and max(seen) >= 10 * min(seen) > 0:
-                axes.set_yscale("log")
-                number_decades(axes.yaxis)
-    figure.legend(handles=colour_keys(colours), loc="outside lower center", ncols=3, fontsize=8)
-    save_figure(figure, path)
-
-
-def colours_of(models: list[Model]) -> dict[str, str]:
-    """Return a colour for each student, in the order in which they come first."""
-    students = dict.fromkeys(model.student for model in models)
-    return {student: f"C{i % 10}" for i, student in enumerate(students)}
-
-
-def number_decades(axis: Axis) -> None:
-    """Number a logarithmic axis at 1, 2, 5, 10, ...: decades alone would be a number or two."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def colour_keys(colours: dict[str, str]) -> list[Line2D]:
-    """Return what a legend says of the colours."""
-    return [Line2D([], [], color=colour, linewidth=4, label=name)
-            for name, colour in colours.items()]
-
-
-def draw_scores(
-    models: list[Model], columns: list[Column], majority: dict[str, Any], path: Path
-) -> None:
-    """Draw a panel for each column, a bar a model, a dashed line at the majority class.
-
-    What was made from a student has its colour, paler.
-    """
-    names = list(dict.fromkeys(model.name for model in models))
-    colours = colours_of(models)
-    figure, [panels] = plt.subplots(
-        1, len(columns), sharey=True, squeeze=False, layout="constrained",
-        figsize=(4 + 2 * len(columns), 1.3 + 0.2 * len(names)))
-    for axes, column in zip(panels, columns, strict=True):
-        shown = [model for model in models if model.task == column.task]
-        bars = axes.barh(
-            [names.index(model.name) for model in shown],
-            [float(percent(model.scores, column) or "nan") for model in shown],
-            color=[to_rgba(colours[model.student], 0.5 if model.kind in SMALLER else 1)
-                   for model in shown])
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7,
-                       bbox={"color": "white", "alpha": 0.7, "pad": 0.3})
-        if column.task.folder in majority:
-            level = float(percent(majority[column.task.folder], column))
-            axes.axvline(level, color="black", linestyle="dashed", linewidth=1)
-        axes.set(title=f"{column.title} {column.metric}", xlabel="dev, %")
-        axes.margins(x=0.2, y=0.01)
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), names, fontsize=8)
-    panels[0].invert_yaxis()
-    figure.suptitle("The checkpoint that is best on dev; dashed: majority class")
-    save_figure(figure, path)
-
-
-def draw_tradeoff(
-    speeds: list[dict[str, Any]], colours: dict[str, str], column: Column, path: Path
-) -> None:
-    """Draw accuracy against latency: a colour for each student, a shape for each way to run it."""
-    ways = [speed["name"].removeprefix(speed["model"]).strip(", ") or speed["engine"]
-            for speed in speeds]
-    shapes = {way: "osD^vP*X<>hp"[i % 12] for i, way in enumerate(dict.fromkeys(ways))}
-    points = [(speed["median"], 100 * speed["accuracy"]) for speed in speeds]
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    for point, speed, way in zip(points, speeds, ways, strict=True):
-        axes.plot(*point, linestyle="", marker=shapes[way], markersize=8, alpha=0.75,
-                  color=colours[speed["model"]])
-    axes.set(title=f"{column.title}: score against latency, one row at a time on one thread",
-             xscale="log", xlabel="median latency in milliseconds (smaller is better)",
-             ylabel=f"dev {column.metric} in percent (larger is better)")
-    number_decades(axes.xaxis)
-    axes.margins(x=0.2, y=0.1)
-    axes.grid(alpha=0.3)
-    keys = [Line2D([], [], linestyle="", marker=shape, markersize=8, color="black",
-                   fillstyle="none", label=way) for way, shape in shapes.items()]
-    shown = {speed["model"]: colours[speed["model"]] for speed in speeds}
-    figure.legend(handles=colour_keys(shown) + keys, loc="outside right upper", fontsize=8)
-    number_points(axes, points)
-    save_figure(figure, path)
-
-
-def number_points(axes: plt.Axes, points: list[tuple[float, float]]) -> None:
-    """Write both numbers of each point beside it, higher where something else stands."""
-    axes.figure.draw_without_rendering()  # settles where on the picture the points are
-    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7)
-             for x, y in axes.transData.transform(points)]
-    for x, y in sorted(points, key=lambda point: point[1]):
-        label = axes.annotate(f"{y:.1f}, {x:.3g} ms", (x, y), xytext=(7, -3), fontsize=7,
-                              textcoords="offset points")
-        while label.get_window_extent().count_overlaps(taken):
-            label.set_position((7, label.get_position()[1] + 1))
-        taken.append(label.get_window_extent())
-
-
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a picture, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-
-
 # ------------------------------------------------------------------ the report
 
 
@@ -657,8 +237,7 @@ def main(args: argparse.Namespace) -> None:
         parts, models, speed_section(speeds, column) if speeds else ""))
 
     # Pictures
-    plt.rcParams["font.family"] = [
-        name for name in FONTS if name in fontManager.get_font_names()]
+    set_fonts()
     draw_losses(runs, args.results_dir / "loss_curves.png")
     draw_scores(models, drawn, majority, args.results_dir / "scores.png")
     if speeds:

@@ -11,6 +11,7 @@ import pytest
 from helpers import make_rows, read_json
 
 import report
+from transformer import pictures, run_records
 from transformer.evaluation import write_results
 from transformer.file_utils import write_json
 from transformer.own_tasks import find_task, save_task
@@ -115,7 +116,7 @@ def figures(monkeypatch) -> Iterator[dict[str, plt.Figure]]:
     """The pictures by their names, not saved: that takes most of a report's time."""
     kept: dict[str, plt.Figure] = {}
     monkeypatch.setattr(
-        report, "save_figure", lambda figure, path: kept.update({path.name: figure}))
+        pictures, "save_figure", lambda figure, path: kept.update({path.name: figure}))
     yield kept
     plt.close("all")
 
@@ -342,10 +343,10 @@ def test_data_of_a_task_that_the_run_lacks_is_named(run, intents, tmp_path, caps
 def test_a_short_last_interval_is_left_out_of_the_curve():
     log = [{"step": step, "epoch": step / 10, "loss": loss}
            for step, loss in ((4, 3.0), (8, 2.0), (9, 7.0))]
-    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.8], [3.0, 2.0])
+    assert run_records.loss_curve(log, ["loss"]) == ([0.4, 0.8], [3.0, 2.0])
     for record, steps in zip(log, (2, 2, 2), strict=True):  # as the log itself has it
         record["steps"] = steps
-    assert report.loss_curve(log, ["loss"]) == ([0.4, 0.8, 0.9], [3.0, 2.0, 7.0])
+    assert run_records.loss_curve(log, ["loss"]) == ([0.4, 0.8, 0.9], [3.0, 2.0, 7.0])
 
 
 def test_loss_curves_are_logarithmic_from_a_decade_on_and_have_the_legend_outside(run, figures):

@@ -3,7 +3,7 @@
 import textwrap
 import unicodedata
 
-FIRST_COLUMN = 34  # cells of the first column of a table that is too wide
+FIRST_COLUMN = 34  # cells of the first column of a table that is too wide, at least
 SECOND_CELL = "\ue000"  # stands behind each wide character while lines are broken
 
 
@@ -37,12 +37,12 @@ def text_table(header: list[str], rows: list[list[str]], width: int = 80,
                first_column: int = FIRST_COLUMN) -> str:
     """Format a table for the terminal: the first column to the left, the others to the right.
 
-    Of a table that is wider than `width`, the first column is broken into lines of `first_column`
-    cells, and columns for which there is still no room follow below.
+    Of a table that is wider than `width`, the first column is broken into lines, of `first_column`
+    cells or more, and columns for which there is still no room follow below.
     """
     sizes = [max(map(display_width, column)) for column in zip(header, *rows, strict=True)]
-    if sum(sizes) + 2 * (len(sizes) - 1) > width:
-        sizes[0] = min(sizes[0], first_column)
+    room = width - sum(sizes[1:]) - 2 * (len(sizes) - 1)
+    sizes[0] = min(sizes[0], max(room, first_column))
     shown = 2
     while shown < len(sizes) and sum(sizes[: shown + 1]) + 2 * shown <= width:
         shown += 1
