@@ -6,7 +6,8 @@ Tests check that both do the same work.
 """
 
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,58 @@ from transformer.modeling import BertConfig
 
 EVAL_BATCH = 32
 Batch = dict[str, Tensor]  # input_ids, token_type_ids, attention_mask [batch, length]; labels
+
+
+# ------------------------------------------------------------------ BERT's tokenizer
+
+
+def is_ideograph(character: str) -> bool:
+    """Whether it is one of the CJK Unified Ideographs; those of two planes, as far as needed."""
+    return "\u4e00" <= character <= "\u9fff" or "\u3400" <= character <= "\u4dbf"
+
+
+def is_punctuation(character: str) -> bool:
+    is_ascii = character.isascii() and character.isprintable()
+    return (is_ascii and not character.isalnum() and character != " "
+            ) or unicodedata.category(character).startswith("P")
+
+
+def basic_tokens(text: str) -> Iterator[str]:
+    """Lower-cased words without accents, ideographs and punctuation marks."""
+    decomposed = unicodedata.normalize("NFD", text.lower())
+    kept = (each for each in decomposed if unicodedata.category(each) != "Mn")
+    for word in "".join(f" {each} " if is_ideograph(each) else each for each in kept).split():
+        token = ""
+        for character in word:
+            if is_punctuation(character):
+                yield from filter(None, (token, character))
+                token = ""
+            else:
+                token += character
+        yield from filter(None, [token])
+
+
+def word_pieces(token: str, vocab: Mapping[str, int]) -> list[str]:
+    """The longest pieces from the left; [UNK] for more than 100 characters, too."""
+    if len(token) > 100:
+        return ["[UNK]"]
+    pieces: list[str] = []
+    start = 0
+    while start < len(token):
+        prefix = "##" if start else ""
+        for end in range(len(token), start, -1):
+            if prefix + token[start:end] in vocab:
+                break
+        else:
+            return ["[UNK]"]
+        pieces.append(prefix + token[start:end])
+        start = end
+    return pieces
+
+
+def tokenize(text: str, vocab: Mapping[str, int]) -> list[int]:
+    """Ids of a text without special tokens and control characters, as the original finds them."""
+    return [vocab[piece] for token in basic_tokens(text) for piece in word_pieces(token, vocab)]
 
 
 # ------------------------------------------------------------------ BERT

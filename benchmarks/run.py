@@ -67,7 +67,7 @@ def sample_rows(name: str, split: str, glue_dir: Path, folder: Path, most: int) 
     """Copy at most `most` random rows of a task's file; says how many of what."""
     task = get_task(name)
     rows = read_tsv(glue_dir / task.folder / task.files[split])
-    header, rows = (rows[:1], rows[1:]) if task.has_header else ([], rows)
+    header, rows = (rows[:1], rows[1:]) if not task.columns else ([], rows)
     rows = random.Random(SEED).sample(rows, most) if len(rows) > most else rows
     (folder / task.folder).mkdir(parents=True, exist_ok=True)
     write_tsv(folder / task.folder / task.files[split], header + rows)
@@ -189,8 +189,8 @@ def stage_row(name: str, result: dict[str, Any] | None, other: str) -> list[str]
 
 def markdown_page(content: dict[str, Any], other: str) -> str:
     """Return benchmarks.md: machine and table."""
-    header = ["stage (rows/s; pregenerate: MB/s)", other, "ours", "ratio", f"GB {other}", "GB ours",
-              f"% of peak, {other}", "% of peak, ours"]
+    header = ["stage (rows/s; tokenize, pregenerate: MB/s)", other, "ours", "ratio",
+              f"GB {other}", "GB ours", f"% of peak, {other}", "% of peak, ours"]
     return "\n".join([
         "## " + content["machine"]["device"], "",
         markdown_table(["", ""], [list(item) for item in content["machine"].items()], "---"),

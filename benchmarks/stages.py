@@ -62,6 +62,7 @@ from transformer.tasks import TaskRows, get_task, task_rows
 from transformer.tokenization import BertTokenizer
 from transformer.training import StudentTrainer, train
 
+CHINESE_CHARACTERS = 8000
 PREDICTION_EPOCHS = 3  # over which the teacher's logits, computed once, are spread
 PREGENERATE_EPOCHS = 2
 RUNS = 2  # of which the first does not count
@@ -72,7 +73,7 @@ SCHEDULE_STEPS = 1_000_000  # that the learning rate's schedule spans; more than
 class Job(NamedTuple):
     """What is timed.
 
-    amount: rows, or megabytes of text times epochs.
+    amount: rows, or megabytes of text (times epochs, of pregenerate).
     lengths: word pieces of each row that goes through the models, for the count of operations.
     """
 
@@ -174,6 +175,38 @@ def masked_lengths(setup: Setup, table: TaskRows) -> np.ndarray:
     return np.minimum(lengths, setup.teacher_config().max_position_embeddings)
 
 
+def chinese_vocab(setup: Setup) -> dict[str, int]:
+    """Make a vocabulary of ideographs, and of what setup's has beside them, by id."""
+    ideographs = map(chr, range(0x4E00, 0x4E00 + CHINESE_CHARACTERS))
+    pieces = dict.fromkeys([*setup.tokenizer().vocab, *ideographs, *"\uff0c\u3002\uff01"])
+    return dict(zip(pieces, range(len(pieces)), strict=True))
+
+
+def chinese_lines(setup: Setup, count: int, seed: int) -> list[str]:
+    """Make lines of 1 to 5 clauses of ideographs, by Zipf's law, with English words and numbers."""
+    rng = random.Random(seed)
+    ranks = np.random.default_rng(seed).zipf(1.2, 64 * count) % CHINESE_CHARACTERS
+    ideographs = (0x4E00 + ranks).astype("<u2").tobytes().decode("utf-16-le")
+    words = [word for word in setup.tokenizer().vocab if word.isascii() and word.isalpha()]
+    lines, start = [], 0
+    for _ in range(count):
+        line = ""
+        for _ in range(rng.randint(1, 5)):
+            end = start + rng.randint(2, 15)
+            insert = rng.choice([*[""] * 8, rng.choice(words), str(rng.randrange(1000))])
+            line += ideographs[start:end] + insert + rng.choice("\uff0c\u3002\uff01\uff0c,")
+            start = end % (len(ideographs) - 15)
+        lines.append(line)
+    return lines
+
+
+def tokenize_job(setup: Setup, rows: int, tokenize: Callable[[list[str]], object]) -> Job:
+    """Tokenize Chinese lines, new ones in each run."""
+    texts = [chinese_lines(setup, rows, SEED + run) for run in range(RUNS)]
+    size = len("".join(texts[0]).encode())
+    return Job(size / 1e6, np.zeros(0), lambda: tokenize(texts.pop()))
+
+
 # ------------------------------------------------------------------ operations of a stage
 
 
@@ -259,6 +292,11 @@ def plain_evaluation(setup: Setup, rows: int) -> Job:
         plain.evaluate(model, {name: values.to(setup.device) for name, values in batch.items()})
 
     return Job(rows, features.lengths[chosen], run)
+
+
+def plain_tokenize(setup: Setup, rows: int) -> Job:
+    vocab = chinese_vocab(setup)
+    return tokenize_job(setup, rows, lambda lines: [plain.tokenize(line, vocab) for line in lines])
 
 
 # ------------------------------------------------------------------ ours
@@ -378,6 +416,10 @@ def our_augmentation(setup: Setup, rows: int, name: str) -> Job:
                lambda: augmentors.pop().augment(sentences_of(table)))
 
 
+def our_tokenize(setup: Setup, rows: int) -> Job:
+    return tokenize_job(setup, rows, BertTokenizer(chinese_vocab(setup)).encode_flat)
+
+
 def our_pregenerate(setup: Setup, rows: int, workers: int) -> Job:
     size = (setup.folder / "corpus.txt").stat().st_size * PREGENERATE_EPOCHS
     return Job(size / 1e6, np.zeros(0), lambda: pregenerate(
@@ -403,7 +445,7 @@ def pregenerate(
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the table: a rate in rows a second, of pregenerate in megabytes.
+    """One line of the table: a rate in rows a second, of text in megabytes.
 
     plain_rows, our_rows: of one timed run on a CPU, with scale 1. flops: the operations that the
     work needs at its true lengths. training: works in steps, so one whole step at least is timed.
@@ -443,6 +485,7 @@ STAGES = {
     "augmentation-rte": Stage(
         None, partial(our_augmentation, name="rte"), 6, 24, augmentation_flops),
     "evaluation": Stage(plain_evaluation, our_evaluation, 64, 872, teacher_flops),
+    "tokenize-chinese": Stage(plain_tokenize, our_tokenize, 5_000, 50_000),
     "pregenerate-1": Stage(None, partial(our_pregenerate, workers=1), 1, 1),
     "pregenerate-2": Stage(None, partial(our_pregenerate, workers=2), 1, 1),
 }

@@ -30,6 +30,7 @@ from transformer.modeling import (
     TinyBertForSequenceClassification,
 )
 from transformer.optimization import BertAdam, param_groups
+from transformer.tokenization import BertTokenizer
 
 # ------------------------------------------------------------------ the same models
 
@@ -140,6 +141,16 @@ def write_corpus(path: Path) -> None:
     documents = [[" ".join(rng.choices(NEUTRAL, k=rng.randint(2, 9))) for _ in range(30)]
                  for _ in range(12)]
     path.write_text("\n\n".join("\n".join(lines) for lines in documents), encoding="utf-8")
+
+
+def test_plain_tokens_are_ours():
+    tokenizer = BertTokenizer(VOCAB)
+    texts = [row["text"] for row in read_json(GOLDEN / "tokenization.json")]
+    plain_text = [text for text in texts if text.isprintable() and "[" not in text]
+    assert len(plain_text) > 50
+    chinese = ["\u5f88\u597d\u5403\uff0c iPhone\u768416\u5143\u3002", "\u304c\u304f caf\u00e9-x"]
+    for text in [*plain_text, *chinese]:
+        assert plain.tokenize(text, tokenizer.vocab) == tokenizer.encode_batch([text])[0], text
 
 
 # ------------------------------------------------------------------ operations and projection

@@ -41,6 +41,7 @@ from transformer.modeling import (
     model_inputs,
 )
 from transformer.tasks import get_task
+from transformer.tokenization import BertTokenizer
 
 sys.path.insert(0, str(REPO / "K-prune" / "src"))
 kprune_main = importlib.import_module("main")
@@ -570,12 +571,14 @@ def test_a_folder_that_is_read_is_not_written_into(tmp_path, capsys, flag):
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(("pieces", "lower"), [
-    (PIECES, False), ([*PIECES[:-1], ";"], True), (PIECES[:-1], True),
+@pytest.mark.parametrize(("pieces", "settings"), [
+    (PIECES, {"strip_accents": False}), ([*PIECES[:-1], ";"], {}), (PIECES[:-1], {}),
 ])
 def test_a_vocabulary_that_is_not_the_checkpoints_is_one_clear_line(
-        pruned, tmp_path, capsys, pieces, lower):
-    write_vocab(tmp_path / "vocabulary", pieces, lower)
+        pruned, tmp_path, capsys, pieces, settings):
+    write_vocab(tmp_path / "vocabulary", pieces)
+    BertTokenizer(tmp_path / "vocabulary" / "vocab.txt", **settings).save_vocabulary(
+        tmp_path / "vocabulary")
     message = error_line(capsys, kprune_main, *pruned.arguments(
         "never", "--model_name", tmp_path / "vocabulary"))
     assert "another vocabulary or lower-casing than --ckpt_dir" in message

@@ -242,9 +242,89 @@ def test_the_case_rule_comes_from_the_model_directory_unless_a_flag_says_otherwi
     assert "do_lower_case=True" in caplog.text
 
 
+CHINESE_PIECES = (
+    "[PAD] [unused1] [UNK] [CLS] [SEP] [MASK] <S> <T> abc iphone cafe x \u4e2d \u516c \u53f8 \u7684"
+    " \uff0c ##s \u3042 \u304b \u1112 ##\u1161 ##\u11ab").split(" ")
+SYLLABLES = [*CHINESE_PIECES, "\u304c", "\ud55c"]
+CASE_TEXTS = ["ABC\u516c\u53f8\u7684iPhones\uff0cXs", "Caf\u00e9 caf\u00e9s", "\u304c \ud55c",
+              "\u304b <S> x [SEP] \u00c9"]
+
+
+def write_model(folder: Path, pieces: list[str], config: dict | None, fast: bool = False) -> Path:
+    """Write the tokenizer of a published model; tokenizer.json says what the config says."""
+    write_vocab(folder / "vocab.txt", *pieces)
+    if fast:
+        BertTokenizer(folder / "vocab.txt", config["do_lower_case"]).save_vocabulary(folder)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bert_base_chinese_is_lower_cased_although_its_files_say_cased(tmp_path, caplog, fast):
+    saved = {"do_lower_case": False, "model_max_length": 512}  # as the hub has it
+    folder = write_model(tmp_path, CHINESE_PIECES, saved, fast)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    [record] = caplog.records
+    assert f"{folder}: do_lower_case is false, but no word piece has a capital" in record.message
+    assert tokenizer.tokenize(CASE_TEXTS[0]) == (
+        "abc \u516c \u53f8 \u7684 iphone ##s \uff0c x ##s".split())
+    assert tokenizer.tokenize("Caf\u00e9 \u304c \ud55c") == (
+        "cafe \u304b \u1112 ##\u1161 ##\u11ab".split())  # its pieces were made without accents
+    caplog.clear()
+    asked = BertTokenizer.from_pretrained(folder, True)
+    assert asked.settings == tokenizer.settings
+    assert not BertTokenizer.from_pretrained(folder, False).do_lower_case
+    assert not caplog.records
+
+
+def test_pieces_in_brackets_do_not_make_a_vocabulary_cased(tmp_path, caplog):
+    """As the Chinese models of HFL are published: no tokenizer_config.json, and <S> and <T>."""
+    write_model(tmp_path, CHINESE_PIECES, None)
+    (tmp_path / "added_tokens.json").write_text("{}")
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.do_lower_case and tokenizer.tokenize("ABC\u516c")[0] == "abc"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("pieces", "saved", "settings"), [
+    (CHINESE_PIECES, {}, (True, True)),
+    (SYLLABLES, {}, (True, False)),  # stripping accents would lose Hangul and kana
+    (SYLLABLES, {"strip_accents": True}, (True, True)),
+    (CHINESE_PIECES, {"strip_accents": False}, (True, False)),
+    ([*CHINESE_PIECES, "iPhone"], {}, (False, False)),
+    ([piece for piece in SYLLABLES if not piece.islower()], {}, (False, False)),
+])
+def test_what_a_cased_model_without_capitals_does_is_what_it_writes(
+        tmp_path, caplog, pieces, saved, settings):
+    write_model(tmp_path, pieces, {"do_lower_case": False, **saved})
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    asked = tokenizer.settings
+    assert (asked["do_lower_case"], asked["strip_accents"]) == settings
+    assert len(caplog.records) == settings[0]
+    before = BertTokenizer(tmp_path / "vocab.txt", False, saved.get("strip_accents"))
+    for word in " ".join(CASE_TEXTS).split():
+        if before.tokenize(word) != tokenizer.tokenize(word):
+            assert "[UNK]" in before.tokenize(word)
+    tokenizer.save_vocabulary(tmp_path / "again")
+    caplog.clear()
+    assert BertTokenizer.from_pretrained(tmp_path / "again").settings == asked
+    assert not caplog.records
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "again")
+    ids = theirs(CASE_TEXTS, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_batch(CASE_TEXTS) == ids
+
+
+def test_an_added_token_with_capitals_keeps_a_model_cased(tmp_path):
+    token = {"content": "Hello", "special": False}
+    write_model(tmp_path, CHINESE_PIECES, {"do_lower_case": False, "added_tokens_decoder": {
+        str(len(CHINESE_PIECES)): token}})
+    assert not BertTokenizer.from_pretrained(tmp_path).do_lower_case
+
+
 # ------------------------------------------------------------------ Hugging Face's files
 
-PIECES = ("[PAD] [UNK] [CLS] [SEP] [MASK] good film cafe caf\u00e9 ##s a ##b \u4e2d \u6587"
+PIECES = ("[PAD] [UNK] [CLS] [SEP] [MASK] good Film cafe caf\u00e9 ##s a ##b \u4e2d \u6587"
           " \u4e2d\u6587 hello [ ] e1 \u2028 \u00a0").split(" ")
 FOREIGN_TEXTS = ["Caf\u00e9 \u4e2d\u6587 good", "good[E1]film Hello hello", "a<user> ,  ab",
                  "[E1] [E1]", "HELLO caf\u00e9s", "x [MASK] y", "Goods good", ""]
@@ -299,7 +379,7 @@ def test_pieces_that_look_blank_are_pieces(tmp_path):
     ("tokenizer.json", "normalizer.type", "NFC", "normalizer.type is 'NFC'; expected 'BertNorm"),
     ("tokenizer.json", "normalizer.clean_text", False, "clean_text is False; expected True"),
     ("tokenizer.json", "normalizer", None, "normalizer is None; expected that of BERT"),
-    ("tokenizer.json", "normalizer.lowercase", False, "another file of the folder says the contr"),
+    ("tokenizer.json", "normalizer.lowercase", True, "another file of the folder says the contr"),
     ("tokenizer.json", "pre_tokenizer.type", "Whitespace", "pre_tokenizer.type is 'Whitespace'"),
     ("tokenizer.json", "model.type", "BPE", "model.type is 'BPE'; expected 'WordPiece'"),
     ("tokenizer.json", "model.max_input_chars_per_word", 5, "max_input_chars_per_word is 5"),
@@ -343,7 +423,8 @@ def test_what_is_not_supported_of_a_tokenizer_is_refused_by_its_name(
 
 @pytest.mark.parametrize("lower", [True, False])
 def test_a_saved_vocabulary_reads_back_here_and_in_transformers(tmp_path, tokenizer, lower):
-    original = BertTokenizer(VOCAB, do_lower_case=lower)
+    pieces = [*tokenizer.vocab, "Berlin"]  # with capitals, as a cased model's are
+    original = BertTokenizer(dict(zip(pieces, range(len(pieces)), strict=True)), lower)
     original.save_vocabulary(tmp_path)
     back = BertTokenizer.from_pretrained(tmp_path)
     assert back.vocab == original.vocab

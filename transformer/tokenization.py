@@ -38,7 +38,9 @@ from transformer.tokenizer_files import (
     SEP,
     SPECIAL_TOKENS,
     UNK,
+    has_capitals,
     load_vocab,
+    mend_case,
     read_tokenizer,
 )
 
@@ -194,20 +196,19 @@ class BertTokenizer:
 
         `do_lower_case=None` takes the rule from the directory's files, else lower-cases if the
         vocabulary has no capitals. A given value wins, with a warning where the directory says
-        otherwise. See `read_tokenizer` for what is refused.
+        otherwise. See `read_tokenizer` for what is refused, `mend_case` for what is mended.
         """
         files = read_tokenizer(model_dir)
+        if do_lower_case is not False:
+            files = mend_case(files, None if do_lower_case else model_dir)
         saved = files.settings.get("do_lower_case")
         if do_lower_case is None:
-            do_lower_case = saved
+            do_lower_case = not has_capitals(files.vocab) if saved is None else saved
         elif saved is not None and saved != do_lower_case:
             logger.warning(
                 "%s was made with do_lower_case=%s, but %s was asked for; words in the wrong case "
                 "become [UNK]", model_dir, saved, do_lower_case,
             )
-        if do_lower_case is None:  # special tokens aside
-            do_lower_case = all(
-                piece == piece.lower() for piece in files.vocab if not piece.startswith("["))
         settings = {**files.settings, "do_lower_case": do_lower_case}
         try:
             return cls(files.vocab, **settings, added_tokens=files.added_tokens)

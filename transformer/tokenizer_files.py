@@ -5,8 +5,10 @@ Hugging Face's library writes `tokenizer.json` (the vocabulary and every setting
 `added_tokens.json`. What they say is obeyed, or refused by its name.
 """
 
+import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
 from transformer.file_utils import TOKENIZER_CONFIG_NAME, VOCAB_NAME, UserError, read_json
+
+logger = logging.getLogger(__name__)
 
 UNK, SEP, PAD, CLS, MASK = SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 MAX_CHARACTERS_PER_WORD = 100
@@ -48,6 +52,7 @@ OBEYED = {
     "normalizer.handle_chinese_chars": "tokenize_chinese_chars",
 }
 BLANK = "\u2028"  # stands for a piece of white space
+BRACKETS = (("[", "]"), ("<", ">"))
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -127,6 +132,41 @@ def read_tokenizer(model_dir: Path | str) -> TokenizerFiles:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: its added tokens cannot be read ({error!r}); expected them as"
                         " Hugging Face's library writes them") from error
+
+
+def has_capitals(pieces: Iterable[str]) -> bool:
+    """Whether a word piece has a capital letter; `[unused1]`, `<S>` and the like do not count."""
+    return any(piece != piece.lower() and (piece[:1], piece[-1:]) not in BRACKETS
+               for piece in pieces)
+
+
+def _has_accents(pieces: Iterable[str]) -> bool:
+    """Whether a word piece changes where accents are stripped: \u00e9, but also Hangul and kana."""
+    return any(
+        unicodedata.normalize("NFD", piece) != piece or "Mn" in map(unicodedata.category, piece)
+        for piece in pieces)
+
+
+def mend_case(files: TokenizerFiles, model_dir: Path | str | None) -> TokenizerFiles:
+    """Lower-case text although the files say not to, where word pieces have small letters only.
+
+    The hub's bert-base-chinese is published like that, and was trained on lower-cased text. As
+    there, accents are stripped with the case, unless a piece has some. Only words that are `[UNK]`
+    by what the files say get other word pieces. A folder that is given is named in the log.
+    """
+    pieces = [*files.vocab, *(token.content for token in files.added_tokens.values())]
+    if (files.settings.get("do_lower_case") is not False or has_capitals(pieces)
+            or not any(map(str.islower, pieces))):
+        return files
+    settings = {**files.settings, "do_lower_case": True}
+    if settings.get("strip_accents") is None and _has_accents(pieces):
+        settings["strip_accents"] = False
+    if model_dir is not None:
+        logger.warning(
+            "%s: do_lower_case is false, but no word piece has a capital letter, so that words with"
+            " capitals would be [UNK]: text is lower-cased, accents are %s", model_dir,
+            "kept" if settings.get("strip_accents") is False else "stripped")
+    return files._replace(settings=settings)
 
 
 def _said(folder: Path, fast: dict[str, Any] | None) -> Iterator[tuple[Path, str, Any]]:
