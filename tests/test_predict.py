@@ -240,6 +240,14 @@ def test_a_model_without_names_of_labels_answers_with_its_tasks(tmp_path, ask):
     assert header.split("\t")[2:4] == ["差评", "好评"]
 
 
+def test_the_task_of_a_model_from_an_address_comes_with_it(tmp_path, ask, server):
+    for path in own_model(tmp_path / "model", REVIEWS).iterdir():
+        server.files[f"/shop/{path.name}"] = path.read_bytes()
+    (line,) = as_json(ask('{"评论": "很好吃"}'.encode(), "--model", f"{server.url}/shop",
+                          "--cache_dir", tmp_path / "cache", "--format", "jsonl"))
+    assert line["sentence"] == "很好吃"
+
+
 def test_a_table_to_read_is_aligned_by_width_and_shows_the_most_probable_labels(tmp_path, ask):
     labels = ("好", "很好", "一般般", "bad", "a_label_of_20_letters", "不知道", "算了")
     make_model(tmp_path / "model", labels=labels)

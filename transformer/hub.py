@@ -28,7 +28,7 @@ from transformer.runtime import first_line
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
-SETTINGS_FILES = (*TOKENIZER_FILES, "quantization.json", CONFIG_NAME)
+SETTINGS_FILES = (*TOKENIZER_FILES, "quantization.json", "task.json", CONFIG_NAME)
 INDEX_SUFFIX = ".index.json"
 # What may hold the weights, the first that is there: a file, or the index of its shards.
 WEIGHTS_FILES = (SAFE_WEIGHTS_NAME, f"{SAFE_WEIGHTS_NAME}{INDEX_SUFFIX}",
