@@ -216,7 +216,7 @@ def test_a_second_column_is_never_a_second_text_for_a_model_of_single_texts(
                                        "takes one, it was trained on waimai" in message)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
 def test_files_of_the_tasks_own_format_are_read(tmp_path, ask, suffix):
     model, path = own_model(tmp_path / "model", REVIEWS), tmp_path / f"new{suffix}"
     texts = ["很好吃，\n下次再来", 'a "good" film, bad']
@@ -225,6 +225,8 @@ def test_files_of_the_tasks_own_format_are_read(tmp_path, ask, suffix):
             csv.writer(file).writerows([["标签", "评论"], *(["好评", text] for text in texts)])
     elif suffix == ".jsonl":
         path.write_text("".join(json.dumps({"评论": text}) + "\n" for text in texts))
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"标签": "好评", "评论": text} for text in texts], indent=1))
     else:
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")

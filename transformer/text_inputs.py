@@ -129,9 +129,7 @@ class TextInputs:
     def records(self, lines: ArrivingLines) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
         """Yield (number from 1, cells, or values by name) of each line or row."""
         if self.form == "auto" and self.by_suffix in (PARQUET, ARROW):
-            table = iterate_table(self.path, self.by_suffix)
-            _, names = next(table)
-            yield from ((number, dict(zip(names, cells, strict=True))) for number, cells in table)
+            yield from self.table()
             return
         form, rest = "", iter(lines)
         for number, line in enumerate(rest, start=1):
@@ -141,10 +139,19 @@ class TextInputs:
                 texts = (f"{each}\n" for each in chain([line], rest))
                 yield from ((number - 1 + place, cells)
                             for place, cells in iterate_csv(texts, self.name))
+            elif form == self.by_suffix == JSON and line.lstrip().startswith("["):
+                yield from self.table()  # one list of all
+                return
             elif form == JSON and line.strip():
                 yield number, parse_json(line, where, self.expected_keys)
             else:
                 yield number, line.split("\t")
+
+    def table(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (number from 1, values by name) of the rows of a file that is no text of lines."""
+        rows = iterate_table(self.path, self.by_suffix)
+        _, names = next(rows, (0, []))
+        yield from ((number, dict(zip(names, cells, strict=True))) for number, cells in rows)
 
     def format_of(self, where: str, first: str) -> str:
         """Return the format of a text by the flag, its suffix, or its first line."""
@@ -251,8 +258,10 @@ class TextInputs:
         for cell in (cell.strip(' "') for cell in cells):
             if len(cells) == 2 and (cell.casefold() in self.labels or cell in NO_TEXTS
                                     or NUMBER.fullmatch(cell)):
-                raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected two"
-                                " texts (--columns says which columns are)")
+                is_single = self.task is not None and self.task.text_b is None
+                raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected"
+                                f" {'a text' if is_single else 'two texts'} (--columns says in"
+                                " which column)")
 
 
 def texts_of(task: Task) -> list[str]:
