@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -40,8 +41,8 @@ TEXT_FORMS = {"tsv": TSV, "csv": CSV, "jsonl": JSON}
 JSON_START = re.compile(r"""\s*(\[\s*$|\[?\s*\{\s*(["'}]|$))""")  # of an object, or a list of them
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 # Cells that are not one of two texts; numbers are none either.
-NO_TEXTS = {"", *KNOWN_COLUMNS, *chain.from_iterable(
-    (task.text_a, task.text_b, task.label, *task.spellings) for task in GLUE_TASKS.values())}
+NO_TEXTS = {"", *chain.from_iterable(
+    (task.label, *task.spellings) for task in GLUE_TASKS.values())}
 
 
 class Row(NamedTuple):
@@ -187,7 +188,7 @@ class TextInputs:
         # Once more where files follow one another.
         return [] if record == self.header else self.cell_texts(where, record)
 
-    @property
+    @cached_property
     def expected_keys(self) -> str:
         """What a row with names should hold."""
         own = [texts_of(self.task)] if self.task else []
@@ -255,9 +256,10 @@ class TextInputs:
 
     def check_no_label(self, where: str, cells: list[str]) -> None:
         """Raise a `UserError` where one of two columns does not hold texts."""
+        names = KNOWN_COLUMNS if self.unchecked else ()  # which a text further down may equal
         for cell in (cell.strip(' "') for cell in cells):
             if len(cells) == 2 and (cell.casefold() in self.labels or cell in NO_TEXTS
-                                    or NUMBER.fullmatch(cell)):
+                                    or cell in names or NUMBER.fullmatch(cell)):
                 is_single = self.task is not None and self.task.text_b is None
                 raise UserError(f"{where}: a column holds {cell!r}, a label or a name; expected"
                                 f" {'a text' if is_single else 'two texts'} (--columns says in"
