@@ -155,19 +155,21 @@ for task in $TASKS; do
       --max_train_rows TEACHER_ROWS $TUNING) $TRAINING
 done
 
-if [[ $STUDENT_START =~ ^(copied|random)$ ]]; then
+if [[ $STUDENT_START != general ]]; then # own data: one task, one student
   stage start "The student's start"
-  for task in $TASKS; do
-    name=${SLUG[$task]} start=$(start_of "$STUDENTS" "${SLUG[$task]}")
-    if [[ $STUDENT_START == copied ]]; then
-      step "start_$name" "$start" -- python tinybert_6_from_bert.py --output_dir "$start" \
-        --bert_model "$STUDENTS_DIR/final_${name}_teacher" --num_layers "$STUDENT_LAYERS"
-    else
-      step "start_$name" "$start" --content "$STUDENT_CONTENT" -- python finetune_teacher.py \
-        --task_name "$task" --data_dir "$GLUE_DIR/$task" --bert_model "$STUDENT" --from_scratch \
-        --vocab_dir "$BASE_MODEL" --num_train_epochs 0 --output_dir "$start" $TRAINING
-    fi
-  done
+  start=$(start_of "$STUDENTS" "$NAMES") given=${STUDENT_CONTENT:+--content $STUDENT_CONTENT}
+  case $STUDENT_START${TRAIN_CORPUS:+_corpus} in
+    copied*) step start "$start" -- python tinybert_6_from_bert.py --output_dir "$start" \
+      --bert_model "$STUDENTS_DIR/final_${NAMES}_teacher" --num_layers "$STUDENT_LAYERS" ;;
+    random) step start "$start" $given -- python finetune_teacher.py --task_name "$TASKS" \
+      --data_dir "$GLUE_DIR/$TASKS" --bert_model "$STUDENT" --from_scratch \
+      --vocab_dir "$BASE_MODEL" --num_train_epochs 0 --output_dir "$start" \
+      --max_seq_length "$TEACHER_MAX_SEQ_LENGTH" $TRAINING ;;
+    random_corpus) step start "$start" $given -- python general_distill.py \
+      --train_corpus "$TRAIN_CORPUS" --teacher_model "$BASE_MODEL" --student_model "$STUDENT" \
+      --output_dir "$start" $(options '' --train_batch_size GENERAL_BATCH_SIZE --learning_rate \
+        GENERAL_LEARNING_RATE) $(general_flags '') $TRAINING ;;
+  esac
 fi
 
 # task_distillation TASK STEP START MODEL SUFFIX [START MODEL SUFFIX ...]: hidden states and then
@@ -317,7 +319,8 @@ for task in $TASKS; do
   models=($(exported_models "${SLUG[$task]}")) outputs=("${models[@]/#/$STUDENTS_DIR/export/}")
   ((${#models[@]} == 0)) || step "export_${SLUG[$task]}" "${outputs[@]}" -- \
     python export_model.py --model "${models[@]/#/$STUDENTS_DIR/}" --output_dir "${outputs[@]}" \
-    --onnx --int8 --padded $(export_flags "$task")
+    --onnx --int8 --padded $(export_flags "$task") \
+    ${EVAL_SPLITS[$task]:+--results "${models[@]/#/$RESULTS_DIR/eval/}"}
 done
 
 stage report "Report: table and pictures"

@@ -122,6 +122,6 @@ def describe_student(student: Model, teacher: Model) -> Iterator[tuple[str, str]
             student.config.check_vocabulary(pieces, teacher.name)
     except UserError as error:
         raise UserError(f"--student {student.name}: {error}") from error
-    logger.info("student: %s%s", student.name, ", random weights" * student.is_random)
+    logger.info("student: %s%s", student.name, " from random weights" * student.is_random)
     yield "STUDENT_START", "random" if student.is_random else "given"
     yield "STUDENT_CONTENT", student.content

@@ -135,6 +135,8 @@ own_data() {
   if [[ $MODEL_SOURCE == given ]]; then
     ((${#words[@]} == 1)) || complain "profile $profile: expected --task and a folder or file"
     [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
+    [[ -z $TRAIN_CORPUS || -e $TRAIN_CORPUS ]] ||
+      complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line"
     models=(--teacher "$TEACHER" --student "$STUDENT" --new_classifier "$NEW_CLASSIFIER"
       ${STUDENT_LAYERS:+--num_layers "$STUDENT_LAYERS"}
       ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"})

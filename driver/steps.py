@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,6 +40,7 @@ RESUMABLE = {*DISTRIBUTED, "prepare_data.py"}
 FREE_FLAGS = {"--num_workers", "--save_minutes", "--save_steps", "--source"}
 PLAN_FLAGS = ("--update", "--reads", "--content")
 LAUNCHER = "-m torch.distributed.run --standalone --max-restarts 3 --nproc_per_node"
+LOG_LINE = re.compile(r"\d\d:\d\d:\d\d [A-Z] ")
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -453,7 +455,8 @@ def main(args: argparse.Namespace) -> None:
     if args.mode == "run":
         log = Path(args.log_dir, "report.log")
         if "report" in chosen and log.is_file():
-            print(*log.read_text().splitlines()[2:], sep="\n")
+            lines = log.read_text().splitlines()[2:]
+            print(*(line for line in lines if not LOG_LINE.match(line)), sep="\n")
             print(f"Results: {log.parents[1] / 'results.md'}, pictures beside it.")
             exported = {Path(output).parent for output in made_by("export", steps)}
             print(*(f"Exported: {folder}\n" for folder in exported), sep="", end="")
