@@ -64,7 +64,8 @@ if [[ $MODEL_SOURCE == demo ]]; then # a BERT pre-trained on its text, and fine-
       MLM_SHALLOW_STEPS)
   for task in $TASKS; do
     name=${SLUG[$task]}
-    [[ -v SOURCE[$task] ]] || step "hub_teacher_$name" "$HUB-$name" -- python finetune_teacher.py --task_name "$task" \
+    [[ -v SOURCE[$task] ]] || # of own data the teachers are fine-tuned below
+      step "hub_teacher_$name" "$HUB-$name" -- python finetune_teacher.py --task_name "$task" \
       --data_dir "$GLUE_DIR/$task" --bert_model "$HUB" --new_classifier --output_dir "$HUB-$name" \
       $(options "$name" --num_train_epochs HUB_TEACHER_EPOCHS --train_batch_size \
         HUB_TEACHER_BATCH_SIZE --learning_rate HUB_TEACHER_LEARNING_RATE) $TRAINING
@@ -89,18 +90,17 @@ elif [[ $MODEL_SOURCE == minilm ]]; then
   step mlm_head "$BASE_MODEL" -- python pretrain_bert.py --bert_model "$BODY" --head_only \
     "${HEAD[@]}" --output_dir "$BASE_MODEL"
 fi
-if [[ $VECTORS == "$WORK_DIR/composed_vectors.txt" ]]; then # of which words
-  for task in $TASKS; do
-    [[ -v SOURCE[$task] ]] || words+=("$GLUE_DIR/$task/train.tsv")
-  done
-  words=("$CORPUS" "${words[@]}")
+if [[ $VECTORS == "$WORK_DIR/composed_vectors.txt" ]]; then
+  words=("$CORPUS") # whose
+  for task in $TASKS; do [[ -v SOURCE[$task] ]] || words+=("$GLUE_DIR/$task/train.tsv"); done
   [[ $MODEL_SOURCE != given ]] || words=(--data_dir "$GLUE_DIR/$TASKS")
   step vectors "$VECTORS" -- python data_augmentation.py --pretrained_bert_model \
     "${AUGMENTATION_MODEL:-$BASE_MODEL}" --glove_embs "$VECTORS" --compose_vectors "${words[@]}"
 fi
 
 stage pregenerate "Instances for general distillation"
-[[ $STUDENT_START != general ]] || step pregenerate "$WORK_DIR/json_wiki" -- python pregenerate_training_data.py \
+[[ $STUDENT_START != general ]] ||
+  step pregenerate "$WORK_DIR/json_wiki" -- python pregenerate_training_data.py \
   --train_corpus "$CORPUS" --bert_model "$BASE_MODEL" --reduce_memory $LOWER_CASE_FLAG \
   --output_dir "$WORK_DIR/json_wiki" $(options '' --epochs_to_generate PREGENERATE_EPOCHS \
     --max_seq_len PREGENERATE_MAX_SEQ_LEN --num_workers PREGENERATE_WORKERS \
@@ -133,8 +133,8 @@ for task in ${VECTORS:+$TASKS}; do
   [[ ! -v SOURCE[$task] ]] || place=(--data_dir "$GLUE_DIR/$task")
   step "augment_${SLUG[$task]}" "$(aug_file "$task")" -- python data_augmentation.py \
     --pretrained_bert_model "${AUGMENTATION_MODEL:-$BASE_MODEL}" --glove_embs "$VECTORS" \
-    "${place[@]}" --task_name "$task" $(options "${SLUG[$task]}" --N AUGMENTATION_N --max_train_rows \
-      AUGMENTATION_ROWS --max_varied_rows AUGMENTATION_VARIED_ROWS) $TRAINING
+    "${place[@]}" --task_name "$task" $(options "${SLUG[$task]}" --N AUGMENTATION_N \
+      --max_train_rows AUGMENTATION_ROWS --max_varied_rows AUGMENTATION_VARIED_ROWS) $TRAINING
 done
 
 stage repair "Repair of the teachers' checkpoints"
@@ -149,27 +149,16 @@ TUNING="--train_batch_size TEACHER_BATCH_SIZE --max_seq_length TEACHER_MAX_SEQ_L
 for task in $TASKS; do
   name=${SLUG[$task]} teacher=$STUDENTS_DIR/final_${SLUG[$task]}_teacher
   teacher_start "$task"
-  step "teacher_$name" "$teacher" ${TEACHER_CONTENT:+--content "$TEACHER_CONTENT"} -- python finetune_teacher.py --task_name "$task" \
-    --data_dir "$GLUE_DIR/$task" --bert_model "${start[@]}" --output_dir "$teacher" \
-    $(options "$name" --num_train_epochs TEACHER_EPOCHS --learning_rate TEACHER_LEARNING_RATE \
-      --max_train_rows TEACHER_ROWS $TUNING) $TRAINING
+  step "teacher_$name" "$teacher" ${TEACHER_CONTENT:+--content "$TEACHER_CONTENT"} -- \
+    python finetune_teacher.py --task_name "$task" --data_dir "$GLUE_DIR/$task" --bert_model \
+    "${start[@]}" --output_dir "$teacher" $(options "$name" --num_train_epochs \
+      TEACHER_EPOCHS --learning_rate TEACHER_LEARNING_RATE --max_train_rows TEACHER_ROWS $TUNING) \
+    $TRAINING
 done
 
-if [[ $STUDENT_START != general ]]; then # own data: one task, one student
+if [[ $STUDENT_START != general ]]; then
   stage start "The student's start"
-  start=$(start_of "$STUDENTS" "$NAMES") given=${STUDENT_CONTENT:+--content $STUDENT_CONTENT}
-  case $STUDENT_START${TRAIN_CORPUS:+_corpus} in
-    copied*) step start "$start" -- python tinybert_6_from_bert.py --output_dir "$start" \
-      --bert_model "$STUDENTS_DIR/final_${NAMES}_teacher" --num_layers "$STUDENT_LAYERS" ;;
-    random) step start "$start" $given -- python finetune_teacher.py --task_name "$TASKS" \
-      --data_dir "$GLUE_DIR/$TASKS" --bert_model "$STUDENT" --from_scratch \
-      --vocab_dir "$BASE_MODEL" --num_train_epochs 0 --output_dir "$start" \
-      --max_seq_length "$TEACHER_MAX_SEQ_LENGTH" $TRAINING ;;
-    random_corpus) step start "$start" $given -- python general_distill.py \
-      --train_corpus "$TRAIN_CORPUS" --teacher_model "$BASE_MODEL" --student_model "$STUDENT" \
-      --output_dir "$start" $(options '' --train_batch_size GENERAL_BATCH_SIZE --learning_rate \
-        GENERAL_LEARNING_RATE) $(general_flags '') $TRAINING ;;
-  esac
+  student_start
 fi
 
 # task_distillation TASK STEP START MODEL SUFFIX [START MODEL SUFFIX ...]: hidden states and then
@@ -185,10 +174,11 @@ task_distillation() {
     --teacher_model "$STUDENTS_DIR/final_${name}_teacher"
     $(options "$name" --max_seq_length MAX_SEQ_LENGTH))
   step "intermediate_$step" "${tmp[@]}" --reads "$(aug_file "$task")" \
-    ${STUDENT_CONTENT:+--content "$STUDENT_CONTENT"} -- python task_distill.py --student_model "${starts[@]}" --output_dir "${tmp[@]}" \
-    "${common[@]}" $(options "$name" --train_batch_size TASK_BATCH_SIZE \
-      --num_train_epochs INTERMEDIATE_EPOCHS --learning_rate INTERMEDIATE_LEARNING_RATE \
-      --max_train_rows INTERMEDIATE_ROWS --eval_step INTERMEDIATE_EVAL_STEP) \
+    ${STUDENT_CONTENT:+--content "$STUDENT_CONTENT"} -- \
+    python task_distill.py --student_model "${starts[@]}" --output_dir "${tmp[@]}" \
+    "${common[@]}" $(options "$name" --train_batch_size TASK_BATCH_SIZE --num_train_epochs \
+      INTERMEDIATE_EPOCHS --learning_rate INTERMEDIATE_LEARNING_RATE --max_train_rows \
+      INTERMEDIATE_ROWS --eval_step INTERMEDIATE_EVAL_STEP) \
     $(if_yes AUGMENTED "$name" --aug_train)
   grid=($(options "$name" --learning_rate PREDICTION_LEARNING_RATES --train_batch_size \
     PREDICTION_BATCH_SIZES))
@@ -257,6 +247,7 @@ for entry in $BASELINES; do
   for task in $TASKS; do
     baseline_start "$entry" "${SLUG[$task]}"
     model=$STUDENTS_DIR/baseline_${kind}_${student}_${SLUG[$task]}
+    [[ " ${baselines[$task]-} " != *" ${model##*/} "* ]] || continue # start:, if it is random
     step "${model##*/}" "$model" -- python finetune_teacher.py --task_name "$task" \
       --data_dir "$GLUE_DIR/$task" --bert_model "${start[@]}" --vocab_dir "$BASE_MODEL" \
       --output_dir "$model" $(options "${SLUG[$task]}" --num_train_epochs BASELINE_EPOCHS \
@@ -327,6 +318,7 @@ stage report "Report: table and pictures"
 own=("${!SOURCE[@]}") own=("${own[@]/#/$GLUE_DIR/}")
 step report --update "$RESULTS_DIR/results.json" --reads "$STUDENTS_DIR" "$RESULTS_DIR" -- \
   python report.py --models_dir "$STUDENTS_DIR" --results_dir "$RESULTS_DIR" \
-  --glue_dir "$GLUE_DIR" ${own:+--data_dirs "${own[@]}"} $(if_yes PUBLISHED_NUMBERS '' --published_numbers)
+  --glue_dir "$GLUE_DIR" ${own:+--data_dirs "${own[@]}"} \
+  $(if_yes PUBLISHED_NUMBERS '' --published_numbers)
 
 carry_out_plan

@@ -9,8 +9,8 @@ stage() {
   [[ $MODEL_SOURCE == given ]] || plan+=("${title[@]}") title=()
 }
 
-# step NAME [--update] OUTPUT... [--reads PATH...] [--content HASH] -- COMMAND: --reads names what the
-# command reads though it does not say so; driver/steps.py explains the rest.
+# step NAME [--update] OUTPUT... [--reads PATH...] [--content HASH] -- COMMAND: --reads names what
+# the command reads though it does not say so; driver/steps.py explains the rest.
 step() { plan+=("${title[@]}" step "$@" $'\n') title=(); }
 
 # options CASE FLAG NAME [FLAG NAME ...]: "FLAG value" for each setting that is not empty.
@@ -83,6 +83,30 @@ start_of() {
   esac
 }
 
+# student_start: the step that makes the student of own data which --student does not name: layers
+# of the fine-tuned teacher, or random weights, which general distillation trains if there is text.
+student_start() {
+  local start data given=${STUDENT_CONTENT:+--content $STUDENT_CONTENT}
+  start=$(start_of "$STUDENTS" "$NAMES") data=(--task_name "$TASKS" --data_dir "$GLUE_DIR/$TASKS")
+  case $STUDENT_START${TRAIN_CORPUS:+_corpus} in
+    copied*)
+      step start "$start" -- python tinybert_6_from_bert.py --output_dir "$start" \
+        --bert_model "$STUDENTS_DIR/final_${NAMES}_teacher" --num_layers "$STUDENT_LAYERS"
+      ;;
+    random)
+      step start "$start" $given -- python finetune_teacher.py "${data[@]}" --from_scratch \
+        --bert_model "$STUDENT" --vocab_dir "$BASE_MODEL" --num_train_epochs 0 \
+        --output_dir "$start" --max_seq_length "$TEACHER_MAX_SEQ_LENGTH" $TRAINING
+      ;;
+    random_corpus)
+      step start "$start" $given -- python general_distill.py --train_corpus "$TRAIN_CORPUS" \
+        --teacher_model "$BASE_MODEL" --student_model "$STUDENT" --output_dir "$start" \
+        $(options '' --train_batch_size GENERAL_BATCH_SIZE --learning_rate GENERAL_LEARNING_RATE) \
+        $(general_flags '') $TRAINING
+      ;;
+  esac
+}
+
 # teacher_start TASK: what its teacher is fine-tuned from, or is.
 teacher_start() {
   start=("$BASE_MODEL")
@@ -106,8 +130,11 @@ baseline_start() {
       ;;
     smart) start[0]=$STUDENTS_DIR/${student}_direct_base ;;
     start) # as the report tells them apart
-      [[ $STUDENT_START != copied ]] || kind=smart
-      [[ $STUDENT_START != given ]] || kind=general
+      case $STUDENT_START${TRAIN_CORPUS:+_corpus} in
+        copied*) kind=smart ;;
+        random) kind=scratch start[1]=--from_scratch ;;
+        *) kind=general ;;
+      esac
       ;;
   esac
 }

@@ -126,8 +126,8 @@ setting() {
 
 setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@"); }
 
-# own_data: has driver/own_data.py read the folders and files of TASKS, and of a run that has them the
-# teacher and the student; TASKS then holds the tasks' names.
+# own_data: has driver/own_data.py read the folders and files of TASKS, and of a run that has them
+# the teacher and the student; TASKS then holds the tasks' names.
 own_data() {
   local word words=(${TASKS//,/ }) own=() names=() models=() found
   STUDENT_START=general TEACHER_CONTENT='' STUDENT_CONTENT=''
@@ -157,7 +157,8 @@ own_data() {
   if ((${#own[@]} > 0)); then
     [[ $mode != run ]] || find_python $RUNTIME_MODULES
     known_python $RUNTIME_MODULES ||
-      complain "own data: ${PYTHON:-python3} lacks packages; PYTHON=\$(bash reproduction.sh --python)"
+      complain "own data: ${PYTHON:-python3} lacks packages;" \
+        "PYTHON=\$(bash reproduction.sh --python)"
     found=$("$PYTHON" driver/own_data.py --tasks "${own[@]}" "${models[@]}" \
       --dev_share "${DEV_SHARE:-0}" --test_share "${TEST_SHARE:-0}") || exit 2
     eval "$found"
@@ -259,8 +260,8 @@ check_values() {
   expect "a number" '[1-9][0-9]*' GPUS JOBS ${SMART_STUDENT:+SMART_LAYERS}
   expect "a number" '[0-9]+' DISK_GB
   expect "a number" ' *([1-9][0-9]*)? *' "${!GENERAL_BATCH_SIZE@}" # they are compared
-  expect "yes or no" 'yes|no' NEEDS_GPU NEW_CLASSIFIER SMART_GENERAL PUBLISHED_NUMBERS "${!AUGMENTED@}" \
-    "${!PREDICTION_AUGMENTED@}"
+  expect "yes or no" 'yes|no' NEEDS_GPU NEW_CLASSIFIER SMART_GENERAL PUBLISHED_NUMBERS \
+    "${!AUGMENTED@}" "${!PREDICTION_AUGMENTED@}"
   expect "given or demo" 'given|demo' INPUTS
   expect "hub, demo, minilm or given" 'hub|demo|minilm|given' MODEL_SOURCE
   [[ $BASE_MODEL_NAME =~ ^[^/\ ]+$ ]] ||
@@ -273,8 +274,10 @@ check_values() {
   done
   for entry in $STUDENTS $BASELINES; do
     student=${entry#*:} config=$(setting STUDENT_CONFIG "${entry#*:}")
-    if [[ $STUDENT_START != general && $entry =~ ^((start|scratch):)?student$ ]]; then
+    if [[ $STUDENT_START != general && $entry =~ ^((start|scratch):)?$STUDENTS$ ]]; then
       continue # made from what --student names
+    elif [[ $STUDENT_START != general ]]; then
+      complain "BASELINES: $entry; expected start:$STUDENTS or scratch:$STUDENTS"
     elif [[ $entry =~ ^(general|smart): ]]; then
       [[ $entry == "smart:$SMART_STUDENT" || $entry =~ general && " $STUDENTS " == *" $student "* ||
         $SMART_GENERAL == yes && $entry == "general:$SMART_STUDENT" ]] ||
