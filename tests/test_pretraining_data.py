@@ -375,6 +375,18 @@ def document_of_token(corpus: Corpus, instances: Instances) -> np.ndarray:
     return np.searchsorted(starts, instances.first_starts, side="right") - 1
 
 
+def test_what_lines_lose_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    flags = ["--instances", "lines", "--max_seq_len", 5]
+    for text, level in (("w1 w2 w3 w4\n" * 4, "WARNING"), ("w1\n" * 40 + "w1 w2 w3 w4\n", "INFO")):
+        caplog.clear()
+        generate(tmp_path, *flags, "--overwrite_output_dir", text=text)
+        [line] = [line for line in caplog.records if "left out" in line.getMessage()]
+        assert line.levelname == level and "--long_lines split" in line.getMessage()
+        generate(tmp_path, *flags, "--long_lines", "split", "--overwrite_output_dir", text=text)
+        assert caplog.text.count("left out") == 1
+
+
 def test_lines_are_the_same_in_every_epoch_and_whatever_the_seed(tmp_path):
     one, other = (contents(generate(tmp_path, "--instances", "lines", "--seed", seed, name=name))
                   for name, seed in (("a", 1), ("b", 2)))
@@ -436,7 +448,7 @@ def test_a_file_that_is_no_text_is_named_with_the_way_out(tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
         message = refused(capsys, tmp_path, "--train_corpus", tmp_path / name)
         assert name in message and all(text in message for text in expected), message
-    assert not list((tmp_path / "out").iterdir())
+        assert not [*tmp_path.glob("out/*")]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "wiki_00").write_text("w1.")
     message = refused(capsys, tmp_path, "--train_corpus", tmp_path / "folder")

@@ -6,11 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from filelock import Timeout
 from tqdm import tqdm
 
 from transformer import distributed
@@ -24,6 +26,7 @@ from transformer.corpus import (
     TokenizedBlock,
     document_blocks,
     line_blocks,
+    load_array,
     tokenize_block,
     write_corpus,
 )
@@ -33,18 +36,21 @@ from transformer.file_utils import (
     cache_root,
     file_lock,
     file_sha256,
-    open_text,
+    is_packed,
     parse_json,
     read_json,
     sync_file,
+    text_lines,
     write_json,
 )
 from transformer.pretraining_data import (
+    BINARY_SUFFIX,
     CORPUS_INFO_NAME,
     METRICS_SUFFIX,
     EpochWriter,
     epoch_path,
     generated_files,
+    record_dtype,
     vocabulary_sha256,
 )
 from transformer.runtime import check_disk
@@ -60,6 +66,7 @@ TEXT_SUFFIXES = (".txt", ".gz", ".bz2")  # of the files that are read of a folde
 NO_TEXT = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a zip archive",
            b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd"}
 DISK_SHARE = 1.2  # bytes of the tokenized corpus and an epoch, a byte of text, at most
+PACKED_SHARE = 4  # bytes of text, a compressed one
 VERSION = 1  # of how text becomes instances: another one does not read what the cache holds
 RECORD_NAME = "instances.json"
 
@@ -111,7 +118,7 @@ def epoch_settings(args: argparse.Namespace, length_flag: str) -> EpochSettings:
 def corpus_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files of a corpus: those given, and the .txt, .gz and .bz2 files of folders.
 
-    What does not exist, and what begins as another kind of file, is a `UserError`.
+    What does not exist, and what does not begin as text in UTF-8, is a `UserError`.
     """
     files: list[Path] = []
     for path in paths:
@@ -143,18 +150,16 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _check_text(path: Path) -> None:
-    """Raise a `UserError` for a file that begins as another kind than text."""
+    """Raise a `UserError` for a file that does not begin as text in UTF-8."""
     with path.open("rb") as file:
         start = file.read(8)
     kinds = [kind for magic, kind in NO_TEXT.items() if start.startswith(magic)]
     if not kinds:
-        try:
-            with open_text(path) as file:
-                line = file.readline(1 << 20)
+        with closing(text_lines(path)) as lines:  # the first one tells the encoding, too
+            _, line = next(lines, (0, ""))
+        with suppress(UserError):
             if "text" in parse_json(line, str(path)):
                 kinds = ["JSON lines"]
-        except (UserError, OSError):
-            pass  # text, or damaged, which is found when it is read
     if kinds:
         raise UserError(f"{path}: is {kinds[0]}; expected plain text, one sentence a line, or that"
                         " compressed by gzip or bzip2; prepare_data.py makes it of other files")
@@ -228,6 +233,19 @@ def generate(
     return rows
 
 
+def report_cut(folder: Path, corpus: Corpus, source: str) -> None:
+    """Say how much of the lines is in no instance of the first epoch, if anything."""
+    tokens = len(corpus.token_ids)
+    records = load_array(epoch_path(folder, 0, BINARY_SUFFIX), record_dtype(tokens))
+    kept = sum(int(records[name].sum(dtype=np.int64)) for name in ("first_length",
+                                                                  "second_length"))
+    if kept < tokens:
+        share = 1 - kept / tokens
+        logger.log(logging.WARNING if share > 0.1 else logging.INFO,
+                   "%s: %.1f %% of the word pieces are beyond the length of an instance and left"
+                   " out; --long_lines split makes further instances of them", source, 100 * share)
+
+
 def generate_all(
     folder: Path, files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings,
     masking: Masking, epochs: int, data_format: str = "binary", workers: int = 1,
@@ -238,13 +256,15 @@ def generate_all(
     """
     by_line = settings.instances == "lines"
     check_disk("the tokenized corpus", folder, DISK_SHARE * sum(
-        path.stat().st_size for path in files))
+        path.stat().st_size * (PACKED_SHARE if is_packed(path) else 1) for path in files))
     unknown = tokenize(folder, files, tokenizer, by_line, workers)
     corpus = Corpus.open(folder, len(tokenizer))
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
     check_corpus(corpus, unknown, source, settings.instances)
     writer = EpochWriter(folder, tokenizer, settings, masking, data_format)
     rows = [generate(folder, corpus, writer, 0, workers)]
+    if by_line and writer.format == "binary":
+        report_cut(folder, corpus, source)
     # The other epochs are as large as the first.
     size = sum(path.stat().st_size for path in folder.glob("epoch_0*"))
     if epochs > 1:
@@ -299,10 +319,24 @@ def _content_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = file_lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s: waiting for another call, which makes it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _find_or_make(folder: Path, *work: Any) -> None:
     """Have `folder` hold the epochs that `_make` makes of the rest of the arguments."""
     try:
-        with file_lock(folder):
+        with _locked(folder):
             if _is_complete(folder):
                 logger.info("%s: made by an earlier call", folder)
             else:
