@@ -403,8 +403,8 @@ def test_a_run_is_not_resumed_on_another_text(text_setup, capsys):
 
 
 @pytest.mark.parametrize(("content", "contains"), [
-    (b"", ["0 documents", "one sentence a line"]),
-    ("\n \u3000\n\t\n".encode(), ["0 documents"]),
+    (b"", ["no line of text", "one sentence a line"]),
+    ("\n \u3000\n\t\n".encode(), ["no line of text"]),
     (b"PAR1\x15", ["Parquet", "prepare_data.py"]),
     ("今天天气很好\n".encode("gb18030"), ["line 1", "UTF-8"]),
     (None, ["no such file or folder"]),

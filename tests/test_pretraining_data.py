@@ -612,7 +612,7 @@ def test_bad_input_gives_one_line_and_no_files(tmp_path, capsys):
     # One sentence a line without blank lines: the way out stands first.
     assert message.index("expected --instances lines") < message.index("a blank line")
     for text in ("", "\n \u3000\n\t\n"):
-        assert "0 documents; expected one sentence a line" in refused(
+        assert "no line of text; expected one sentence a line" in refused(
             capsys, tmp_path, "--instances", "lines", text=text)
     assert read_rows(generate_json(tmp_path, "--one_seq", text="w1.\nw2.\n"))
     for flags in (["--masked_lm_prob", 1.5], ["--short_seq_prob", -1], ["--num_workers", 0],

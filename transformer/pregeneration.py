@@ -171,14 +171,17 @@ def _check_text(path: Path) -> None:
 def check_corpus(corpus: Corpus, unknown: int, source: str, instances: str) -> None:
     """Raise a `UserError` for a corpus that no instances can be made from; warn of many [UNK]."""
     if not corpus.documents:
-        layout = "" if instances == "lines" else (
-            " and a blank line between documents (prepare_data.py writes it so)")
-        raise UserError(f"{source}: 0 documents; expected one sentence a line{layout}")
+        if instances == "lines":
+            raise UserError(f"{source}: no line of text; expected one sentence a line")
+        raise UserError(
+            f"{source}: 0 documents; expected one sentence a line and a blank line between "
+            "documents (prepare_data.py writes it so)"
+        )
     if corpus.documents == 1 and instances == "pairs":
         raise UserError(
             f"{source}: 1 document, so there is no other to take random next sentences from; "
             "expected --instances lines, where each line is an instance, or a blank line between "
-            "documents, or --instances packed (--one_seq)"
+            "documents, or --instances packed"
         )
     share = unknown / len(corpus.token_ids)
     if share > 0.1:
