@@ -15,7 +15,8 @@ CACHE_ENTRY_BYTES = 200  # of an entry beside its text: three Python objects and
 
 IDEOGRAPHS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF))  # those that Unicode does not decompose
 PUNCTUATION = ((0x2010, 0x205E), (0x3001, 0x303D), (0xFE10, 0xFE6B), (0xFF01, 0xFF65))  # not all is
-LEADS = (0xE2, 0xEF)  # bytes with which UTF-8 begins these characters, of three bytes each
+# The bytes with which UTF-8 begins these characters, of three bytes each: 0xE2 to 0xE9, and this.
+FIRST_LEAD, LAST_LEAD, OTHER_LEAD = 0xE2, 0xE9, 0xEF
 RUN = b"\xfe"  # a byte that UTF-8 never has; it stands for a run of characters taken out of a text
 
 NONE = np.empty(0, np.int32)
@@ -48,14 +49,15 @@ class CharacterTable:
         self.ids[[*map(ord, characters)]] = [vocab.get(each, unk_id) for each in characters]
 
     def take_out(self, text: bytes) -> tuple[bytes, np.ndarray, np.ndarray]:
-        """Put the chunk `RUN` in the place of each run of these characters.
+        """Put the chunk `RUN` in the place of each run of these characters of UTF-8 text.
 
         Returns the text, the ids of all characters [characters], and how many each run has [runs].
         """
         if text.isascii():
             return text, NONE, NONE
         raw = np.frombuffer(text, np.uint8)
-        places = np.flatnonzero((raw >= LEADS[0]) & (raw <= LEADS[1]))
+        places = np.flatnonzero(
+            (raw >= FIRST_LEAD) & (raw <= LAST_LEAD) | (raw == OTHER_LEAD))
         first, second, third = (raw[places + place].astype(np.uint16) for place in range(3))
         ids = self.ids.take(first << 12 | (second & 63) << 6 | third & 63)
         taken = ids >= 0
