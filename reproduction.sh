@@ -315,7 +315,7 @@ for task in $TASKS; do
 done
 
 stage report "Report: table and pictures"
-own=("${!SOURCE[@]}") own=("${own[@]/#/$GLUE_DIR/}")
+for task in $TASKS; do [[ $task != "${SLUG[$task]}" ]] || own+=("$GLUE_DIR/$task"); done
 step report --update "$RESULTS_DIR/results.json" --reads "$STUDENTS_DIR" "$RESULTS_DIR" -- \
   python report.py --models_dir "$STUDENTS_DIR" --results_dir "$RESULTS_DIR" \
   --glue_dir "$GLUE_DIR" ${own:+--data_dirs "${own[@]}"} \

@@ -75,6 +75,8 @@ def describe_task(source: str, shares: dict[str, float]) -> tuple[Task, dict[str
         raise UserError(f"{source}: no such folder or file; expected texts and labels")
     missing = missing_shares(Path(source), shares)
     task = find_task(None, source, **missing)
+    if "dev" not in task.splits:
+        raise UserError(f"{source}: no dev file; expected one, or a share of train: DEV_SHARE=0.1")
     return task, {
         "SLUG": slug_of(task), "SOURCE": source, "CONTENT": content(task, Path(source)),
         "SHARES": " ".join(f"--{name} {share:g}" for name, share in missing.items()),

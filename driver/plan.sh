@@ -191,7 +191,9 @@ carry_out_plan() {
   local call='' name
   for name in "${overrides[@]%%=*}"; do call+="$name=$(printf %q "${!name}") "; done
   call+="bash reproduction.sh"
-  for name in "${!flags[@]}"; do call+=" --$name $(printf %q "${flags[$name]}")"; done
+  for name in task teacher student vectors; do
+    [[ ! -v flags[$name] ]] || call+=" --$name $(printf %q "${flags[$name]}")"
+  done
   [[ $profile =~ ^(full|task)$ ]] || call+=" --profile $(printf %q "$profile")"
   [[ $recipe == original ]] || call+=" --recipe $recipe"
   [[ $mode != run ]] || echo "Profile $profile, recipe $recipe; logs in $RESULTS_DIR/logs"

@@ -131,9 +131,17 @@ setting_names() { echo $(sed -n 's/^ *\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' "$@");
 own_data() {
   local word words=(${TASKS//,/ }) own=() names=() models=() found
   STUDENT_START=general TEACHER_CONTENT='' STUDENT_CONTENT=''
+  expect "yes or no" 'yes|no' NEW_CLASSIFIER
+  expect "a number" ' *([1-9][0-9]*)? *' MAX_SEQ_LENGTH STUDENT_LAYERS
+  expect "a share below 1" '(0?\.[0-9]+|0)?' DEV_SHARE TEST_SHARE
   [[ ! -v flags[task] ]] || words=("${flags[task]}")
   if [[ $MODEL_SOURCE == given ]]; then
     ((${#words[@]} == 1)) || complain "profile $profile: expected --task and a folder or file"
+    if [[ -f $WORD_VECTORS && $WORD_VECTORS != */* ]]; then
+      WORD_VECTORS=./$WORD_VECTORS
+    elif [[ ! $WORD_VECTORS =~ ^(glove|composed|)$ && ! -f $WORD_VECTORS ]]; then
+      complain "--vectors $WORD_VECTORS: no such file; expected one, or glove, or composed"
+    fi
     [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
     [[ -z $TRAIN_CORPUS || -e $TRAIN_CORPUS ]] ||
       complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line"
@@ -260,7 +268,7 @@ check_values() {
   expect "a number" '[1-9][0-9]*' GPUS JOBS ${SMART_STUDENT:+SMART_LAYERS}
   expect "a number" '[0-9]+' DISK_GB
   expect "a number" ' *([1-9][0-9]*)? *' "${!GENERAL_BATCH_SIZE@}" # they are compared
-  expect "yes or no" 'yes|no' NEEDS_GPU NEW_CLASSIFIER SMART_GENERAL PUBLISHED_NUMBERS \
+  expect "yes or no" 'yes|no' NEEDS_GPU SMART_GENERAL PUBLISHED_NUMBERS \
     "${!AUGMENTED@}" "${!PREDICTION_AUGMENTED@}"
   expect "given or demo" 'given|demo' INPUTS
   expect "hub, demo, minilm or given" 'hub|demo|minilm|given' MODEL_SOURCE

@@ -162,7 +162,8 @@ def test_the_content_of_a_model_changes_with_its_weights(mine, base, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--tasks {root}/none", "none: no such folder or file; expected texts and labels"),
-    ("--tasks {mine} {root}/other/mine", "is called mine, as is"),
+    ("--tasks {mine} {root}/other/mine --dev_share 0.2", "is called mine, as is"),
+    ("--tasks {mine}/train.csv", "no dev file; expected one, or a share of train: DEV_SHARE=0.1"),
     ("--tasks {root}/one.csv", "all rows have the label 'positive'"),
     ("--tasks {mine} --teacher {root}/none", "--teacher: "),
     ("--tasks {mine} --teacher me/none", "--teacher: me/none (no folder here, so an id on"),
@@ -194,9 +195,15 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     ("--task a.csv --teacher b --profile demo", "--task and --profile demo: expected no profile"),
     ("--profile task", "profile task: expected --task and a folder or file"),
     ("--task no/where --teacher models/base", "no/where: no such folder or file"),
+    ("--task a.csv --teacher b --vectors no.txt", "--vectors no.txt: no such file; expected one"),
+    ("STUDENT_LAYERS=x --task a.csv --teacher b", "STUDENT_LAYERS=x: expected a number"),
+    ("DEV_SHARE=2 --task a.csv --teacher b", "DEV_SHARE=2: expected a share below 1"),
+    ("NEW_CLASSIFIER=maybe --task a.csv --teacher b", "NEW_CLASSIFIER=maybe: expected yes or no"),
 ])
 def test_flags_that_do_not_go_together_are_one_line(arguments, message):
-    result = drive(*arguments.split(), "--dry-run")
+    words = arguments.split()
+    settings = dict(word.split("=") for word in words if "=" in word)
+    result = drive(*(word for word in words if "=" not in word), "--dry-run", **settings)
     assert result.returncode == 2 and not result.stdout
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
@@ -218,7 +225,8 @@ def test_own_data_stand_beside_tasks_of_glue_with_settings_by_their_name(mine):
 
 
 TINY = {"TEACHER_EPOCHS": "2", "TEACHER_LEARNING_RATE": "1e-3", "INTERMEDIATE_EPOCHS": "2",
-        "PREDICTION_EPOCHS": "2", "TEST_SHARE": "0.2", "DEV_SHARE": "0.2", "AUGMENTATION_N": "1"}
+        "PREDICTION_EPOCHS": "2", "PREDICTION_LEARNING_RATES": "1e-4", "TEST_SHARE": "0.2",
+        "DEV_SHARE": "0.2", "AUGMENTATION_N": "1"}
 
 
 @pytest.mark.slow
