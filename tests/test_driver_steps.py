@@ -22,6 +22,7 @@ def get_args_parser():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", type=Path, nargs="+", required=True)
     parser.add_argument("--input", default="")
+    parser.add_argument("--source", default="")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--num_workers", type=int)
     parser.add_argument("--end", choices=["well", "badly", "slowly", "empty"], default="well")
@@ -157,6 +158,20 @@ def test_what_depends_on_a_changed_step_is_run_again_and_nothing_else(plan):
     plan.run()
     plan.entries[1].append("--steps=1")
     assert [c.split()[3] for c in plan.commands()] == ["m/a", "m/b", "m/c", "m/e"]
+
+
+def test_a_step_and_what_depends_on_it_is_run_again_when_the_content_changes(plan):
+    def commands(place: str, content: str) -> list[str]:
+        plan.entries[1:] = []
+        plan.step("one", "m/a", flags=f"--source {place}")
+        plan.step("two", "m/b", flags="--input m/a/part")
+        plan.entries[1][3:3] = ["--content", content]
+        return plan.commands()
+
+    assert len(commands("here/mine.csv", "1a2b")) == 2
+    plan.run()
+    assert commands("elsewhere/mine.csv", "1a2b") == []
+    assert len(commands("here/mine.csv", "3c4d")) == 2
 
 
 def test_the_key_holds_nothing_that_only_one_machine_knows(plan):
