@@ -194,6 +194,10 @@ derive() {
   local task known tasks=() names=()
   if [[ $MODEL_SOURCE == given ]]; then # one task
     MODELS_DIR=${MODELS_DIR/SLUG/${SLUG[$TASKS]}} RESULTS_DIR=${RESULTS_DIR/SLUG/${SLUG[$TASKS]}}
+    for task in "$TEACHER" "$STUDENT"; do
+      [[ ! $task -ef $MODELS_DIR ]] ||
+        complain "$task: this run's models would go there; expected another MODELS_DIR"
+    done
     WORK_DIR=${WORK_DIR:-$MODELS_DIR}
     GLUE_DIR=${GLUE_DIR:-$WORK_DIR/data}
   fi

@@ -208,6 +208,12 @@ def test_flags_that_do_not_go_together_are_one_line(arguments, message):
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_no_model_is_written_into_the_folder_of_the_teacher(mine, base):
+    result = drive("--task", str(mine), "--teacher", str(base), "--dry-run", MODELS_DIR=str(base))
+    assert result.returncode == 2
+    assert f"{base}: this run's models would go there" in result.stderr.splitlines()[-1]
+
+
 def test_own_data_stand_beside_tasks_of_glue_with_settings_by_their_name(mine):
     commands = dry_run("--profile", "minilm", TASKS=f"RTE {mine}", TEACHER_EPOCHS_mine="9",
                        WORD_VECTORS="")
