@@ -200,7 +200,7 @@ done
 stage evaluate "Evaluation of the students"
 for task in $TASKS; do
   name=${SLUG[$task]} models=()
-  [[ $MODEL_SOURCE != given ]] || models=("final_${name}_teacher")
+  [[ ! -v SOURCE[$task] ]] || models=("final_${name}_teacher") # on test, too
   evaluation "$name" "$task" "${models[@]}" $(for s in $STUDENTS; do model_of "$s" "$name"; done)
 done
 
