@@ -5,6 +5,7 @@ All that is wrong with them is one line on stderr here, before anything is plann
 
 import argparse
 import hashlib
+import json
 import logging
 import re
 import shlex
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from driver.copy_task import task_files
 from transformer.data_layout import TASK_NAME, find_files
 from transformer.file_utils import UserError, file_sha256, read_json
-from transformer.own_tasks import find_task
+from transformer.own_tasks import find_task, task_record
 from transformer.runtime import run_script
 from transformer.tasks import GLUE_TASKS, Task, is_glue_name, plain_name
 
@@ -48,7 +49,7 @@ def slug_of(task: Task) -> str:
 
 def content(task: Task, source: Path) -> str:
     """Return a hash of a task's description and of the files of its splits."""
-    digest = hashlib.sha256(repr(task).encode())
+    digest = hashlib.sha256(json.dumps(task_record(task)).encode())
     for path, place in task_files(task, source):
         digest.update(f"{place} {file_sha256(path)}".encode())
     return digest.hexdigest()[:16]

@@ -65,7 +65,7 @@ def describe_models(args: argparse.Namespace, task: Task) -> Iterator[tuple[str,
         yield from describe_student(read_model(args.student, "student", length), teacher)
     else:
         yield from describe_copy(teacher.config.num_hidden_layers, args.num_layers)
-    yield "TEACHER_MAX_SEQ_LENGTH", str(length)
+    yield "LENGTH", str(length)
 
 
 def describe_teacher(args: argparse.Namespace, task: Task,

@@ -135,28 +135,15 @@ own_data() {
   expect "a number" ' *([1-9][0-9]*)? *' MAX_SEQ_LENGTH STUDENT_LAYERS
   expect "a share below 1" '(0?\.[0-9]+|0)?' DEV_SHARE TEST_SHARE
   [[ ! -v flags[task] ]] || words=("${flags[task]}")
+  check_flags "${#words[@]}"
   if [[ $MODEL_SOURCE == given ]]; then
-    ((${#words[@]} == 1)) || complain "profile $profile: expected --task and a folder or file"
-    if [[ -f $WORD_VECTORS && $WORD_VECTORS != */* ]]; then
-      WORD_VECTORS=./$WORD_VECTORS
-    elif [[ ! $WORD_VECTORS =~ ^(glove|composed|)$ && ! -f $WORD_VECTORS ]]; then
-      complain "--vectors $WORD_VECTORS: no such file; expected one, or glove, or composed"
-    fi
-    [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
-    [[ -z $TRAIN_CORPUS || -e $TRAIN_CORPUS ]] ||
-      complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line"
     models=(--teacher "$TEACHER" --student "$STUDENT" --new_classifier "$NEW_CLASSIFIER"
       ${STUDENT_LAYERS:+--num_layers "$STUDENT_LAYERS"}
       ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"})
     [[ -z $WORD_VECTORS || -n $AUGMENTATION_MODEL ]] || models+=(--masked_lm yes)
-  elif [[ -v flags[task] ]]; then
-    complain "--task and --profile $profile: expected no profile, or one for own data" \
-      "(source profiles/task.env)"
-  else
-    for word in "${!flags[@]}"; do complain "--$word goes with --task, which is missing"; done
   fi
   for word in "${words[@]}"; do
-    if [[ $word == */* || ($MODEL_SOURCE == given || -e $word) && -z ${SLUG[$word]-} ]]; then
+    if [[ $MODEL_SOURCE == given || $word == */* || (-e $word && -z ${SLUG[$word]-}) ]]; then
       own+=("$word") names+=("")
     else
       names+=("$word")
@@ -175,6 +162,27 @@ own_data() {
     done
   fi
   TASKS=${names[*]}
+}
+
+# check_flags TASKS: of own data the flags, or the settings that stand for them.
+check_flags() {
+  local name
+  if [[ $MODEL_SOURCE != given ]]; then
+    [[ ! -v flags[task] ]] ||
+      complain "--task and --profile $profile: expected no profile, or one for own data" \
+        "(source profiles/task.env)"
+    for name in "${!flags[@]}"; do complain "--$name goes with --task, which is missing"; done
+    return
+  fi
+  (($1 == 1)) || complain "profile $profile: expected --task and a folder or file"
+  [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
+  [[ -z $TRAIN_CORPUS || -e $TRAIN_CORPUS ]] ||
+    complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line"
+  if [[ -f $WORD_VECTORS && $WORD_VECTORS != */* ]]; then
+    WORD_VECTORS=./$WORD_VECTORS
+  elif [[ ! $WORD_VECTORS =~ ^(glove|composed|)$ && ! -f $WORD_VECTORS ]]; then
+    complain "--vectors $WORD_VECTORS: no such file; expected one, or glove, or composed"
+  fi
 }
 
 # tidy_folder NAME...: a setting's folder without slashes at its end, dots or doubled slashes.
@@ -198,6 +206,7 @@ derive() {
       [[ ! $task -ef $MODELS_DIR ]] ||
         complain "$task: this run's models would go there; expected another MODELS_DIR"
     done
+    TEACHER_MAX_SEQ_LENGTH=${TEACHER_MAX_SEQ_LENGTH:-$LENGTH}
     WORK_DIR=${WORK_DIR:-$MODELS_DIR}
     GLUE_DIR=${GLUE_DIR:-$WORK_DIR/data}
   fi

@@ -194,6 +194,7 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     ("--task --teacher models/base", "--task needs a value"),
     ("--task a.csv --teacher b --profile demo", "--task and --profile demo: expected no profile"),
     ("--profile task", "profile task: expected --task and a folder or file"),
+    ("--task RTE --teacher models/base", "RTE: no such folder or file; expected texts and labels"),
     ("--task no/where --teacher models/base", "no/where: no such folder or file"),
     ("--task a.csv --teacher b --vectors no.txt", "--vectors no.txt: no such file; expected one"),
     ("STUDENT_LAYERS=x --task a.csv --teacher b", "STUDENT_LAYERS=x: expected a number"),
