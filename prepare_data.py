@@ -2,9 +2,10 @@
 
 One sentence a line, a blank line between documents. Input is WikiExtractor's JSON files, JSON
 lines, Parquet and Arrow (such as wikimedia/wikipedia on the Hugging Face hub), or plain text, where
-a blank line ends a document; .gz and .bz2 of them, too. Sentences end as in the language of the
-text. Finished shards wait in a folder beside the output, .unfinished-NAME, until all are there;
---resume continues with them after a kill. Under torchrun each process converts its share.
+a blank line ends a document; .gz and .bz2 of them, too; or the texts of a task's training rows
+(--data_dir), each row a document. Sentences end as in the language of the text. Finished shards
+wait in a folder beside the output, .unfinished-NAME, until all are there; --resume continues with
+them after a kill. Under torchrun each process converts its share.
 
 Example:
     python -m wikiextractor.WikiExtractor DUMP.xml.bz2 --json -o data/extracted_wiki
@@ -27,6 +28,7 @@ from transformer import distributed
 from transformer.documents import (
     COMPRESSION,
     READABLE,
+    ROWS,
     Piece,
     TextFormat,
     cut_pieces,
@@ -35,8 +37,9 @@ from transformer.documents import (
     read_documents,
 )
 from transformer.file_utils import UserError, read_json
+from transformer.own_tasks import add_data_arguments, task_of
 from transformer.run_folder import ARGUMENTS_NAME
-from transformer.runtime import add_resume_argument, run_script
+from transformer.runtime import add_resume_argument, as_list, run_script
 from transformer.sentences import (
     CJK_LANGUAGES,
     PUNKT_LANGUAGES,
@@ -49,6 +52,7 @@ from transformer.sentences import (
     write_splitter,
 )
 from transformer.shards import Shard, ShardedFile, cut, fingerprint
+from transformer.tasks import split_paths
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +106,24 @@ def describe_place(place: Path) -> str:
     names = sorted(path.name for path in place.iterdir())
     held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"0 files that can be read ({f'it holds {held}' if names else 'it is empty'})"
+
+
+def find_documents(args: argparse.Namespace) -> tuple[str, list[Path], list[Piece], TextFormat]:
+    """Return the flag that names the input, its files, their pieces, and how to read them."""
+    if args.data_dir is None:
+        if others := {"task_name", "dev_share", "test_share", "train_split"} & args.given:
+            raise UserError(f"--{min(others)} without --data_dir; expected the folder of a task")
+        files = find_input_files(args.input_dir, args.output_file)
+        text_format = TextFormat(args.text_column, args.documents == "file")
+        return "--input_dir", files, cut_pieces(files, text_format.whole_files), text_format
+    if others := {"input_dir", "text_column", "documents"} & args.given:
+        raise UserError(f"--data_dir and --{min(others)}: the task says which texts are read;"
+                        " expected one of the two")
+    task = task_of(args)
+    files = split_paths(task, args.data_dir, "train")
+    if any(args.output_file.resolve() == path.resolve() for path in files):
+        raise UserError(f"--output_file {args.output_file}: is an input; expected another name")
+    return "--data_dir", files, [Piece(Path(args.data_dir), ROWS)], TextFormat(task=task)
 
 
 def sample_texts(
@@ -226,6 +248,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--documents", choices=["blank_line", "file"], default="blank_line",
         help="what ends a document in plain text: a blank line, or only the file's end; a line's "
         "end always ends a sentence")
+    add_data_arguments(parser, required=False)
     add("--num_workers", type=int, default=os.cpu_count() or 1,
         help="number of processes; the output is the same whatever it is")
     add("--overwrite", action="store_true", help="replace an existing output file (switch)")
@@ -239,15 +262,13 @@ def main(args: argparse.Namespace) -> None:
 
     output = args.output_file
     parse_language(args.language)
-    files = find_input_files(args.input_dir, output)
-    text_format = TextFormat(args.text_column, args.documents == "file")
-    pieces = cut_pieces(files, text_format.whole_files)
+    flag, files, pieces, text_format = find_documents(args)
     distributed.connect()
 
     # All work is done in a folder beside the target.
     corpus, shards = ShardedFile(output), cut(len(pieces), max(1, len(pieces) // SHARDS))
     size = sum(path.stat().st_size * COMPRESSION.get(path.suffix, 1) for path in files)
-    if not corpus.begin(args, {"--input_dir": fingerprint(files)}, size):
+    if not corpus.begin(args, {flag: fingerprint(files)}, size):
         return
     splitter_path = corpus.folder / "splitter.json"
     choose_splitter(splitter_path, args, pieces, text_format)
@@ -255,8 +276,8 @@ def main(args: argparse.Namespace) -> None:
                          args.num_workers)
     if not counts["documents"]:
         raise UserError(
-            f"--input_dir {' '.join(map(str, args.input_dir))}: 0 documents in {len(files)} files "
-            f"({counts['empty']} without text); expected documents with text"
+            f"{flag} {' '.join(map(str, as_list(getattr(args, flag[2:]))))}: 0 documents in "
+            f"{len(files)} files ({counts['empty']} without text); expected documents with text"
         )
     if distributed.is_main():
         warn_of_long_sentences(splitter_path, counts)

@@ -29,7 +29,9 @@ from transformer.corpus import (
 )
 from transformer.documents import TextFormat, clean, cut_pieces, read_documents
 from transformer.file_utils import UserError
+from transformer.own_tasks import find_task
 from transformer.sentences import CjkSplitter, split_sentences, train_punkt
+from transformer.tasks import load_examples
 from transformer.tokenization import BertTokenizer
 
 DUMP = SHARED / "data" / "enwiki-sample-pages-articles.xml.bz2"
@@ -394,6 +396,37 @@ def test_a_folder_without_anything_to_read_says_what_it_holds(tmp_path, capsys):
     (tmp_path / "in" / "dump.xml").write_text("<a>")
     message = refused(capsys, tmp_path / "in", tmp_path / "corpus.txt")
     assert "0 files that can be read (it holds dump.xml); expected WikiExtractor's" in message
+
+
+def test_the_training_rows_of_a_task_are_documents_and_those_of_dev_and_test_are_not(
+    tmp_path, capsys
+):
+    data = tmp_path / "reviews"
+    data.mkdir()
+    rows = [f'"好吃{number}。\n还会再来！",{number % 2}' for number in range(60)]
+    (data / "reviews.csv").write_text("review,label\n" + "\n".join(rows) + "\n")
+    flags = ["--data_dir", data, "--dev_share", "0.2", "--test_share", "0.2"]
+    helpers.run(prepare_data, *flags, "--output_file", tmp_path / "corpus.txt")
+    train = load_examples(find_task(None, data, 0.2, 0.2), data, "train")
+    assert 20 < len(train) < 50
+    assert (tmp_path / "corpus.txt").read_text().removesuffix("\n").split("\n\n") == [
+        row.text_a for row in train]
+    output = ["--output_file", tmp_path / "other.txt"]
+    for more, complaint in ((["--documents", "file"], "--data_dir and --documents: the task says"),
+                            (["--input", tmp_path], "--data_dir and --input_dir: the task says")):
+        assert complaint in helpers.error_line(capsys, prepare_data, *flags, *output, *more)
+    assert "--dev_share without --data_dir" in helpers.error_line(
+        capsys, prepare_data, *flags[2:4], *output)
+    assert "is an input" in helpers.error_line(
+        capsys, prepare_data, *flags, "--output_file", data / "reviews.csv", "--overwrite")
+
+
+def test_both_texts_of_a_pair_stand_in_its_document(tmp_path):
+    data = helpers.make_glue(tmp_path / "RTE", "rte", rows=2)
+    helpers.run(prepare_data, "--data_dir", data, "--punkt", "train", "--output_file",
+                tmp_path / "corpus.txt")
+    assert (tmp_path / "corpus.txt").read_text() == "\n".join(
+        f"{row.text_a}\n{row.text_b}\n" for row in load_examples("rte", data, "train"))
 
 
 def test_the_output_never_becomes_an_input(tmp_path, capsys):

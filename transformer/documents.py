@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 from transformer.file_utils import UserError, is_packed, open_text, parse_json, text_lines
 from transformer.table_files import BYTE_ORDER_MARK, import_pyarrow
+from transformer.tasks import Task, iterate_examples
 
 # Kinds of files, in the order in which a folder's are looked for.
 WIKI, PARQUET, ARROW, JSON, TEXT = "WikiExtractor", "Parquet", "Arrow", "JSON lines", "text"
 KINDS = {".parquet": PARQUET, ".arrow": ARROW, ".jsonl": JSON, ".ndjson": JSON, ".json": JSON,
          ".txt": TEXT}
+ROWS = "rows"  # of a task
 WIKI_NAMES = "wiki_*"
 READABLE = f"WikiExtractor's --json output ({WIKI_NAMES}), {', '.join(KINDS)}, .gz or .bz2 of them"
 # How many times smaller a file is than its text.
@@ -36,10 +38,12 @@ class TextFormat(NamedTuple):
 
     column: of Parquet and Arrow, and the key of JSON lines, that holds the text
     whole_files: whether a plain text is one document, or each between blank lines is
+    task: whose training rows are the documents of a folder
     """
 
     column: str = "text"
     whole_files: bool = False
+    task: Task | None = None
 
 
 # ------------------------------------------------------------------ the files
@@ -76,7 +80,10 @@ def is_json(path: Path) -> bool:
 
 
 class Piece(NamedTuple):
-    """Documents of a file: bytes or row groups [begin, end), or all (end 0)."""
+    """Documents of a file: bytes or row groups [begin, end), or all (end 0).
+
+    Of the kind ROWS, `path` is a task's folder.
+    """
 
     path: Path
     kind: str
@@ -146,7 +153,10 @@ def read_documents(piece: Piece, text_format: TextFormat) -> Iterator[Document]:
 
     What is no text, or not in UTF-8, is a `UserError` with file and line.
     """
-    if piece.kind == TEXT:
+    if piece.kind == ROWS:
+        for row in iterate_examples(text_format.task, piece.path, "train"):
+            yield [row.text_a] if row.text_b is None else [row.text_a, row.text_b]
+    elif piece.kind == TEXT:
         yield from _text_documents(piece, text_format.whole_files)
     elif piece.kind in (PARQUET, ARROW):
         for text in _column(piece, text_format.column):
