@@ -1,6 +1,7 @@
 """Say what reproduction.sh has to know of a user's own data and models, as bash assignments.
 
-All that is wrong with them is one line on stderr here, before anything is planned.
+All that is wrong with them is one line on stderr here, before anything is planned; else some lines
+there say what was understood.
 """
 
 import argparse
@@ -10,6 +11,9 @@ import logging
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -86,6 +90,21 @@ def describe_task(source: str, shares: dict[str, float]) -> tuple[Task, dict[str
     }
 
 
+@contextmanager
+def held_log() -> Iterator[None]:
+    """Keep what is logged until the block has succeeded: of a mistake the user sees one line."""
+    root = logging.getLogger()
+    handlers, held = root.handlers, MemoryHandler(1 << 16, logging.CRITICAL + 1, flushOnClose=False)
+    root.handlers = [held]
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+    for record in held.buffer:
+        root.handle(record)
+
+
+@held_log()
 def main(args: argparse.Namespace) -> None:
     shares = {"dev": args.dev_share, "test": args.test_share}
     taken = {plain_name(name): f"GLUE's {task.folder}" for name, task in GLUE_TASKS.items()}

@@ -194,6 +194,7 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     ("--task --teacher models/base", "--task needs a value"),
     ("--task a.csv --teacher b --profile demo", "--task and --profile demo: expected no profile"),
     ("--profile task", "profile task: expected --task and a folder or file"),
+    ("--task {csv} --teacher {csv}", "data.csv: is a file; expected a model's folder, URL or"),
     ("--task RTE --teacher models/base", "RTE: no such folder or file; expected texts and labels"),
     ("--task no/where --teacher models/base", "no/where: no such folder or file"),
     ("--task a.csv --teacher b --vectors no.txt", "--vectors no.txt: no such file; expected one"),
@@ -201,8 +202,8 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     ("DEV_SHARE=2 --task a.csv --teacher b", "DEV_SHARE=2: expected a share below 1"),
     ("NEW_CLASSIFIER=maybe --task a.csv --teacher b", "NEW_CLASSIFIER=maybe: expected yes or no"),
 ])
-def test_flags_that_do_not_go_together_are_one_line(arguments, message):
-    words = arguments.split()
+def test_what_cannot_be_run_is_one_line(tmp_path, arguments, message):
+    words = arguments.format(csv=write_csv(tmp_path / "data.csv", 40)).split()
     settings = dict(word.split("=") for word in words if "=" in word)
     result = drive(*(word for word in words if "=" not in word), "--dry-run", **settings)
     assert result.returncode == 2 and not result.stdout
