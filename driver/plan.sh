@@ -86,7 +86,7 @@ start_of() {
 # student_start: the step that makes the student of own data which --student does not name: layers
 # of the fine-tuned teacher, or random weights, which general distillation trains if there is text.
 student_start() {
-  local start data given=${STUDENT_CONTENT:+--content $STUDENT_CONTENT}
+  local start data corpus=$TRAIN_CORPUS given=${STUDENT_CONTENT:+--content $STUDENT_CONTENT}
   start=$(start_of "$STUDENTS" "$NAMES") data=(--task_name "$TASKS" --data_dir "$GLUE_DIR/$TASKS")
   case $STUDENT_START${TRAIN_CORPUS:+_corpus} in
     copied*)
@@ -99,7 +99,11 @@ student_start() {
         --output_dir "$start" --max_seq_length "$TEACHER_MAX_SEQ_LENGTH" $TRAINING
       ;;
     random_corpus)
-      step start "$start" $given -- python general_distill.py --train_corpus "$TRAIN_CORPUS" \
+      if [[ $TRAIN_CORPUS == own ]]; then
+        corpus=$WORK_DIR/corpus.txt
+        step corpus "$corpus" -- python prepare_data.py "${data[@]}" --output_file "$corpus"
+      fi
+      step start "$start" $given -- python general_distill.py --train_corpus "$corpus" \
         --teacher_model "$BASE_MODEL" --student_model "$STUDENT" --output_dir "$start" \
         $(options '' --train_batch_size GENERAL_BATCH_SIZE --learning_rate GENERAL_LEARNING_RATE) \
         $(general_flags '') $TRAINING

@@ -176,8 +176,8 @@ check_flags() {
   fi
   (($1 == 1)) || complain "profile $profile: expected --task and a folder or file"
   [[ -n $TEACHER ]] || complain "--teacher is missing; expected a BERT: folder, URL or hub id"
-  [[ -z $TRAIN_CORPUS || -e $TRAIN_CORPUS ]] ||
-    complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line"
+  [[ -z $TRAIN_CORPUS || $TRAIN_CORPUS == own || -e $TRAIN_CORPUS ]] ||
+    complain "TRAIN_CORPUS=$TRAIN_CORPUS: no such file; expected text, one sentence a line, or own"
   if [[ -f $WORD_VECTORS && $WORD_VECTORS != */* ]]; then
     WORD_VECTORS=./$WORD_VECTORS
   elif [[ ! $WORD_VECTORS =~ ^(glove|composed|)$ && ! -f $WORD_VECTORS ]]; then

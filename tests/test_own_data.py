@@ -210,6 +210,23 @@ def test_what_cannot_be_run_is_one_line(tmp_path, arguments, message):
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_students_config_is_distilled_in_general_on_the_training_texts_first(
+    mine, base, tmp_path
+):
+    config_folder(tmp_path / "shape", num_hidden_layers=2)
+    commands = dry_run("--task", str(mine), "--teacher", str(base), "--student",
+                       str(tmp_path / "shape"), TRAIN_CORPUS="own", BASELINES="start:student",
+                       MODELS_DIR="m", RESULTS_DIR="r")
+    assert not list(checks.problems(commands))
+    corpus, general = (given(c) for c in commands if c[1] in ("prepare_data.py",
+                                                              "general_distill.py"))
+    assert corpus["data_dir"] == "m/data/mine"
+    assert general["train_corpus"] == [corpus["output_file"]]
+    starts = [given(c).get("student_model") for c in commands if c[1] == "task_distill.py"]
+    assert starts[0] == general["output_dir"]
+    assert ["m/baseline_general_student_mine"] in starts
+
+
 def test_no_model_is_written_into_the_folder_of_the_teacher(mine, base):
     result = drive("--task", str(mine), "--teacher", str(base), "--dry-run", MODELS_DIR=str(base))
     assert result.returncode == 2
