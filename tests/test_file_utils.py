@@ -21,6 +21,7 @@ from transformer.file_utils import (
     write_json,
     write_text,
 )
+from transformer.tokenizer_files import load_vocab
 
 
 def only_files(folder: Path) -> list[str]:
@@ -147,6 +148,12 @@ def test_compressed_text_is_read_whatever_its_name_and_a_damaged_file_is_named(t
     packed.write_bytes(module.compress(CHINESE.encode("gb18030")))
     with pytest.raises(UserError, match=r"GB18030 .*: \w+ -dc .* \| iconv .* > NEW"):
         list(text_lines(packed))
+
+
+def test_a_vocabulary_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("[PAD]\n[UNK]\n的\n我们\n".encode("gb18030"))
+    with pytest.raises(UserError, match="vocab.txt, line 3: .*looks like GB18030"):
+        load_vocab(tmp_path / "vocab.txt")
 
 
 def test_json_in_another_encoding_is_named(tmp_path):

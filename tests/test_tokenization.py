@@ -214,7 +214,7 @@ def test_a_vocabulary_with_windows_line_ends_reads_the_same(tmp_path):
 @pytest.mark.parametrize(("content", "message"), [
     ("[PAD] [UNK] [CLS] [SEP] [MASK] a  b", "line 7 is blank"),
     ("[PAD] [UNK] [CLS] [SEP] [MASK] a b a", "lines 6 and 8 are both 'a'"),
-    ("[PAD] [UNK] [CLS] [SEP] a", r"lacks \[MASK\]"), ("", "lacks"), ("\udcff", "not UTF-8"),
+    ("[PAD] [UNK] [CLS] [SEP] a", r"lacks \[MASK\]"), ("", "lacks"), ("\udcff", "line 1: byte"),
     (None, r"vocab\.txt: no such file"),
 ])
 def test_a_broken_vocabulary_is_refused_by_file_and_line(tmp_path, content, message):

@@ -19,7 +19,13 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
-from transformer.file_utils import TOKENIZER_CONFIG_NAME, VOCAB_NAME, UserError, read_json
+from transformer.file_utils import (
+    TOKENIZER_CONFIG_NAME,
+    VOCAB_NAME,
+    UserError,
+    read_json,
+    text_lines,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +99,10 @@ def load_vocab(vocab_file: Path | str) -> dict[str, int]:
     vocab_file = Path(vocab_file)
     if not vocab_file.is_file():
         raise UserError(f"{vocab_file}: no such file; expected a vocabulary, one word piece a line")
-    try:
-        lines = vocab_file.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{vocab_file}: not UTF-8 text ({error})") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    return check_vocab([line.rstrip("\r") for line in lines], vocab_file)
+    lines = [line for _, line in text_lines(vocab_file)]
+    if lines:
+        lines[0] = lines[0].removeprefix("\ufeff")
+    return check_vocab([line.removesuffix("\n").rstrip("\r") for line in lines], vocab_file)
 
 
 def read_tokenizer(model_dir: Path | str) -> TokenizerFiles:
