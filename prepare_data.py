@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         return
     splitter_path = corpus.folder / "splitter.json"
     choose_splitter(splitter_path, args, pieces, text_format)
-    counts = corpus.make(shards, partial(convert, pieces, text_format, splitter_path), "file",
+    counts = corpus.make(shards, partial(convert, pieces, text_format, splitter_path), "piece",
                          args.num_workers)
     if not counts["documents"]:
         raise UserError(

@@ -21,7 +21,7 @@ WIKI_NAMES = "wiki_*"
 READABLE = f"WikiExtractor's --json output ({WIKI_NAMES}), {', '.join(KINDS)}, .gz or .bz2 of them"
 # How many times smaller a file is than its text.
 COMPRESSION = {".bz2": 4, ".gz": 3, ".parquet": 2}
-PIECE_BYTES = 1 << 26  # of a large file that is worked on at once
+PIECE_BYTES = 1 << 24  # of a large file that is worked on at once
 PARQUET_ROWS = 256  # read at once
 TEXT_TYPES = ("string", "large_string", "string_view")
 
