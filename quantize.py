@@ -118,6 +118,9 @@ def check_args(args: argparse.Namespace) -> None:
                         f" expected --format {METHODS[args.method][0]}")
     if (args.do_eval or args.method == "int8-static") and args.data_dir is None:
         raise UserError("--do_eval and int8-static read rows of a task; --data_dir is missing")
+    if args.data_dir is None and (args.dev_share or args.test_share or args.train_split):
+        raise UserError("--dev_share, --test_share and --train_split are parts of the rows of"
+                        " --data_dir, which is missing")
     if args.eval_split and not args.do_eval:
         raise UserError("--eval_split says what --do_eval measures on; expected --do_eval, too")
 

@@ -230,6 +230,14 @@ def test_other_labels_than_the_tasks_are_listed_before_the_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_many_labels_those_that_differ_are_listed(tmp_path, capsys):
+    Chain(tmp_path, write_csv(tmp_path / "my_data", INTENTS, rows=238))
+    make_model(tmp_path / "teacher", labels=(*INTENTS[:40], "别的", *INTENTS[41:]))
+    message = error_line(capsys, task_distill, *teacher_of(task_distill, tmp_path))
+    assert "['别的'] are not the task's" in message and "lacks ['意图40']" in message
+    assert len(message) < 500
+
+
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_faults_of_rows_are_named_before_the_weights_are_read(tmp_path, capsys, script):
     Chain(tmp_path, write_csv(tmp_path / "my_data"))
@@ -269,6 +277,15 @@ def test_a_share_of_train_serves_as_dev_and_is_never_trained_on(tmp_path):
     assert result["train_rows"] + result["rows"] + test["rows"] == 60
     stored = chain.evaluate("teacher", "--task_name", tmp_path / "teacher" / "task.json")
     assert stored["metrics"] == result["metrics"] and stored["rows"] == result["rows"]
+
+
+def test_measuring_on_rows_that_a_model_was_trained_on_is_said_loudly(tmp_path, caplog):
+    chain = Chain(tmp_path, write_csv(tmp_path / "my_data", rows=60, splits=("train",)))
+    chain.finetune("teacher", "--dev_share", 0.2)
+    chain.evaluate("teacher", "--dev_share", 0.2)
+    assert "trained on are too good" not in caplog.text
+    chain.evaluate("teacher", "--dev_share", 0.3)
+    assert "trained with --dev_share 0.2 --test_share 0, here they are 0.3 and 0" in caplog.text
 
 
 def test_teacher_and_student_may_learn_from_different_halves(tmp_path):

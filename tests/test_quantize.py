@@ -224,6 +224,7 @@ def test_what_cannot_be_made_is_said_in_one_line(tmp_path, glue, capsys):
          "--calibration_rows 0"),
         (["--method", "fp16", *task_flags(glue, "MNLI")], "expected 3"),
         (["--method", "fp16", "--model", tmp_path / "general"], "no trained classifier"),
+        (["--method", "fp16", "--dev_share", "0.1"], "--data_dir, which is missing"),
         (["--method", "fp16", "--model", made], "expected the PyTorch model"),
         (["--method", "fp16", "--model", tmp_path / "none"], "no such"),
     ):

@@ -203,6 +203,11 @@ def test_the_script_prunes_a_question_answerer(tmp_path, task, version):
     assert pruned.config.neurons == written["neurons_per_layer"]
 
 
+def test_parts_of_rows_are_refused_where_squad_has_its_own_files(tmp_path, capsys):
+    message = error_line(capsys, kprune_main, *arguments(tmp_path, "squad", "--dev_share", "0.1"))
+    assert "--dev_share" in message and "squad" in message
+
+
 def test_missing_data_is_one_clear_line(tmp_path, capsys):
     make_model(tmp_path / "model", BertForQuestionAnswering)
     message = error_line(capsys, kprune_main, *arguments(tmp_path, "squad_v2"))

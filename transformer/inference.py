@@ -10,6 +10,7 @@ from transformer.checkpoint import WEIGHT_FORMS, load_state, weights_path
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import ONNX_NAME, UserError, read_json
 from transformer.modeling import TinyBertForSequenceClassification
+from transformer.own_tasks import stored_task
 from transformer.tasks import Task, label_order
 
 if TYPE_CHECKING:
@@ -35,10 +36,23 @@ def match_labels(task: Task, config: BertConfig, path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: its classifier has {config.num_labels} labels; expected"
                         f" {task.num_labels} for {task.name} (it has {has}, the task {wants})")
     config.check_task(path)
+    warn_of_seen_rows(task, path.parent)
     try:
         return label_order(task, config.id2label)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def warn_of_seen_rows(task: Task, folder: Path) -> None:
+    """Warn where some rows that are held back now are rows that the model was trained on."""
+    stored = stored_task(folder)
+    if stored is None or stored.is_glue or stored.name != task.name:
+        return
+    if task.dev_share + task.test_share > stored.dev_share + stored.test_share + 1e-9:
+        logger.warning(
+            "!!! %s was trained with --dev_share %g --test_share %g, here they are %g and %g:"
+            " scores on rows that it was trained on are too good. !!!", folder, stored.dev_share,
+            stored.test_share, task.dev_share, task.test_share)
 
 
 def note_task(config: BertConfig, task: Task, labels: tuple[str, ...]) -> None:

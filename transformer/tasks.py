@@ -483,6 +483,8 @@ def task_rows(task: str | Task, data_dir: Path | str, split: str = "train") -> T
 
 # ------------------------------------------------------------------ the labels of a checkpoint
 
+LABELS_SHOWN = 12  # of many, in a message
+
 
 def plain_label(name: object) -> str:
     """Return a label's name without what spellings differ in: case, "-" and spaces."""
@@ -518,6 +520,13 @@ def label_order(
             )
         return task.labels
     others = [name for name, _ in task.aliases]
+    if max(len(names), task.num_labels) > LABELS_SHOWN:
+        strange = [name for name, label in zip(names, order, strict=True) if not label]
+        lacking = [label for label in task.labels if label not in order]
+        raise UserError(
+            f"the checkpoint's {len(names)} labels do not fit the {task.num_labels} of task"
+            f" {task.name}: {strange[:LABELS_SHOWN]} are not the task's, and the checkpoint lacks"
+            f" {lacking[:LABELS_SHOWN]}")
     raise UserError(
         f"the checkpoint's labels {list(config_id2label.values())} do not fit task {task.name}; "
         f"expected {list(task.labels)}" + (f" or {others}" if others else "")

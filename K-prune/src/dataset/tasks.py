@@ -49,6 +49,9 @@ def find(args: argparse.Namespace) -> Task | str:
             raise UserError("--task_name or --data_dir is missing; expected the task to prune for")
         args.data_dir = str(DATA / "squad" if is_squad else
                             DATA / "glue_data" / get_task(args.task_name).folder)
+    if is_squad and (args.dev_share or args.test_share or args.train_split):
+        raise UserError(f"--task_name {args.task_name} has files of its own; leave out --dev_share,"
+                        " --test_share and --train_split")
     return args.task_name if is_squad else task_of(args)
 
 
