@@ -58,6 +58,8 @@ logger = logging.getLogger("data_augmentation")
 
 SHARD_ROWS = 512  # rows of a shard, whose masked words are sorted by length together
 UNKNOWN_SHARE_LIMIT = 0.10
+VARIED_SHARE_LIMIT = 0.01  # of the rows
+IN_WORDS_SHARE_LIMIT = 0.10  # of the ideographs
 
 
 class ComposeVectors(argparse.Action):
@@ -155,6 +157,7 @@ def write_rows(
     for number, new_rows in enumerate(augmented_rows(table, augmentor, shard, varied), first):
         output.write("".join(tsv_line(row, source, number) for row in new_rows).encode())
         counts["written"] += len(new_rows)
+        counts["varied_rows"] += len(new_rows) > 1
     counts.update(augmentor.counts)
 
 
@@ -177,6 +180,25 @@ def output_bytes(table: TaskRows, varied: int, draws: int) -> int:
     sizes = [len("\t".join(row).encode()) + 1 for row in table.rows]
     new = draws * (1 if table.text_b is None else 2)  # of each row
     return sum(sizes) + new * sum(sizes[:varied])
+
+
+def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace, source: Path) -> None:
+    """Raise a `UserError` if none of the rows that should vary does; warn if hardly any does."""
+    if counts["varied_rows"] >= VARIED_SHARE_LIMIT * rows or args.N == 0 or args.p == 0:
+        return
+    if counts["varied_rows"]:
+        logger.warning("only %d of %d rows vary; do the word vectors fit the text?",
+                       counts["varied_rows"], rows)
+        return
+    vectors = f"word vectors of its language, not {args.glove_embs}, or --compose_vectors"
+    if not counts["words"]:
+        reason = ("no word of the letters a-z besides function words; expected English, or"
+                  " --data_dir for a task of your own")
+    elif counts["words"] == counts["no_candidates"]:
+        reason = f"none of the {counts['words']} words has replacements; expected {vectors}"
+    else:
+        reason = f"{args.N} draws for each sentence changed no word; expected a larger --N or --p"
+    raise UserError(f"{source}: nothing was varied: {reason}")
 
 
 def report(counts: Counter[str], rows: int, seconds: float) -> None:
@@ -251,6 +273,12 @@ def main(args: argparse.Namespace) -> None:
     # Write
     start, shards = time.perf_counter(), cut(len(table.rows), SHARD_ROWS)
     counts = output.make(shards, partial(write_rows, table, augmentor, varied, source), "row")
+    try:
+        check_varied(counts, varied, args, source)
+    except UserError:
+        if distributed.is_main():
+            output.remove_folder()
+        raise
     if distributed.is_main():
         output.merge(shards)
     report(counts, len(table.rows), time.perf_counter() - start)

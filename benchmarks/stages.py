@@ -30,7 +30,7 @@ from torch import nn
 
 from benchmarks import flops, plain
 from benchmarks.measure import peak_memory, seconds_of
-from transformer.augmentation import DataAugmentor, GloveIndex, is_plain_word
+from transformer.augmentation import DataAugmentor, GloveIndex
 from transformer.batching import Collate, batches, padded_collate, padding_multiple
 from transformer.distillation import (
     IntermediateLoss,
@@ -61,6 +61,7 @@ from transformer.runtime import (
 from transformer.tasks import TaskRows, get_task, task_rows
 from transformer.tokenization import BertTokenizer
 from transformer.training import StudentTrainer, train
+from transformer.words import is_plain_word
 
 CHINESE_CHARACTERS = 8000
 PREDICTION_EPOCHS = 3  # over which the teacher's logits, computed once, are spread

@@ -10,13 +10,14 @@ import torch
 from helpers import GOLDEN, SHARED, error_line, run, write_vocab
 
 import data_augmentation
-from transformer.augmentation import DataAugmentor, GloveIndex, is_replacement
+from transformer.augmentation import DataAugmentor, GloveIndex
 from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
 from transformer.table_files import read_tsv, write_tsv
 from transformer.tasks import GLUE_TASKS, get_task, load_examples
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
+from transformer.words import is_replacement
 
 WORD_LIST = """
 cat dog bird fish tree house river road stone cloud rain snow wind fire night day moon star

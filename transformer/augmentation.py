@@ -1,15 +1,16 @@
 """Data augmentation: new sentences by replacing words (TinyBERT, arXiv 1909.10351, Algorithm 1).
 
 A word that is one word piece is masked and BERT proposes replacements; a word of several pieces
-takes its nearest neighbours among word vectors. Each new sentence then draws, word by word. Where
-there is no GloVe, word vectors are composed of a BERT's input embeddings.
+takes its nearest neighbours among word vectors. Each new sentence then draws, word by word. In
+Chinese a single ideograph is what a word of one piece is in English. Where there is no GloVe, word
+vectors are composed of a BERT's input embeddings.
 """
 
 import random
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,27 +21,28 @@ import torch
 from transformer.file_utils import UserError, atomic_path, text_lines
 from transformer.modeling import BertForMaskedLM, BertModel
 from transformer.tokenization import BertTokenizer
+from transformer.words import (
+    IDEOGRAPHS,
+    Sentence,
+    Word,
+    WordFinder,
+    english_words,
+    frequent_ngrams,
+    is_ideographic,
+    is_replacement,
+    may_vary,
+    negates,
+)
 
-# Kept from the original: the usual English function words without the question words (what,
-# which, who, whom, when, where, why, how), which therefore are replaced like any other word.
-FUNCTION_WORDS = """
-i me my myself we our ours ourselves you your yours yourself yourselves he him his himself
-she her hers herself it its itself they them their theirs themselves
-this that these those a an the all any both each few more most other some such own same
-am is are was were be been being have has had having do does did doing can will should
-and but if or because as until while than so nor
-of at by for with about against between into through during before after above below to
-from up down in out on off over under
-again further then once here there no not only too very just now
-s t d m o y ll re ve ma
-ain aren couldn didn doesn don hadn hasn haven isn mightn mustn needn shan shouldn wasn
-weren won wouldn
-"""
-STOP_WORDS = frozenset(FUNCTION_WORDS.split())
-
-PLAIN_WORD = re.compile("[a-z]+")
-WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.,;:!?()]")  # words that get a composed vector
+WORD = re.compile("[a-z]+")
+# Words that get a composed vector, of English and of any alphabet.
+WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.,;:!?()]")
+ANY_LETTERS = re.compile(r"[^\W\d_]+")
+ANY_WORD = re.compile(rf"{ANY_LETTERS.pattern}|[0-9]+|[.,;:!?()]")
 COMPOSED_WORDS = 20_000
+JUDGED_LINES = 10_000  # of a corpus, to tell its language
+OTHER_LETTERS_LIMIT = 0.02  # share of an English text's words with letters other than a-z
+SAMPLED_BYTES = 50_000_000  # of a corpus, to count n-grams in memory
 UNKNOWN_VECTOR = b"<unk> "
 VECTOR_BLOCK = 1024  # lines of a vector file parsed at once
 SCORE_CELLS = 1 << 25  # cells of one block of similarities: 128 MiB of float32
@@ -49,14 +51,16 @@ BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # a CPU wants what fits into its ca
 BATCH_ROWS = 1024  # one row costs a whole vocabulary of logits
 
 
-def is_plain_word(token: str) -> bool:
-    """Return whether Algorithm 1 may vary a basic token: letters a-z only and no stop word."""
-    return PLAIN_WORD.fullmatch(token) is not None and token not in STOP_WORDS
-
-
-def is_replacement(token: str) -> bool:
-    """Return whether a vocabulary entry is a word: no special token, `##` piece or punctuation."""
-    return token != "" and all(letter.isalpha() or letter.isdecimal() for letter in token)
+def is_among(word: str, among: str | int) -> bool:
+    """Return whether a word is one of those that `Word.among` means."""
+    if among == "":
+        return True
+    if among == "letters":
+        return not IDEOGRAPHS.search(word) and not negates(word)
+    if among == 1:
+        return len(word) == 1 and is_ideographic(word) and may_vary(word)
+    return (len(word) > 1 and abs(len(word) - among) <= 1 and is_ideographic(word)
+            and not negates(word))
 
 
 class GloveIndex:
@@ -80,8 +84,9 @@ class GloveIndex:
             is_replacement(word) and self._folded_ids[word.lower()] == index
             for index, word in enumerate(self.words)
         ]
-        self._usable = {False: usable, True: usable & np.array(first)}
-        self._cache: dict[tuple[int, bool], dict[str, list[str]]] = defaultdict(dict)
+        self._usable: dict[tuple[bool, str | int], np.ndarray] = {
+            (False, ""): usable, (True, ""): usable & np.array(first)}
+        self._cache: dict[tuple[int, bool, str | int], dict[str, list[str]]] = defaultdict(dict)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -109,14 +114,16 @@ class GloveIndex:
             raise UserError(f"{path}: no word vectors; expected a word and its numbers on a line")
         return cls(words, np.concatenate(blocks))
 
-    def nearest(self, words: Iterable[str], k: int, words_only: bool = False) -> list[list[str]]:
+    def nearest(
+        self, words: Iterable[str], k: int, words_only: bool = False, among: str | int = ""
+    ) -> list[list[str]]:
         """Return the `k` nearest neighbours of each word, the nearest first, without the word.
 
         A word without a vector has none. `words_only` folds case: a query is found under any
-        spelling, and neighbours are words in lower case, each once.
+        spelling, and neighbours are words in lower case, each once. `among` is that of a `Word`.
         """
         words = list(words)
-        cache = self._cache[k, words_only]
+        cache = self._cache[k, words_only, among]
         new = {}
         for word in dict.fromkeys(words):
             if word not in cache:
@@ -128,7 +135,7 @@ class GloveIndex:
             block = known[start : start + size]
             indices = [new[word] for word in block]
             scores = self.vectors[indices] @ self.vectors.T  # [block, words]
-            scores[:, ~self._usable[words_only]] = -np.inf
+            scores[:, ~self._among(words_only, among)] = -np.inf
             for word, index, row in zip(block, indices, scores, strict=True):
                 cache[word] = self._best(row, index, k, words_only)
         return [list(cache[word]) for word in words]
@@ -137,9 +144,17 @@ class GloveIndex:
         index = self._ids.get(word)
         if index is None and words_only:
             index = self._folded_ids.get(word.lower())
-        if index is None or not self._usable[False][index]:
+        if index is None or not self._usable[False, ""][index]:
             return None
         return index
+
+    def _among(self, words_only: bool, among: str | int) -> np.ndarray:
+        """Return which words may be neighbours [words]."""
+        key = (words_only, among)
+        if key not in self._usable:
+            fitting = np.array([is_among(word, among) for word in self.words])
+            self._usable[key] = self._usable[words_only, ""] & fitting
+        return self._usable[key]
 
     def _best(self, scores: np.ndarray, query: int, k: int, words_only: bool) -> list[str]:
         """Return the words of the `k` highest scores; equal ones in the order of the file."""
@@ -216,8 +231,27 @@ def _parse_numbers(text: bytes) -> np.ndarray:
 
 def count_words(lines: Iterable[str]) -> dict[str, int]:
     """Count lower-cased words and punctuation marks, the most frequent first (ties by spelling)."""
-    counts = Counter(word for line in lines for word in WORD.findall(line.lower()))
+    return _by_count(Counter(word for line in lines for word in WORD.findall(line.lower())))
+
+
+def count_any_words(lines: Iterable[str]) -> dict[str, int]:
+    """Count words of any alphabet and what recurs among ideographs, the most frequent first."""
+    counts: Counter[str] = Counter()
+    runs: list[str] = []
+    for line in lines:
+        runs += IDEOGRAPHS.findall(line)
+        counts.update(ANY_WORD.findall(IDEOGRAPHS.sub(" ", line.lower())))
+    return _by_count(counts + Counter(frequent_ngrams(runs)))
+
+
+def _by_count(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def is_english(lines: Iterable[str]) -> bool:
+    """Return whether hardly any word of a text has letters other than a-z."""
+    words = [word for line in lines for word in ANY_LETTERS.findall(line)]
+    return sum(not word.isascii() for word in words) <= OTHER_LETTERS_LIMIT * len(words)
 
 
 def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> None:
@@ -232,30 +266,47 @@ def _lines(files: Iterable[Path]) -> Iterator[str]:
         yield from (line for _, line in text_lines(path))
 
 
+def corpus_words(files: Sequence[Path]) -> list[str]:
+    """Return the words of text files, the most frequent first.
+
+    English, judged by the first lines, has words of letters a-z. Any other language has words of
+    its alphabet and, of ideographs, what recurs as a unit; a large text is read here and there.
+    """
+    if is_english(islice(_lines(files), JUDGED_LINES)):
+        return list(count_words(_lines(files)))
+    step = 1 + sum(path.stat().st_size for path in files) // SAMPLED_BYTES
+    return list(count_any_words(islice(_lines(files), 0, None, step)))
+
+
 def compose_vectors(
     model_dir: Path | str, files: Sequence[Path], vocab_size: int = COMPOSED_WORDS
 ) -> tuple[list[str], np.ndarray]:
     """Return the most frequent words of text files and their vectors [words, hidden].
 
-    A word's vector is the mean of the input embeddings of its word pieces.
+    A word's vector is the mean of the input embeddings of its word pieces. A word of ideographs
+    that the vocabulary lacks has none.
     """
-    words = list(count_words(_lines(files)))[:vocab_size]
+    tokenizer = BertTokenizer.from_pretrained(model_dir)
+    words = corpus_words(files)[:vocab_size]
+    pieces = dict(zip(words, tokenizer.encode_batch(words), strict=True))
+    words = [word for word in words
+             if not (is_ideographic(word) and tokenizer.unk_id in pieces[word])]
     if not words:
-        raise UserError(f"{files[0]}: no words; expected English text")
+        raise UserError(f"{files[0]}: no words that occur often enough; expected more text")
     model = BertModel.from_pretrained(model_dir)
     table = model.embeddings.word_embeddings.weight.detach().numpy()  # [vocabulary, hidden]
-    pieces = BertTokenizer.from_pretrained(model_dir).encode_batch(words)
-    return words, np.stack([table[ids].mean(axis=0) for ids in pieces])
+    return words, np.stack([table[pieces[word]].mean(axis=0) for word in words])
 
 
 # ------------------------------------------------------------------ Algorithm 1
 
 
 class Query(NamedTuple):
-    """One masked word: which sentence, which token of it, and the model's input for it."""
+    """One masked word: which sentence, which part of it, and the model's input for it."""
 
     sentence: int
-    token: int
+    part: int
+    among: str | int  # what it may be replaced by: that of its `Word`
     ids: list[int]  # [CLS] masked sentence [SEP] original sentence [SEP]
     first_length: int  # how many of them belong to segment 0
     position: int  # where [MASK] stands
@@ -272,15 +323,16 @@ class DataAugmentor:
         best, and fold the case of the word vectors; False takes the M best of the whole
         vocabulary and then drops the `##` pieces, as the original does
     batch_tokens: word pieces in one batch of the model; 0 takes what suits the device
+    any_script: vary words of any alphabet and of ideographs; False: of the letters a-z alone
     next_sentence: the number i of the next sentence, from 0; set it to begin elsewhere
     counts: running totals: `words` that may be varied and those with `no_candidates`; word
-        `pieces` and those `unknown`
+        `pieces` and those `unknown`; `ideographs`, and those `in_words` of several
     """
 
     def __init__(
         self, model: BertForMaskedLM, tokenizer: BertTokenizer, glove: GloveIndex, M: int = 15,
         N: int = 30, p: float = 0.4, seed: int = 42, drop_non_words: bool = True,
-        batch_tokens: int = 0,
+        batch_tokens: int = 0, any_script: bool = False,
     ) -> None:
         model.config.check_vocabulary(len(tokenizer), "the tokenizer")
         self.model = model.eval()
@@ -293,89 +345,101 @@ class DataAugmentor:
         self.counts: Counter[str] = Counter()
         self._pieces: dict[str, list[int]] = {}
         self._words = list(tokenizer.vocab)
-        allowed = [not drop_non_words or is_replacement(word) for word in self._words]
-        self._allowed = sum(allowed)
-        allowed += [False] * (model.config.vocab_size - len(allowed))
-        self._forbidden = ~torch.tensor(allowed, device=self.device)  # [the model's vocabulary]
+        self._forbidden: dict[str | int, tuple[torch.Tensor, int]] = {}
+        self._finder = WordFinder(glove.words, tokenizer.basic_tokenizer) if any_script else None
         self.next_sentence = 0
 
     def candidates(self, sentences: Sequence[str]) -> list[dict[int, list[str]]]:
         """Return for each sentence the replacements of each token that may be varied, best first.
 
-        A word that gets no proposal keeps itself as the only one, as in the original.
+        A word that gets no proposal keeps itself as the only one, as in the original. Of a text
+        that is written without spaces the numbers are those of its `Sentence.parts`.
         """
         return [candidates for _, candidates in self._analyse(sentences)]
 
     def augment(self, sentences: Sequence[str]) -> list[list[str]]:
         """Return for each sentence itself and up to N different variations of it.
 
-        Variations are lower-cased basic tokens joined by spaces. N draws are made, and a draw
-        that changes nothing or repeats an earlier one adds no sentence.
+        Variations are lower-cased basic tokens joined by spaces; of texts with ideographs they
+        are the text as it is, but for the words. N draws are made, and a draw that changes
+        nothing or repeats an earlier one adds no sentence.
         """
         results = []
-        for sentence, (tokens, candidates) in zip(
-            sentences, self._analyse(sentences), strict=True
-        ):
+        for text, (sentence, candidates) in zip(sentences, self._analyse(sentences), strict=True):
             generator = random.Random(f"{self.seed}-{self.next_sentence}")
             self.next_sentence += 1
-            results.append(self._vary(sentence, tokens, candidates, generator))
+            results.append(self._vary(text, sentence, candidates, generator))
         return results
 
     def _vary(
-        self, sentence: str, tokens: list[str], candidates: dict[int, list[str]],
+        self, text: str, sentence: Sentence, candidates: dict[int, list[str]],
         generator: random.Random,
     ) -> list[str]:
-        """Return the sentence and its variations; a token of `candidates` draws one of them."""
-        seen = {sentence, " ".join(tokens)}
-        variations = [sentence]
+        """Return the text and its variations; a part with `candidates` draws one of them."""
+        parts, join = sentence.parts, sentence.separator.join
+        seen = {text, join(parts)}
+        variations = [text]
         draw = generator.random
         for _ in range(self.N if candidates else 0):
-            new_tokens = list(tokens)
+            new_parts = list(parts)
             for index, words in candidates.items():
                 if draw() < self.p:
-                    new_tokens[index] = words[int(draw() * len(words))]
-            text = " ".join(new_tokens)
-            if text not in seen:
-                seen.add(text)
-                variations.append(text)
+                    new_parts[index] = words[int(draw() * len(words))]
+            new_text = join(new_parts)
+            if new_text not in seen:
+                seen.add(new_text)
+                variations.append(new_text)
         return variations
 
-    def _analyse(self, sentences: Sequence[str]) -> list[tuple[list[str], dict[int, list[str]]]]:
-        """Return basic tokens and candidates of each sentence; a repeated one is done once."""
-        unique = list(dict.fromkeys(sentences))
-        tokens = [self.tokenizer.basic_tokenizer.tokenize(sentence) for sentence in unique]
-        new = sorted({token for row in tokens for token in row} - self._pieces.keys())
+    def _find_words(self, text: str) -> Sentence:
+        if self._finder is None:
+            return english_words(text, self.tokenizer.basic_tokenizer)
+        sentence = self._finder.find(text)
+        self.counts["ideographs"] += sentence.ideographs
+        self.counts["in_words"] += sentence.in_words
+        return sentence
+
+    def _analyse(self, texts: Sequence[str]) -> list[tuple[Sentence, dict[int, list[str]]]]:
+        """Return parts and candidates of each text; a repeated one is done once."""
+        unique = list(dict.fromkeys(texts))
+        sentences = [self._find_words(text) for text in unique]
+        tokens = {token for sentence in sentences for token in sentence.tokens}
+        new = sorted(tokens - self._pieces.keys())
         self._pieces.update(zip(new, self.tokenizer.encode_batch(new), strict=True))
         found: list[dict[int, list[str]]] = [{} for _ in unique]
-        queries, rare = [], []
-        for sentence, row in enumerate(tokens):
-            pieces = [self._pieces[token] for token in row]
+        queries: dict[str | int, list[Query]] = defaultdict(list)
+        rare: dict[str | int, list[tuple[int, Word]]] = defaultdict(list)
+        for number, sentence in enumerate(sentences):
+            pieces = [self._pieces[token] for token in sentence.tokens]
             starts = np.cumsum([0, *map(len, pieces)])
             sentence_ids = [piece for word in pieces for piece in word]
             self.counts["pieces"] += len(sentence_ids)
             self.counts["unknown"] += sentence_ids.count(self.tokenizer.unk_id)
-            for index, token in enumerate(row):
-                if not pieces[index] or not is_plain_word(token):
-                    continue
-                found[sentence][index] = []  # fixes the order in which words draw
-                if len(pieces[index]) == 1:
-                    queries.append(self._query(sentence, index, sentence_ids, int(starts[index])))
+            for word in sentence.words:
+                length = 0 if word.token is None else len(pieces[word.token])
+                found[number][word.part] = []  # fixes the order in which words draw
+                if length == 1:
+                    queries[word.among].append(
+                        self._query(number, word, sentence_ids, int(starts[word.token])))
                 else:
-                    rare.append((sentence, index, token))
-        near = self.glove.nearest([word for _, _, word in rare], self.M, self.drop_non_words)
-        for (sentence, index, _), words in zip(rare, near, strict=True):
-            found[sentence][index] = words
-        self._fill_masked(queries, found)
-        for row, candidates in zip(tokens, found, strict=True):
+                    rare[word.among].append((number, word))
+        for among, words in rare.items():
+            near = self.glove.nearest(
+                [word.text for _, word in words], self.M, self.drop_non_words, among)
+            for (number, word), neighbours in zip(words, near, strict=True):
+                found[number][word.part] = neighbours
+        for among in queries:
+            self._fill_masked(queries[among], found)
+        for sentence, candidates in zip(sentences, found, strict=True):
             self.counts["words"] += len(candidates)
             for index, words in candidates.items():
                 if not words:
                     self.counts["no_candidates"] += 1
-                    words.append(row[index])
-        results = dict(zip(unique, zip(tokens, found, strict=True), strict=True))
-        return [results[sentence] for sentence in sentences]
+                    words.append(sentence.parts[index])
+        results = dict(zip(unique, zip(sentences, found, strict=True), strict=True))
+        return [results[text] for text in texts]
 
-    def _query(self, sentence: int, token: int, pieces: list[int], start: int) -> Query:
+    def _query(self, sentence: int, word: Word, pieces: list[int], start: int) -> Query:
         """Return the model's input that masks the piece at `start`, with the original beside it.
 
         An input longer than the model's positions is cut at its end; where that would cut off
@@ -389,7 +453,7 @@ class DataAugmentor:
         separator = self.tokenizer.sep_id
         ids = [self.tokenizer.cls_id, *pieces, separator, *pieces, separator]
         ids[start + 1] = self.tokenizer.mask_id
-        return Query(sentence, token, ids[:limit], len(pieces) + 2, start + 1)
+        return Query(sentence, word.part, word.among, ids[:limit], len(pieces) + 2, start + 1)
 
     def _fill_masked(self, queries: Sequence[Query], found: list[dict[int, list[str]]]) -> None:
         """Fill in what the model proposes for the words that are one word piece."""
@@ -399,9 +463,19 @@ class DataAugmentor:
         for batch, best in zip(batches, proposals, strict=True):
             for query, ids in zip(batch, best.tolist(), strict=True):
                 words = [self._words[piece] for piece in ids]
-                found[query.sentence][query.token] = [
+                found[query.sentence][query.part] = [
                     word for word in words if not word.startswith("##")
                 ]
+
+    def _proposed(self, among: str | int) -> tuple[torch.Tensor, int]:
+        """Return what the model may not propose [its vocabulary], and how many words it may."""
+        if among not in self._forbidden:
+            allowed = [(not self.drop_non_words or is_replacement(word)) and is_among(word, among)
+                       for word in self._words]
+            count = sum(allowed)
+            allowed += [False] * (self.model.config.vocab_size - len(allowed))
+            self._forbidden[among] = ~torch.tensor(allowed, device=self.device), count
+        return self._forbidden[among]
 
     def _batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:
         """Group queries of similar length, the longest first, into batches of bounded size."""
@@ -419,7 +493,10 @@ class DataAugmentor:
 
     @torch.inference_mode()
     def _propose(self, batch: Sequence[Query]) -> torch.Tensor:
-        """Return the ids of the best entries at each [MASK]: [batch, up to M], likeliest first."""
+        """Return the ids of the best entries at each [MASK]: [batch, up to M], likeliest first.
+
+        All of a batch are replaced by words of one kind.
+        """
         shape = (len(batch), len(batch[0].ids))
         ids = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
         segments = np.zeros(shape, dtype=np.int64)
@@ -435,5 +512,6 @@ class DataAugmentor:
             torch.from_numpy(array).to(self.device)
             for array in (ids, segments, attention_mask, rows, positions))
         logits = self.model(*inputs, masked_positions=(rows, positions)).logits  # [batch, vocab]
-        logits = logits.masked_fill(self._forbidden, float("-inf"))
-        return logits.topk(min(self.M, self._allowed)).indices
+        forbidden, allowed = self._proposed(batch[0].among)
+        logits = logits.masked_fill(forbidden, float("-inf"))
+        return logits.topk(min(self.M, allowed)).indices

@@ -126,7 +126,7 @@ class ShardedFile:
             _check_same(self.metadata, args, inputs)
             logger.info("%s: finished already, by an earlier call with these arguments",
                         self.output)
-            self._remove_folder()  # what a kill has left of it
+            self.remove_folder()  # what a kill has left of it
             return True
         if self.output.exists() and not args.overwrite:
             raise UserError(f"{self.output}: exists; --overwrite replaces it")
@@ -134,14 +134,14 @@ class ShardedFile:
         if any(self.folder.glob("*.shard")):
             logger.warning("%s: the unfinished work of an earlier call is discarded; --resume"
                            " would have continued it", self.folder)
-        self._remove_folder()
+        self.remove_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.folder)
         write_json(self.manifest, {"arguments": argument_values(args), "inputs": dict(inputs),
                                    "launch": distributed.launch()})
         return False
 
-    def _remove_folder(self) -> None:
+    def remove_folder(self) -> None:
         """Remove the folder; what is left of it when that is cut short counts for nothing."""
         self.manifest.unlink(missing_ok=True)
         if self.folder.exists():
@@ -196,7 +196,7 @@ class ShardedFile:
                     shutil.copyfileobj(file, merged, COPIED_BYTES)
         size = self.output.stat().st_size
         write_json(self.metadata, {**read_json(self.manifest), "bytes": size})
-        self._remove_folder()
+        self.remove_folder()
 
 
 def _check_same(path: Path, args: argparse.Namespace, inputs: Mapping[str, str]) -> None:
