@@ -5,23 +5,34 @@ sentence, then up to N times with other words in its second one; the sentence th
 stays the original. Replacements of words that are one word piece come from BERT's masked-LM head,
 those of other words are the nearest neighbours among the word vectors.
 
+GLUE's tasks have words of the letters a-z. The texts of other tasks (--data_dir) may be in any
+script: where they are Chinese, the words are those of the word vectors, and the model replaces
+what is left of single characters. A negation is never varied there.
+
 Finished shards wait in a folder beside the output, .unfinished-train_aug.tsv, until all are there;
 --resume continues with them after a kill. Under torchrun each process varies its share of the rows.
 
 Example:
     python data_augmentation.py --pretrained_bert_model models/bert-base-uncased \
         --glove_embs data/glove.840B.300d.txt --glue_dir data/glue_data --task_name RTE
+    python data_augmentation.py --pretrained_bert_model models/bert-base-chinese \
+        --glove_embs data/chinese_vectors.txt --data_dir data/reviews
 
-Where there is no GloVe, this first composes word vectors of the model's word-piece embeddings:
+Where there is no GloVe, this first composes word vectors of the model's word-piece embeddings, of
+the words in text files, or in the training rows of --data_dir, or in both:
     python data_augmentation.py --compose_vectors data/wiki_for_bert.txt \
         --pretrained_bert_model models/bert-base-uncased --glove_embs data/vectors.txt
+    python data_augmentation.py --compose_vectors --data_dir data/reviews \
+        --pretrained_bert_model models/bert-base-chinese --glove_embs data/chinese_vectors.txt
 """
 
 import argparse
+import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +51,7 @@ from transformer.augmentation import (
 from transformer.file_utils import UserError, check_output_file
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM, freeze
+from transformer.own_tasks import add_data_arguments, find_task, task_record
 from transformer.run_folder import check_not_input
 from transformer.runtime import (
     add_precision_argument,
@@ -50,8 +62,8 @@ from transformer.runtime import (
     run_script,
 )
 from transformer.shards import Shard, ShardedFile, cut, fingerprint
-from transformer.table_files import tsv_line
-from transformer.tasks import GLUE_TASKS, TaskRows, get_task, split_paths, task_rows
+from transformer.table_files import JSON, format_of, row_line
+from transformer.tasks import GLUE_TASKS, Task, TaskRows, get_task, split_paths, task_rows
 from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger("data_augmentation")
@@ -60,18 +72,6 @@ SHARD_ROWS = 512  # rows of a shard, whose masked words are sorted by length tog
 UNKNOWN_SHARE_LIMIT = 0.10
 VARIED_SHARE_LIMIT = 0.01  # of the rows
 IN_WORDS_SHARE_LIMIT = 0.10  # of the ideographs
-
-
-class ComposeVectors(argparse.Action):
-    """Store the files of --compose_vectors, which needs no task."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[Path],
-        option_string: str | None = None,
-    ) -> None:
-        namespace.compose_vectors = values
-        for action in parser._actions:
-            action.required = action.required and action.dest not in ("glue_dir", "task_name")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -86,14 +86,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="BERT with masked-LM head: folder, URL or hub id")
     add("--glove_embs", type=str, required=True,
         help="file of word vectors as text, one word a line")
-    add("--glue_dir", type=str, required=True,
-        help="folder that holds the tasks' folders (RTE, SST-2, ...)")
-    add("--task_name", type=str, required=True,
-        help=f"GLUE task, in any case: {', '.join(GLUE_TASKS)}")
-    add("--compose_vectors", type=Path, nargs="+", default=None, metavar="TEXT_FILE",
-        action=ComposeVectors,
-        help="write to --glove_embs instead: vectors of the words of these files, the most "
-             f"frequent {COMPOSED_WORDS:,}, composed of the model's word-piece embeddings")
+    add("--glue_dir", type=str, default=None,
+        help="folder that holds the folders of GLUE's tasks (RTE, SST-2, ...); one of them is"
+             " --task_name")
+    add_data_arguments(parser, required=False)
+    add("--compose_vectors", type=Path, nargs="*", default=None, metavar="TEXT_FILE",
+        help="write to --glove_embs instead: vectors of the words of these files, and of the"
+             f" training rows in --data_dir, the most frequent {COMPOSED_WORDS:,}, composed of the"
+             " model's word-piece embeddings")
     add("--N", type=int, default=30,
         help="new sentences tried for each sentence; where the flag is not given, the task's own "
              f"number applies ({tasks})")
@@ -101,7 +101,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--p", type=float, default=0.4, help="probability, 0 to 1, that a word is replaced")
     add("--seed", type=int, default=42, help="seed of the draws, an integer")
     add("--output_file", type=str, default=None,
-        help="file to write; None: train_aug.tsv beside the task's train.tsv")
+        help="file to write, in the format of train (of Parquet, Arrow and text files: JSON"
+             " lines); None: train_aug beside the task's train, such as train_aug.tsv")
     add("--overwrite", action="store_true", help="replace an output file that exists")
     add("--max_train_rows", type=int, default=0,
         help="read only this many rows, the first of the file; 0: all")
@@ -117,20 +118,58 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for a number out of range."""
+    """Raise a `UserError` for a number out of range, or where no task or two are given."""
+    if args.glue_dir is not None and args.data_dir is not None:
+        raise UserError("--glue_dir and --data_dir: expected one of them")
+    if args.glue_dir is None and args.data_dir is None and not args.compose_vectors:
+        raise UserError("expected --glue_dir with --task_name, or --data_dir"
+                        + ("" if args.compose_vectors is None else ", or files to take words from"))
+    if args.glue_dir is not None and args.task_name is None and args.compose_vectors is None:
+        raise UserError("--glue_dir: expected --task_name beside it")
     if not 0 <= args.p <= 1:
         raise UserError(f"--p {args.p}: expected a probability from 0 to 1")
 
 
+def find_rows(args: argparse.Namespace) -> tuple[Task, Path, TaskRows]:
+    """Find the task, its folder (or its file), and the rows to learn from."""
+    data_dir = Path(args.data_dir or Path(args.glue_dir, get_task(args.task_name).folder))
+    task = find_task(args.task_name, data_dir, args.dev_share, args.test_share,
+                     args.train_split or "")
+    table = task_rows(task, data_dir)
+    return task, data_dir, table._replace(rows=table.rows[: args.max_train_rows or None])
+
+
+def text_columns(table: TaskRows) -> list[int]:
+    """Return the columns of the texts."""
+    return [column for column in (table.text_a, table.text_b) if column is not None]
+
+
+def texts_of(table: TaskRows, row: list[str]) -> tuple[str, ...]:
+    """Return the texts of a row."""
+    return tuple(row[column] for column in text_columns(table))
+
+
+def held_out_texts(task: Task, data_dir: Path) -> set[tuple[str, ...]]:
+    """Return the texts of the rows of train that are set aside: dev, test, another half."""
+    if not (task.dev_share or task.test_share or task.train_split):
+        return set()
+    learned = task_rows(task, data_dir)
+    whole = task_rows(replace(task, dev_share=0.0, test_share=0.0, train_split=""), data_dir)
+    return ({texts_of(whole, row) for row in whole.rows}
+            - {texts_of(learned, row) for row in learned.rows})
+
+
 def augmented_rows(
-    table: TaskRows, augmentor: DataAugmentor, shard: Shard, varied: int
+    table: TaskRows, augmentor: DataAugmentor, shard: Shard, varied: int,
+    held_out: Collection[tuple[str, ...]] = (),
 ) -> Iterator[list[list[str]]]:
     """Yield for each row of the shard the rows that replace it: itself, then its variations.
 
     Only the first `varied` rows of the table are varied. The two sentences of a pair are varied
-    one at a time, each beside the original of the other.
+    one at a time, each beside the original of the other. No variation has the texts of a row that
+    is held out.
     """
-    columns = [column for column in (table.text_a, table.text_b) if column is not None]
+    columns = text_columns(table)
     augmentor.next_sentence = shard.begin * len(columns)
     variations = iter(augmentor.augment([
         row[column] for row in table.rows[shard.begin : min(shard.end, varied)]
@@ -140,49 +179,60 @@ def augmented_rows(
         new_rows = [row]
         for column in columns if index < varied else ():
             for sentence in next(variations)[1:]:
-                new_rows.append([*row[:column], sentence, *row[column + 1 :]])
+                new_row = [*row[:column], sentence, *row[column + 1 :]]
+                if texts_of(table, new_row) not in held_out:
+                    new_rows.append(new_row)
         yield new_rows
 
 
 def write_rows(
-    table: TaskRows, augmentor: DataAugmentor, varied: int, source: Path,
+    table: TaskRows, augmentor: DataAugmentor, varied: int,
+    held_out: Collection[tuple[str, ...]], source: Path, form: str,
     shard: Shard, output: BinaryIO, counts: Counter[str],
 ) -> None:
     """Write the rows that replace those of a shard, in the first one after the header."""
-    header = [] if table.header is None else [table.header]
+    header = [] if table.header is None or form == JSON else [table.header]
     augmentor.counts.clear()
+
+    def write(rows: list[list[str]], number: int) -> None:
+        lines = (row_line(row, table.header, form, source, number) for row in rows)
+        output.write("".join(lines).encode())
+
     if shard.begin == 0:
-        output.write("".join(tsv_line(row, source, 1) for row in header).encode())
+        write(header, 1)
     first = shard.begin + len(header) + 1
-    for number, new_rows in enumerate(augmented_rows(table, augmentor, shard, varied), first):
-        output.write("".join(tsv_line(row, source, number) for row in new_rows).encode())
+    groups = augmented_rows(table, augmentor, shard, varied, held_out)
+    for number, new_rows in enumerate(groups, first):
+        write(new_rows, number)
         counts["written"] += len(new_rows)
         counts["varied_rows"] += len(new_rows) > 1
     counts.update(augmentor.counts)
 
 
 def fingerprints(
-    args: argparse.Namespace, source: Path, model_dir: Path, device: torch.device,
-    dtype: torch.dtype | None,
+    args: argparse.Namespace, task: Task, sources: list[Path], model_dir: Path,
+    device: torch.device, dtype: torch.dtype | None,
 ) -> dict[str, str]:
     """Return what flags stand for: digests of files, and the precision that auto chooses."""
     model_files = sorted(path for path in model_dir.glob("*") if path.is_file())
+    description = "" if task.is_glue else f" {json.dumps(task_record(task))}"
     return {
-        "--task_name": fingerprint([source]),
+        "--task_name": fingerprint(sources) + description,
         "--glove_embs": fingerprint([Path(args.glove_embs)]),
         "--pretrained_bert_model": fingerprint(model_files),
         "--precision": f"{dtype} on {device.type}",
     }
 
 
-def output_bytes(table: TaskRows, varied: int, draws: int) -> int:
+def output_bytes(table: TaskRows, varied: int, draws: int, form: str) -> int:
     """Return how large the augmented rows are at most, roughly."""
-    sizes = [len("\t".join(row).encode()) + 1 for row in table.rows]
-    new = draws * (1 if table.text_b is None else 2)  # of each row
+    names = json.dumps(dict.fromkeys(table.header, "")) if form == JSON else ""
+    sizes = [len("\t".join(row).encode()) + len(names) + 1 for row in table.rows]
+    new = draws * len(text_columns(table))  # of each row
     return sum(sizes) + new * sum(sizes[:varied])
 
 
-def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace, source: Path) -> None:
+def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace, task: Task) -> None:
     """Raise a `UserError` if none of the rows that should vary does; warn if hardly any does."""
     if counts["varied_rows"] >= VARIED_SHARE_LIMIT * rows or args.N == 0 or args.p == 0:
         return
@@ -190,15 +240,18 @@ def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace, sour
         logger.warning("only %d of %d rows vary; do the word vectors fit the text?",
                        counts["varied_rows"], rows)
         return
-    vectors = f"word vectors of its language, not {args.glove_embs}, or --compose_vectors"
-    if not counts["words"]:
-        reason = ("no word of the letters a-z besides function words; expected English, or"
-                  " --data_dir for a task of your own")
+    vectors = (f"{args.glove_embs} does not fit the language; expected other word vectors, such as"
+               " --compose_vectors makes")
+    if not counts["words"] and task.is_glue:
+        reason = ("no words of the letters a-z; expected English, as in GLUE, or a task of your own"
+                  " in --data_dir")
+    elif not counts["words"]:
+        reason = f"no word of the texts is in the vectors: {vectors}"
     elif counts["words"] == counts["no_candidates"]:
-        reason = f"none of the {counts['words']} words has replacements; expected {vectors}"
+        reason = f"no word of the texts has a replacement: {vectors}"
     else:
-        reason = f"{args.N} draws for each sentence changed no word; expected a larger --N or --p"
-    raise UserError(f"{source}: nothing was varied: {reason}")
+        reason = f"{args.N} draws for each text changed nothing; expected a larger --N or --p"
+    raise UserError(f"task {task.name}: none of {rows} rows varies: {reason}")
 
 
 def report(counts: Counter[str], rows: int, seconds: float) -> None:
@@ -210,6 +263,12 @@ def report(counts: Counter[str], rows: int, seconds: float) -> None:
         rows, written, written / rows, seconds, counts["words"], counts["no_candidates"],
         counts["unknown"], counts["pieces"],
     )
+    if counts["ideographs"]:
+        logger.info("%d of %d ideographs are in words of the vectors",
+                    counts["in_words"], counts["ideographs"])
+    if counts["in_words"] < IN_WORDS_SHARE_LIMIT * counts["ideographs"]:
+        logger.warning("hardly any ideographs are in words of the vectors, so that most are varied"
+                       " one by one; do the vectors fit the language?")
     if counts["unknown"] > UNKNOWN_SHARE_LIMIT * counts["pieces"]:
         logger.warning(
             "%.0f %% of the word pieces are [UNK]; does the vocabulary fit the text, and its case?",
@@ -222,30 +281,32 @@ def write_composed_vectors(args: argparse.Namespace) -> None:
     if not distributed.is_main():
         return
     output_file = Path(args.glove_embs)
+    texts = []
+    if args.data_dir is not None:
+        *_, table = find_rows(args)
+        texts = [text for row in table.rows for text in texts_of(table, row)]
     model_dir = fetch_model(args.pretrained_bert_model)
     check_output_file(output_file)
     check_not_input(output_file, [*args.compose_vectors, *model_dir.glob("*")])
     if output_file.exists() and not (args.overwrite or args.resume):
         raise UserError(f"--glove_embs {output_file}: exists; --overwrite replaces it")
-    words, vectors = compose_vectors(model_dir, args.compose_vectors)
+    words, vectors = compose_vectors(model_dir, args.compose_vectors, texts)
     write_vectors(output_file, words, vectors)
     logger.info("wrote %d vectors of %d numbers to %s", *vectors.shape, output_file)
 
 
 def main(args: argparse.Namespace) -> None:
     """Augment the rows of a task, or with --compose_vectors make the word vectors for that."""
-    if args.compose_vectors:
+    check_args(args)
+    if args.compose_vectors is not None:
         write_composed_vectors(args)
         return
 
     # What to augment
-    task = get_task(args.task_name)
-    data_dir = Path(args.glue_dir) / task.folder
-    output_file = Path(args.output_file or data_dir / "train_aug.tsv")
-    check_args(args)
-    table = task_rows(task, data_dir)
-    if args.max_train_rows:
-        table = table._replace(rows=table.rows[: args.max_train_rows])
+    task, data_dir, table = find_rows(args)
+    folder = data_dir.parent if data_dir.is_file() else data_dir
+    output_file = Path(args.output_file or folder / task.files["aug"])
+    form = format_of(task.files["aug"])
     varied = min(args.max_varied_rows or len(table.rows), len(table.rows))
     if "N" not in args.given:
         args.N = task.augmentation_n
@@ -254,12 +315,13 @@ def main(args: argparse.Namespace) -> None:
     model_dir = fetch_model(args.pretrained_bert_model)
 
     # A new start, or where an earlier call was stopped
-    output, source = ShardedFile(output_file), split_paths(task, data_dir, "train")[0]
+    output, sources = ShardedFile(output_file), split_paths(task, data_dir, "train")
     check_not_input(output_file, [
-        *(data_dir / name for split, name in task.files.items() if split != "aug"),
+        *(path for name in task.splits.values()
+          for path in (folder.glob(name) if "*" in name else [folder / name])),
         Path(args.glove_embs), *model_dir.glob("*")])
-    size = output_bytes(table, varied, args.N)
-    if not output.begin(args, fingerprints(args, source, model_dir, device, dtype), size):
+    inputs = fingerprints(args, task, sources, model_dir, device, dtype)
+    if not output.begin(args, inputs, output_bytes(table, varied, args.N, form)):
         return
 
     # Model and word vectors
@@ -267,14 +329,16 @@ def main(args: argparse.Namespace) -> None:
     model = freeze(BertForMaskedLM.from_pretrained(model_dir), dtype, device)
     glove = GloveIndex.load(args.glove_embs)
     augmentor = DataAugmentor(model, tokenizer, glove, args.M, args.N, args.p, args.seed,
-                              batch_tokens=args.batch_tokens)
+                              batch_tokens=args.batch_tokens, any_script=not task.is_glue)
     log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 
     # Write
     start, shards = time.perf_counter(), cut(len(table.rows), SHARD_ROWS)
-    counts = output.make(shards, partial(write_rows, table, augmentor, varied, source), "row")
+    write = partial(write_rows, table, augmentor, varied, held_out_texts(task, data_dir),
+                    sources[0], form)
+    counts = output.make(shards, write, "row")
     try:
-        check_varied(counts, varied, args, source)
+        check_varied(counts, varied, args, task)
     except UserError:
         if distributed.is_main():
             output.remove_folder()

@@ -9,7 +9,7 @@ vectors are composed of a BERT's input embeddings.
 import random
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -112,6 +112,8 @@ class GloveIndex:
             blocks.append(vectors)
         if not blocks:
             raise UserError(f"{path}: no word vectors; expected a word and its numbers on a line")
+        if 2 * sum("\ufffd" in word for word in words) > len(words):
+            deque(text_lines(path), maxlen=0)  # says what they are in place of UTF-8
         return cls(words, np.concatenate(blocks))
 
     def nearest(
@@ -261,38 +263,41 @@ def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> None
             file.write(f"{word} {' '.join(f'{number:.4f}' for number in vector)}\n")
 
 
-def _lines(files: Iterable[Path]) -> Iterator[str]:
+def _lines(files: Iterable[Path], texts: Iterable[str]) -> Iterator[str]:
     for path in files:
         yield from (line for _, line in text_lines(path))
+    yield from texts
 
 
-def corpus_words(files: Sequence[Path]) -> list[str]:
-    """Return the words of text files, the most frequent first.
+def corpus_words(files: Sequence[Path], texts: Sequence[str]) -> list[str]:
+    """Return the words of text files and texts, the most frequent first.
 
     English, judged by the first lines, has words of letters a-z. Any other language has words of
     its alphabet and, of ideographs, what recurs as a unit; a large text is read here and there.
     """
-    if is_english(islice(_lines(files), JUDGED_LINES)):
-        return list(count_words(_lines(files)))
+    if is_english(islice(_lines(files, texts), JUDGED_LINES)):
+        return list(count_words(_lines(files, texts)))
     step = 1 + sum(path.stat().st_size for path in files) // SAMPLED_BYTES
-    return list(count_any_words(islice(_lines(files), 0, None, step)))
+    return list(count_any_words(islice(_lines(files, texts), 0, None, step)))
 
 
 def compose_vectors(
-    model_dir: Path | str, files: Sequence[Path], vocab_size: int = COMPOSED_WORDS
+    model_dir: Path | str, files: Sequence[Path], texts: Sequence[str] = (),
+    vocab_size: int = COMPOSED_WORDS,
 ) -> tuple[list[str], np.ndarray]:
-    """Return the most frequent words of text files and their vectors [words, hidden].
+    """Return the most frequent words of files and texts, and their vectors [words, hidden].
 
     A word's vector is the mean of the input embeddings of its word pieces. A word of ideographs
     that the vocabulary lacks has none.
     """
     tokenizer = BertTokenizer.from_pretrained(model_dir)
-    words = corpus_words(files)[:vocab_size]
+    words = corpus_words(files, texts)[:vocab_size]
     pieces = dict(zip(words, tokenizer.encode_batch(words), strict=True))
     words = [word for word in words
              if not (is_ideographic(word) and tokenizer.unk_id in pieces[word])]
     if not words:
-        raise UserError(f"{files[0]}: no words that occur often enough; expected more text")
+        place = f"{files[0]}: " if files else ""
+        raise UserError(f"{place}no words that occur often enough; expected more text")
     model = BertModel.from_pretrained(model_dir)
     table = model.embeddings.word_embeddings.weight.detach().numpy()  # [vocabulary, hidden]
     return words, np.stack([table[pieces[word]].mean(axis=0) for word in words])
