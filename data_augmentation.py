@@ -31,7 +31,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ from transformer.shards import Shard, ShardedFile, cut, fingerprint
 from transformer.table_files import JSON, format_of, row_line
 from transformer.tasks import GLUE_TASKS, Task, TaskRows, get_task, split_paths, task_rows
 from transformer.tokenization import BertTokenizer
+from transformer.words import Sentence, WordFinder, english_words
 
 logger = logging.getLogger("data_augmentation")
 
@@ -232,26 +234,44 @@ def output_bytes(table: TaskRows, varied: int, draws: int, form: str) -> int:
     return sum(sizes) + new * sum(sizes[:varied])
 
 
-def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace, task: Task) -> None:
-    """Raise a `UserError` if none of the rows that should vary does; warn if hardly any does."""
+@contextmanager
+def nothing_left_of(output: ShardedFile) -> Iterator[None]:
+    """Remove the unfinished output where the block finds that it is of no use."""
+    try:
+        yield
+    except UserError:
+        if distributed.is_main():
+            output.remove_folder()
+        raise
+
+
+def check_words(
+    table: TaskRows, varied: int, find_words: Callable[[str], Sentence], task: Task, vectors: str
+) -> None:
+    """Raise an error if no text has a word that may be varied."""
+    texts = (text for row in table.rows[:varied] for text in texts_of(table, row))
+    if not any(find_words(text).words for text in texts):
+        raise UserError(f"task {task.name}: nothing to vary: " + (
+            "no text has words of the letters a-z; expected English, as in GLUE, or a task of your"
+            " own in --data_dir" if task.is_glue else
+            f"no word of the texts is in {vectors}; expected word vectors of their language, such"
+            " as --compose_vectors makes"))
+
+
+def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace) -> None:
+    """Raise an error if none of the rows that should vary does; warn if hardly any does."""
     if counts["varied_rows"] >= VARIED_SHARE_LIMIT * rows or args.N == 0 or args.p == 0:
         return
     if counts["varied_rows"]:
-        logger.warning("only %d of %d rows vary; do the word vectors fit the text?",
+        logger.warning("only %d of %d rows vary; do the word vectors fit the texts?",
                        counts["varied_rows"], rows)
-        return
-    vectors = (f"{args.glove_embs} does not fit the language; expected other word vectors, such as"
-               " --compose_vectors makes")
-    if not counts["words"] and task.is_glue:
-        reason = ("no words of the letters a-z; expected English, as in GLUE, or a task of your own"
-                  " in --data_dir")
-    elif not counts["words"]:
-        reason = f"no word of the texts is in the vectors: {vectors}"
     elif counts["words"] == counts["no_candidates"]:
-        reason = f"no word of the texts has a replacement: {vectors}"
+        raise UserError(f"--glove_embs {args.glove_embs}: has neighbours of no word of the"
+                                 " texts, so that nothing was varied; expected word vectors of"
+                                 " their language, such as --compose_vectors makes")
     else:
-        reason = f"{args.N} draws for each text changed nothing; expected a larger --N or --p"
-    raise UserError(f"task {task.name}: none of {rows} rows varies: {reason}")
+        raise UserError(f"--N {args.N} --p {args.p:g}: no draw has changed anything;"
+                                 " expected more draws, or likelier ones")
 
 
 def report(counts: Counter[str], rows: int, seconds: float) -> None:
@@ -324,12 +344,16 @@ def main(args: argparse.Namespace) -> None:
     if not output.begin(args, inputs, output_bytes(table, varied, args.N, form)):
         return
 
-    # Model and word vectors
+    # Words and model
     tokenizer = BertTokenizer.from_pretrained(model_dir)
-    model = freeze(BertForMaskedLM.from_pretrained(model_dir), dtype, device)
     glove = GloveIndex.load(args.glove_embs)
+    find_words = (partial(english_words, basic_tokenizer=tokenizer.basic_tokenizer) if task.is_glue
+                  else WordFinder(glove.words, tokenizer.basic_tokenizer).find)
+    with nothing_left_of(output):
+        check_words(table, varied, find_words, task, args.glove_embs)
+    model = freeze(BertForMaskedLM.from_pretrained(model_dir), dtype, device)
     augmentor = DataAugmentor(model, tokenizer, glove, args.M, args.N, args.p, args.seed,
-                              batch_tokens=args.batch_tokens, any_script=not task.is_glue)
+                              batch_tokens=args.batch_tokens, find_words=find_words)
     log_start(args, device, dtype, task=task.name, rows=len(table.rows), vectors=len(glove))
 
     # Write
@@ -337,12 +361,8 @@ def main(args: argparse.Namespace) -> None:
     write = partial(write_rows, table, augmentor, varied, held_out_texts(task, data_dir),
                     sources[0], form)
     counts = output.make(shards, write, "row")
-    try:
-        check_varied(counts, varied, args, task)
-    except UserError:
-        if distributed.is_main():
-            output.remove_folder()
-        raise
+    with nothing_left_of(output):
+        check_varied(counts, varied, args)
     if distributed.is_main():
         output.merge(shards)
     report(counts, len(table.rows), time.perf_counter() - start)

@@ -10,7 +10,8 @@ import random
 import re
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,6 @@ from transformer.words import (
     IDEOGRAPHS,
     Sentence,
     Word,
-    WordFinder,
     english_words,
     frequent_ngrams,
     is_ideographic,
@@ -57,10 +57,8 @@ def is_among(word: str, among: str | int) -> bool:
         return True
     if among == "letters":
         return not IDEOGRAPHS.search(word) and not negates(word)
-    if among == 1:
-        return len(word) == 1 and is_ideographic(word) and may_vary(word)
-    return (len(word) > 1 and abs(len(word) - among) <= 1 and is_ideographic(word)
-            and not negates(word))
+    fits = len(word) == 1 if among == 1 else len(word) > 1 and abs(len(word) - among) <= 1
+    return fits and is_ideographic(word) and may_vary(word)
 
 
 class GloveIndex:
@@ -328,7 +326,7 @@ class DataAugmentor:
         best, and fold the case of the word vectors; False takes the M best of the whole
         vocabulary and then drops the `##` pieces, as the original does
     batch_tokens: word pieces in one batch of the model; 0 takes what suits the device
-    any_script: vary words of any alphabet and of ideographs; False: of the letters a-z alone
+    find_words: finds the words that may be varied; None: those of the letters a-z
     next_sentence: the number i of the next sentence, from 0; set it to begin elsewhere
     counts: running totals: `words` that may be varied and those with `no_candidates`; word
         `pieces` and those `unknown`; `ideographs`, and those `in_words` of several
@@ -337,7 +335,7 @@ class DataAugmentor:
     def __init__(
         self, model: BertForMaskedLM, tokenizer: BertTokenizer, glove: GloveIndex, M: int = 15,
         N: int = 30, p: float = 0.4, seed: int = 42, drop_non_words: bool = True,
-        batch_tokens: int = 0, any_script: bool = False,
+        batch_tokens: int = 0, find_words: Callable[[str], Sentence] | None = None,
     ) -> None:
         model.config.check_vocabulary(len(tokenizer), "the tokenizer")
         self.model = model.eval()
@@ -351,7 +349,8 @@ class DataAugmentor:
         self._pieces: dict[str, list[int]] = {}
         self._words = list(tokenizer.vocab)
         self._forbidden: dict[str | int, tuple[torch.Tensor, int]] = {}
-        self._finder = WordFinder(glove.words, tokenizer.basic_tokenizer) if any_script else None
+        self._find_words = find_words or partial(
+            english_words, basic_tokenizer=tokenizer.basic_tokenizer)
         self.next_sentence = 0
 
     def candidates(self, sentences: Sequence[str]) -> list[dict[int, list[str]]]:
@@ -396,14 +395,6 @@ class DataAugmentor:
                 variations.append(new_text)
         return variations
 
-    def _find_words(self, text: str) -> Sentence:
-        if self._finder is None:
-            return english_words(text, self.tokenizer.basic_tokenizer)
-        sentence = self._finder.find(text)
-        self.counts["ideographs"] += sentence.ideographs
-        self.counts["in_words"] += sentence.in_words
-        return sentence
-
     def _analyse(self, texts: Sequence[str]) -> list[tuple[Sentence, dict[int, list[str]]]]:
         """Return parts and candidates of each text; a repeated one is done once."""
         unique = list(dict.fromkeys(texts))
@@ -418,6 +409,8 @@ class DataAugmentor:
             pieces = [self._pieces[token] for token in sentence.tokens]
             starts = np.cumsum([0, *map(len, pieces)])
             sentence_ids = [piece for word in pieces for piece in word]
+            self.counts["ideographs"] += sentence.ideographs
+            self.counts["in_words"] += sentence.in_words
             self.counts["pieces"] += len(sentence_ids)
             self.counts["unknown"] += sentence_ids.count(self.tokenizer.unk_id)
             for word in sentence.words:

@@ -107,7 +107,8 @@ class Word(NamedTuple):
     part: which part of its sentence it is
     text: what it is called in a file of word vectors
     among: what its replacements are: "" any words, "letters" words without ideographs, 1 single
-        ideographs, a larger number n words of about n ideographs; but for "" no negations
+        ideographs, a larger number n words of about n ideographs; but for "" no negations, and of
+        ideographs no function words
     token: the basic token that the word is, None for one that only word vectors know
     """
 
@@ -253,6 +254,10 @@ class WordFinder:
 # ------------------------------------------------------------------ words of a corpus
 
 
+def _may_be_unit(ngram: str) -> bool:
+    return PARTICLES.isdisjoint((ngram[0], ngram[-1]))
+
+
 def frequent_ngrams(runs: Sequence[str]) -> dict[str, int]:
     """Return which 2 to 4 ideographs are a unit in these runs, and how often each occurs.
 
@@ -271,14 +276,14 @@ def frequent_ngrams(runs: Sequence[str]) -> dict[str, int]:
         for ngram, count in longer.items():
             if count >= MIN_COUNT:
                 counts[ngram] = count
-                for part in (ngram[1:], ngram[:-1]):
+                for part in (ngram[1:], ngram[:-1]) if _may_be_unit(ngram) else ():
                     covered[part] = max(covered[part], count)
 
     def association(ngram: str, cut: int) -> float:
         return math.log(counts[ngram] * total / (counts[ngram[:cut]] * counts[ngram[cut:]]))
 
     def is_unit(ngram: str) -> bool:
-        return (1 < len(ngram) <= LONGEST and PARTICLES.isdisjoint((ngram[0], ngram[-1]))
+        return (1 < len(ngram) <= LONGEST and _may_be_unit(ngram)
                 and covered[ngram] <= MAX_CONTAINED * counts[ngram]
                 and min(association(ngram, cut) for cut in range(1, len(ngram))) >= MIN_ASSOCIATION)
 
