@@ -238,6 +238,7 @@ def test_processes_shards_and_kills_do_not_change_the_bytes(tmp_path, flags):
     rows = [["text", "label"], *make_reviews(3000)]
     for name in ("one", "two", "killed"):
         write_csv(tmp_path / name / "train.csv", rows)
+
     def arguments(name: str) -> list:
         return [*flags, "--data_dir", tmp_path / name, "--dev_share", 0.1, "--task_name", "own"]
 
