@@ -235,7 +235,7 @@ def test_no_model_is_written_into_the_folder_of_the_teacher(mine, base):
 
 def test_own_data_stand_beside_tasks_of_glue_with_settings_by_their_name(mine):
     commands = dry_run("--profile", "minilm", TASKS=f"RTE {mine}", TEACHER_EPOCHS_mine="9",
-                       WORD_VECTORS="")
+                       AUGMENTATION_N_mine="3")
     own = [command for command in commands if is_script(command) and "mine" in " ".join(command)]
     assert not list(checks.problems(commands))
     downloads = [c for c in commands if c[1] == "download_glue.py"]
@@ -245,6 +245,8 @@ def test_own_data_stand_beside_tasks_of_glue_with_settings_by_their_name(mine):
     (teacher,) = (given(c) for c in own if "models/minilm/final_mine_teacher" in c
                   and c[1] == "finetune_teacher.py")
     assert teacher["new_classifier"] and teacher["num_train_epochs"] == 9
+    (augmentation,) = (given(c) for c in own if c[1] == "data_augmentation.py" and "--N" in c)
+    assert augmentation["N"] == 3 and augmentation["data_dir"] == "data/minilm/glue_data/mine"
     (export,) = (c for c in own if c[1] == "export_model.py")
     assert "nyu-mll/glue" not in export
 
@@ -259,7 +261,8 @@ def test_one_command_goes_from_a_file_and_a_bert_to_an_exported_int8_student(bas
     write_csv(tmp_path / "My reviews.csv", 100)
     settings = {**TINY, "MODELS_DIR": str(tmp_path / "models"),
                 "RESULTS_DIR": str(tmp_path / "results")}
-    call = ("--task", str(tmp_path / "My reviews.csv"), "--teacher", str(base))
+    call = ("--task", str(tmp_path / "My reviews.csv"), "--vectors", "composed", "--teacher",
+            str(base))
     result = drive(*call, **settings)
     assert result.returncode == 0, result.stderr
     assert f"Exported: {tmp_path}/models/export" in result.stdout
@@ -278,8 +281,8 @@ def test_one_command_goes_from_a_file_and_a_bert_to_an_exported_int8_student(bas
     assert dry_run(*call, **settings) == []
     write_csv(tmp_path / "My reviews.csv", 102)
     scripts = [command[1] for command in dry_run(*call, **settings)]
-    assert scripts[:2] == ["driver/copy_task.py", "finetune_teacher.py"] and len(scripts) > 8
+    assert scripts[:2] == ["driver/copy_task.py", "data_augmentation.py"] and len(scripts) > 10
     ready = tmp_path / "models" / "final_my_reviews_teacher"
-    commands = dry_run(*call[:-1], str(ready), **settings)
+    commands = dry_run(*call[:2], "--teacher", str(ready), **settings)
     (teacher,) = (given(c) for c in commands if c[1] == "finetune_teacher.py")
     assert teacher["num_train_epochs"] == 0 and "new_classifier" not in teacher
