@@ -33,8 +33,8 @@ weren won wouldn
 """
 STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 
-# Chinese function words of one character, simplified and traditional. At `PARTICLES` no other word
-# begins or ends. A word of these alone (我们, 因为, 但是) is a function word, too.
+# Chinese function words of one character, simplified and traditional. `PARTICLES` are hardly ever a
+# part of other words. A word of these alone (我们, 因为, 但是) is a function word, too.
 PARTICLES = frozenset(
     "的了也都就才還还又很是和與与及把被我你您他她它這这那吗嗎呢吧啊呀哦嗯啦嘛么麼们們"
 )
@@ -254,16 +254,11 @@ class WordFinder:
 # ------------------------------------------------------------------ words of a corpus
 
 
-def _may_be_unit(ngram: str) -> bool:
-    return PARTICLES.isdisjoint((ngram[0], ngram[-1]))
-
-
 def frequent_ngrams(runs: Sequence[str]) -> dict[str, int]:
     """Return which 2 to 4 ideographs are a unit in these runs, and how often each occurs.
 
     A unit recurs, its parts occur together far more often than by chance (pointwise mutual
-    information), it neither begins nor ends with a particle, and it is not merely a part of one
-    longer n-gram.
+    information), it has no particle, and it is not merely a part of one longer n-gram.
     """
     counts = Counter(character for run in runs for character in run)
     total = counts.total()
@@ -276,14 +271,14 @@ def frequent_ngrams(runs: Sequence[str]) -> dict[str, int]:
         for ngram, count in longer.items():
             if count >= MIN_COUNT:
                 counts[ngram] = count
-                for part in (ngram[1:], ngram[:-1]) if _may_be_unit(ngram) else ():
+                for part in (ngram[1:], ngram[:-1]) if PARTICLES.isdisjoint(ngram) else ():
                     covered[part] = max(covered[part], count)
 
     def association(ngram: str, cut: int) -> float:
         return math.log(counts[ngram] * total / (counts[ngram[:cut]] * counts[ngram[cut:]]))
 
     def is_unit(ngram: str) -> bool:
-        return (1 < len(ngram) <= LONGEST and _may_be_unit(ngram)
+        return (1 < len(ngram) <= LONGEST and PARTICLES.isdisjoint(ngram)
                 and covered[ngram] <= MAX_CONTAINED * counts[ngram]
                 and min(association(ngram, cut) for cut in range(1, len(ngram))) >= MIN_ASSOCIATION)
 
