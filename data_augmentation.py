@@ -274,6 +274,15 @@ def check_varied(counts: Counter[str], rows: int, args: argparse.Namespace) -> N
                                  " expected more draws, or likelier ones")
 
 
+def report_ideographs(counts: Counter[str]) -> None:
+    """Log how many ideographs are in words that the vectors know; warn where they are few."""
+    logger.info("%d of %d ideographs are in words of the vectors",
+                counts["in_words"], counts["ideographs"])
+    if counts["in_words"] < IN_WORDS_SHARE_LIMIT * counts["ideographs"]:
+        logger.warning("hardly any ideographs are in words of the vectors, so that most are varied"
+                       " one by one; do the vectors fit the language?")
+
+
 def report(counts: Counter[str], rows: int, seconds: float) -> None:
     """Log what came out, and warn where the model hardly knows the text."""
     written = counts["written"]
@@ -283,12 +292,8 @@ def report(counts: Counter[str], rows: int, seconds: float) -> None:
         rows, written, written / rows, seconds, counts["words"], counts["no_candidates"],
         counts["unknown"], counts["pieces"],
     )
-    if counts["ideographs"]:
-        logger.info("%d of %d ideographs are in words of the vectors",
-                    counts["in_words"], counts["ideographs"])
-    if counts["in_words"] < IN_WORDS_SHARE_LIMIT * counts["ideographs"]:
-        logger.warning("hardly any ideographs are in words of the vectors, so that most are varied"
-                       " one by one; do the vectors fit the language?")
+    if 2 * counts["ideographs"] > counts["pieces"]:
+        report_ideographs(counts)
     if counts["unknown"] > UNKNOWN_SHARE_LIMIT * counts["pieces"]:
         logger.warning(
             "%.0f %% of the word pieces are [UNK]; does the vocabulary fit the text, and its case?",

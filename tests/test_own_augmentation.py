@@ -310,6 +310,11 @@ def test_vectors_without_words_of_ideographs_are_warned_of(tmp_path, flags, capl
     vectors.write_text("cat 1 0\ndog 0 1\n")
     run(data_augmentation, *flags, "--data_dir", tmp_path, "--glove_embs", vectors)
     assert "hardly any ideographs are in words" in caplog.text
+    caplog.clear()
+    for name in ("train.csv", "dev.csv"):
+        write_csv(tmp_path / name, [["text", "label"], ["the good app 看", "1"], ["a kfc", "0"]])
+    run(data_augmentation, *flags, "--data_dir", tmp_path, "--glove_embs", vectors, "--overwrite")
+    assert "ideographs" not in caplog.text
 
 
 @pytest.mark.parametrize(("more", "message"), [
