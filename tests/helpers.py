@@ -30,7 +30,7 @@ from transformer.modeling import (  # noqa: E402
 )
 from transformer.runtime import run_script  # noqa: E402
 from transformer.table_files import write_tsv  # noqa: E402
-from transformer.tasks import GLUE_TASKS, GlueTask, get_task  # noqa: E402
+from transformer.tasks import GLUE_TASKS, Task, get_task  # noqa: E402
 from transformer.tokenization import BertTokenizer  # noqa: E402
 
 SHARED = Path(os.environ.get("TINYBERT_SHARED", REPO.parent / "shared"))
@@ -113,7 +113,7 @@ def sentence(rng: random.Random, mood: list[str]) -> str:
     return " ".join(words) + " ."
 
 
-def make_rows(task: GlueTask, count: int, seed: int) -> list[list[str]]:
+def make_rows(task: Task, count: int, seed: int) -> list[list[str]]:
     """Rows in the task's own columns; the label can be seen from the words."""
     rng = random.Random(seed)
     columns = task.columns or ["id", *filter(None, (task.text_a, task.text_b)), task.label]

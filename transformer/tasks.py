@@ -91,8 +91,6 @@ class Task:
         return {**dict(self.aliases), **{label: label for label in self.labels}}
 
 
-GlueTask = Task
-
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 PAIR_METRICS = ("acc", "f1", "acc_and_f1")
