@@ -146,6 +146,7 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     folder = RunFolder.open(args, [args.bert_model])
     dtype = resolve_precision(args.precision, device)
+    splits = evaluation_splits(task)
     if folder.state == "finished":
         return
     set_seed(args.seed)
@@ -156,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     train_rows = load_features(task, args.data_dir, "aug" if args.aug_train else "train", *data,
                                args.max_train_rows, cache=True)
     dev = {split: load_features(task, args.data_dir, split, *data, cache=True)
-           for split in evaluation_splits(task)}
+           for split in splits}
     model = load_model(args, task, labels, len(tokenizer)).to(device)
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)

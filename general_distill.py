@@ -234,6 +234,9 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
 def find_data(args: argparse.Namespace, tokenizer: BertTokenizer, folder: RunFolder) -> Path:
     """Return the folder of the instances, which are made of --train_corpus where it is given."""
     if args.train_corpus is None:
+        if args.pregenerated_data.is_file():
+            raise UserError(f"--pregenerated_data {args.pregenerated_data}: a file; expected what"
+                            " pregenerate_training_data.py writes (--train_corpus takes text)")
         return args.pregenerated_data
     settings = epoch_settings(args, "max_seq_length")
     epochs = 1 if settings.instances == "lines" else math.ceil(args.num_train_epochs)

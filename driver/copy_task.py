@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformer.file_utils import atomic_folder
+from transformer.file_utils import UserError, atomic_folder
 from transformer.own_tasks import find_task, save_task
 from transformer.runtime import run_script
 from transformer.tasks import Task, split_paths
@@ -40,6 +40,9 @@ def task_files(task: Task, source: Path) -> Iterator[tuple[Path, Path]]:
     folder = source.parent if source.is_file() else source
     for split in {file: split for split, file in task.splits.items()}.values():
         for path in split_paths(task, source, split):
+            if not path.is_relative_to(folder) or ".." in path.parts[len(folder.parts) :]:
+                raise UserError(f"{path}: lies outside {folder}; expected the files of a task in"
+                                " its folder")
             yield path, path.relative_to(folder)
 
 

@@ -48,6 +48,8 @@ def slug_of(task: Task) -> str:
     if task.is_glue:
         return plain_name(task.name)
     slug = re.sub("[^a-z0-9]+", "_", task.name.lower()).strip("_")
+    if not task.name.isascii():  # two names in Chinese are different ones
+        slug += "_" * bool(slug) + hashlib.sha256(task.name.encode()).hexdigest()[:6]
     return slug if slug[:1].isalpha() else f"task_{slug}".rstrip("_")
 
 

@@ -75,7 +75,7 @@ def test_splits_without_a_file_get_a_share_of_the_training_rows(mine, capsys):
 
 
 @pytest.mark.parametrize(("name", "slug"), [
-    ("My-Reviews.v2.csv", "my_reviews_v2"), ("2024.csv", "task_2024"), ("评论.csv", "task")])
+    ("My-Reviews.v2.csv", "my_reviews_v2"), ("2024.csv", "task_2024"), ("评论.csv", "task_6849b8")])
 def test_a_tasks_name_serves_in_settings_and_folders(tmp_path, capsys, name, slug):
     write_csv(tmp_path / name, 40)
     assert f"SLUG[{slug}]" in described(capsys, "--tasks", tmp_path / name, "--dev_share", 0.2)

@@ -81,7 +81,7 @@ def test_a_folder_of_text_files_is_a_row_each_with_its_folder_as_label(tmp_path)
     assert ("Line one. Line two.", "好评") in found and len(found) == 5
 
 
-@pytest.mark.parametrize("cells", [["a", "b"], ["a,b", 'c"d'], ["x\ny", "z"], ["", "ü"]])
+@pytest.mark.parametrize("cells", [["a", "b"], ["a,b", 'c"d'], ["x\ny", "z"], ["ß ", "ü"]])
 def test_a_row_that_is_written_as_csv_or_json_is_read_back_unchanged(tmp_path, cells):
     for form, name in (("CSV", "train.csv"), ("JSON lines", "train.jsonl")):
         names = ["text", "label"]
@@ -288,12 +288,27 @@ REFUSED = [
     ({"train.tsv": TSV}, "no rows after the header"),
     ({"train.tsv": TSV + "a\tx\nb\tx\n"}, "all rows have the label 'x'; expected two or more"),
     ({"train.tsv": GOOD, "dev.tsv": TSV + "c\tz\n"},
-     r"the label 'z' is in dev \(1 rows\) but not in train, which has 'x', 'y'"),
+     r"the label 'z' is in dev \(1 rows\) but not among the labels .x., .y."),
     ({"train.tsv": TSV + "".join(f"a\tlabel {n}\n" for n in range(9))},
      "9 different labels in 9 rows, such as .*Say it in .*task.json: {"),
     ({"train.tsv": TSV + "a\t1.5\nb\t2.0\n"}, r'are they scores\? Say it .*"range": \[1.5, 2.0\]'),
     ({"train.tsv": TSV + "a\tx\nb\tX\n"}, "'X', 'x' differ in case or spaces only"),
-    ({"train.tsv": TSV + "a\tx\nb\ty \nc\ty\n"}, "'y', 'y ' differ|'y ', 'y' differ"),
+    ({"train.tsv": TSV + "a\tx\nb\ty \nc\ty\nd\tx\n"}, "'y', 'y ' differ"),
+    ({"train.tsv": TSV + "a\tx\nb\ty\nc\tz\n"}, "3 different labels in 3 rows"),
+    ({"train.csv": "Comment,Polarity\n" + "a,x\nb,y\n" * 9}, r"'Polarity' is of this row alone"),
+    ({"train.csv": GOOD.replace("\t", ","), "task.json": '{"columns": ["text", "label"]}'},
+     "line 1: names the columns"),
+    ({"train.csv": "text,label\na,x\nb,\n"}, "train.csv, line 3: the label is empty"),
+    ({"train.tsv": GOOD, "test.tsv": TSV + "a\tX\nb\tY\n"}, "'X' is in test"),
+    ({"train.tsv": GOOD, "task.json": '{"text_a": "text", "label": "text"}'}, "different columns"),
+    ({"train.tsv": GOOD, "task.json": '{"labels": ["x"]}'}, "'y' is in train .* not among"),
+    ({"train.tsv": GOOD, "task.json": '{"labels": ["x", "y", "y"]}'}, "'y' stands twice"),
+    ({"train.tsv": GOOD, "task.json": '{"max_seq_length": 64.0}'}, "a number above 2"),
+    ({"train.tsv": TSV + "a\t0\nb\t7\n", "task.json": '{"range": [0, 1]}'},
+     "line 3: label '7'; expected a score from 0 to 1"),
+    ({"train/neg/1.txt": "a", "train/pos/1.txt": "b", "train/unsup/1.txt": "c",
+      "train/unsup/2.txt": "d", "test/neg/1.txt": "e", "test/pos/1.txt": "f"},
+     "the folder 'unsup' of train has no counterpart in test"),
     ({"train.tsv": TSV + "a\tx\n \ty\n"}, "train.tsv, line 3: 'text' is empty"),
     ({"train.tsv": TSV + "a\tx\nb\n"}, "train.tsv, line 3: 1 columns in 'b'; expected 2"),
     ({"train.tsv": TSV + "a\tx\nb\ty\tz\n"}, "train.tsv, line 3: 3 columns .*; expected 2"),
@@ -348,6 +363,7 @@ def test_a_ready_task_json_of_a_refusal_is_accepted(tmp_path):
     with pytest.raises(UserError, match="not certain") as error:
         find_task(None, folder)
     ready = json.loads(str(error.value).partition("task.json: ")[2])
+    assert ready["text_a"] in ("text", "title")
     put(folder, "task.json", json.dumps({**ready, "label": "topic"}))
     assert find_task(None, folder).labels == ("x", "y")
 
@@ -356,6 +372,21 @@ def test_text_that_is_not_utf8_is_refused_before_anything_else(tmp_path):
     (tmp_path / "train.csv").write_bytes("text,label\n很好吃的外卖,好评\n".encode("gb18030"))
     with pytest.raises(UserError, match=r"train.csv, line 2: .*GB18030"):
         find_task(None, tmp_path)
+
+
+def test_a_guess_at_the_columns_is_the_one_with_the_longest_cells(tmp_path):
+    put(tmp_path, "train.csv", "id,Comment,Polarity\n" + "".join(
+        f"{n},a longer text {n},{'xy'[n % 2]}\n" for n in range(9)))
+    with pytest.raises(UserError, match='"text_a": "Comment", "label": "Polarity"'):
+        find_task(None, tmp_path)
+
+
+def test_a_folder_called_as_a_task_of_glue_with_other_labels_is_refused(tmp_path):
+    folder = write_rows(tmp_path / "sst-2", "csv", ROWS)
+    with pytest.raises(UserError, match="is called as SST-2 of GLUE, but has the label '好评'"):
+        find_task(None, folder)
+    put(folder, "task.json", '{"name": "mine"}')
+    assert find_task(None, folder).labels == ("好评", "差评")
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -12,6 +12,7 @@ from transformer.file_utils import UserError
 from transformer.table_files import (
     CSV,
     FORMATS,
+    TEXT_FILE_COLUMNS,
     TEXTS,
     TSV,
     format_of,
@@ -21,6 +22,8 @@ from transformer.table_files import (
 from transformer.tasks import Task, folder_content, plain_label, split_paths
 
 TASK_NAME = "task.json"
+LOOKED_AT = 50  # rows, to tell what the columns are
+NO_LABELS = ("", "-1")
 SPLIT_STEMS = {"train": ("train", "training"), "dev": ("dev", "valid", "validation", "val", "eval"),
                "test": ("test",)}
 MNLI_STEMS = {"train": ("train",), "dev": ("validation_matched", "dev_matched"),
@@ -126,14 +129,15 @@ def find_layout(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Any]:
         ragged = {"text_a": "text_a", "text_b": "text_b", "label": "label"}
         return ragged if settings.get("ragged") else {}
     files = settings["files"]
-    if (files["train"], files.get("dev")) == ("train.txt", "eval.txt"):
-        return {"ragged": True, "text_a": "text_a", "text_b": "text_b", "label": "label"}
     probe = Task(settings["name"], settings["name"], (), "", None, "", splits=files)
     path = split_paths(probe, data_dir, "train")[0]
     form = format_of(files["train"])
-    rows = [cells for _, cells in islice(iterate_table(path, form), 50)]
+    rows = [cells for _, cells in islice(iterate_table(path, form), LOOKED_AT)]
     if not rows:
         raise UserError(f"{path}: an empty file; expected rows of a text and a label")
+    numbered = sum(row[-1].strip().removeprefix("-").isdecimal() for row in rows if len(row) > 1)
+    if (files["train"], files.get("dev")) == ("train.txt", "eval.txt") and 2 * numbered > len(rows):
+        return {"ragged": True, "text_a": "text_a", "text_b": "text_b", "label": "label"}
     if settings.get("columns"):
         rows = [[*map(str, settings["columns"])]]
     elif form == TEXTS:
@@ -141,22 +145,28 @@ def find_layout(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Any]:
     try:
         found = known_columns(rows[0])
     except UserError as error:
-        raise refusal(f"{path}: {error}.", settings, data_dir, **_guess(rows[0])) from error
+        raise refusal(f"{path}: {error}.", settings, data_dir, **_guess(rows)) from error
     if found is not None:
         return found._asdict()
     if settings.get("columns") or names_columns(form):
         raise refusal(f"{path}: columns {rows[0][:12]}; which are the texts and the label?",
-                       settings, data_dir, **_guess(rows[0]))
+                       settings, data_dir, **_guess(rows))
     return _without_header(rows, path, settings, data_dir)
 
 
-def _guess(cells: Sequence[str]) -> dict[str, str]:
-    """Return columns for a task.json that a user may change: a known label, or the last."""
-    labels = [cell for cell in cells if cell.strip().lower() in LABEL_COLUMNS]
-    texts = [cell for cell in cells if cell.strip().lower() in TEXT_COLUMNS]
-    label = labels[0] if labels else cells[-1]
-    return {"text_a": (texts or [cell for cell in cells if cell != label] or ["..."])[0],
-            "label": label}
+def _guess(rows: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Return columns for a task.json that a user may change: a known label or the last, a text.
+
+    The text is a known one, else the column with the longest cells.
+    """
+    names = rows[0]
+    sizes = {name: sum(len(row[place]) for row in rows[1:] if place < len(row))
+             for place, name in enumerate(names)}
+    label = next((name for name in names if name.strip().lower() in LABEL_COLUMNS), names[-1])
+    others = [name for name in names if name != label]
+    known = [name for name in others if name.strip().lower() in TEXT_COLUMNS]
+    text = known[0] if known else max(others, key=sizes.get, default="...")
+    return {"text_a": text, "label": label}
 
 
 def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping[str, Any],
@@ -168,7 +178,7 @@ def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping
     if names is None:
         raise refusal(f"{path}, line 1: {len(first)} columns {shown}; expected a header with known"
                        " names, or without one a text, perhaps another, and a label.", settings,
-                       data_dir, **_guess(first))
+                       data_dir, **_guess(rows))
     later = {row[-1] for row in rows[1:] if len(row) == len(first)}
     digits = [sum(row[column].strip().isdecimal() for row in rows if len(row) == len(first))
               for column in range(len(first) - 1)]
@@ -176,18 +186,22 @@ def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping
             label.replace(".", "").isdecimal() for label in later) and later) or (
             2 * max(digits) > len(rows)):
         raise refusal(f"{path}, line 1: {shown}; is it a header, and which columns are the texts"
-                       " and the label?", settings, data_dir, **_guess(first))
+                       " and the label?", settings, data_dir, **_guess(rows))
     return {"columns": names, "text_a": names[0], "text_b": names[1] if len(names) == 3 else None,
             "label": "label"}
 
 
 def has_labels(task: Task, data_dir: Path) -> bool:
-    """Say whether the test file has the column of the labels."""
-    path = split_paths(task, data_dir, "test")[0]
-    names = column_names(path, task.splits["test"])
-    if task.columns and format_of(task.splits["test"]) in (TSV, CSV):
-        return len(names) >= len(task.columns)
-    return task.ragged or task.label in names
+    """Say whether the test file has the column of the labels, and labels in it."""
+    path, form = split_paths(task, data_dir, "test")[0], format_of(task.splits["test"])
+    rows = [cells for _, cells in islice(iterate_table(path, form), 2)]
+    if task.ragged or not rows:
+        return True
+    has_names = not task.columns or form not in (TSV, CSV)
+    names = rows.pop(0) if has_names else task.columns
+    if task.label not in names or (rows and len(rows[0]) < len(names)):
+        return False
+    return not rows or rows[0][list(names).index(task.label)] not in NO_LABELS
 
 
 def infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Path) -> list[str]:
@@ -208,7 +222,7 @@ def infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Pa
         raise refusal(f"{data_dir}: the labels are numbers such as {shown_labels(labels)}; are they"
                        " scores?", settings, data_dir, labels=[],
                        range=[min(numbers.values()), max(numbers.values())])
-    if len(labels) >= 5 and 2 * len(labels) > rows:
+    if (len(labels) >= 5 and 2 * len(labels) > rows) or len(labels) == rows > 2:
         raise refusal(f"{data_dir}: {len(labels)} different labels in {rows} rows, such as"
                        f" {shown_labels(labels)}; is {settings['label']!r} the label?", settings,
                        data_dir, label="...")
@@ -218,7 +232,7 @@ def infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Pa
 def check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mapping[str, Any],
                   data_dir: Path) -> None:
     """Raise a `UserError` for labels that the rows lack, or that only some files have."""
-    if len(task.labels) == 1:
+    if [*counts["train"]] == [*task.labels[:1]]:
         raise UserError(f"{data_dir}: all rows have the label {task.labels[0]!r}; expected two or"
                         " more")
     plain = Counter(map(plain_label, task.labels))
@@ -233,11 +247,16 @@ def check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mappi
                         f" of each of {shown_labels(task.labels)}; found {found}")
     for split, counter in counts.items():
         new = [label for label in counter if label not in task.labels]
-        if split == "test" and len(new) == len(counter):
-            continue  # without labels
+        if split == "test" and len(new) == len(counter) == 1:
+            continue  # one that stands for none
         if new:
             raise UserError(f"{data_dir}: the label {new[0]!r} is in {split} ({counter[new[0]]}"
-                            f" rows) but not in train, which has {shown_labels(task.labels)}")
+                            f" rows) but not among the labels {shown_labels(task.labels)}")
+        missing = [label for label in task.labels if not counter[label]]
+        if missing and task.label == TEXT_FILE_COLUMNS[1]:
+            raise refusal(f"{data_dir}: the folder {missing[0]!r} of train has no counterpart in"
+                          f" {split}; are its texts without labels?", settings, data_dir,
+                          labels=[*filter(counter.get, task.labels)], skip_labels=missing)
 
 
 def refusal(message: str, settings: Mapping[str, Any], data_dir: Path, **more: Any) -> UserError:

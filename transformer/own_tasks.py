@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformer.data_layout import (
     has_labels,
     infer_labels,
     known_columns,
+    refusal,
 )
 from transformer.file_utils import CONFIG_NAME, UserError, read_json, write_json
 from transformer.tasks import (
@@ -30,6 +31,7 @@ from transformer.tasks import (
     count_labels,
     get_task,
     is_glue_name,
+    iterate_examples,
     plain_name,
     split_paths,
 )
@@ -180,8 +182,14 @@ def _hub_layout(task: Task, folder: Path) -> Task:
         columns |= {"text_a": task.text_a, "text_b": task.text_b}
     numbers = tuple((str(number), label) for number, label in enumerate(
         HUB_NUMBERS.get(task.name, task.labels)))
-    return replace(task, **columns, columns=(), splits=files, skip_labels=("-1",),
+    task = replace(task, **columns, columns=(), splits=files, skip_labels=("-1",),
                    aliases=(*task.aliases, *numbers))
+    found = {} if task.is_regression else count_labels(task, folder, "train")
+    if foreign := [label for label in found if label not in task.spellings]:
+        raise UserError(f"{folder}: is called as {task.folder} of GLUE, but has the label"
+                        f" {foreign[0][:40]!r}; expected {', '.join(task.labels)}, or for a task of"
+                        f" your own another name of the folder, or a {TASK_NAME} in it")
+    return task
 
 
 def _with_parts(task: Task, dev_share: float = 0.0, test_share: float = 0.0,
@@ -268,7 +276,8 @@ def _is_valid(key: str, value: Any) -> bool:
     if key == "ragged":
         return isinstance(value, bool)
     if key in COUNTS:
-        return is_number(value) and value == int(value) > (2 if key == "max_seq_length" else 0)
+        return (isinstance(value, int) and not isinstance(value, bool)
+                and value > (2 if key == "max_seq_length" else 0))
     if key == "train_split":
         return value in ("train", "transfer")
     return isinstance(value, str) or (value is None and key == "text_b")
@@ -283,6 +292,12 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
     """
     values = {**settings, **more}
     labels = tuple(map(str, values["labels"]))
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise UserError(f"task {values['name']}: the label {twice[0]!r} stands twice in 'labels'")
+    columns = [values[key] for key in ("text_a", "text_b", "label") if values.get(key) is not None]
+    if len({*columns}) < len(columns):
+        raise UserError(f"task {values['name']}: {', '.join(columns)} as texts and label; expected"
+                        " different columns")
     metrics = tuple(values.get("metrics") or (CLASS_DEFAULT if labels else SCORE_DEFAULT))
     known = CLASS_METRICS if labels else SCORE_METRICS
     if unknown := [metric for metric in metrics if metric not in known]:
@@ -323,6 +338,7 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
         settings["files"] = {
             split: file for split, file in settings["files"].items() if split != "test"}
     counts = {split: count_labels(task, data_dir, split) for split in splits}
+    _check_first_row(task, data_dir, counts["train"], settings)
     spelled = {str(name): str(label) for name, label in settings.get("aliases", {}).items()}
     for counter in counts.values():
         for label in [label for label in counter if label in spelled]:
@@ -333,6 +349,8 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
     task = _build(settings)
     if not task.is_regression:
         check_labels(task, counts, settings, data_dir)
+    for split in splits if task.is_regression else ():
+        deque(iterate_examples(task, data_dir, split), maxlen=0)  # raises where a score is none
     if "test" in splits and not {*task.labels} & {*counts["test"]} and not task.is_regression:
         splits.remove("test")
         task = replace(task, splits={
@@ -340,6 +358,18 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
         logger.info("%s: the file of test has no labels of the task", data_dir)
     _log_task(task, data_dir, {split: counts[split] for split in splits})
     return task
+
+
+def _check_first_row(task: Task, data_dir: Path, labels: Counter[str],
+                     settings: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where the first row of files without header looks like one."""
+    path = split_paths(task, data_dir, "train")[0]
+    first = column_names(path, task.splits["train"])
+    place = task.columns.index(task.label) if task.label in task.columns else len(first)
+    if place < len(first) and labels[first[place]] == 1 and "labels" not in settings:
+        raise refusal(f"{path}, line 1: the label {first[place][:40]!r} is of this row alone; is it"
+                      " a header?", settings | {"columns": []}, data_dir,
+                      text_a=first[task.columns.index(task.text_a)], label=first[place])
 
 
 def _log_task(task: Task, data_dir: Path, counts: Mapping[str, Counter[str]]) -> None:

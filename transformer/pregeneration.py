@@ -158,8 +158,8 @@ def _check_text(path: Path) -> None:
         with closing(text_lines(path)) as lines:  # the first one tells the encoding, too
             _, line = next(lines, (0, ""))
         with suppress(UserError):
-            if "text" in parse_json(line, str(path)):
-                kinds = ["JSON lines"]
+            parse_json(line, str(path))
+            kinds = ["JSON lines"]
     if kinds:
         raise UserError(f"{path}: is {kinds[0]}; expected plain text, one sentence a line, or that"
                         " compressed by gzip or bzip2; prepare_data.py makes it of other files")

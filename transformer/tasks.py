@@ -338,6 +338,12 @@ def _check_own_row(task: Task, path: Path, number: int, cells: Sequence[str],
                    columns: _Columns) -> None:
     """Raise a `UserError` for a row of a user's own file that is probably a mistake."""
     where = f"{path}, line {number}"
+    if number == 1 and tuple(cells) == task.columns:
+        raise UserError(f"{where}: names the columns; expected rows alone where a task.json has"
+                        " 'columns'")
+    if not cells[columns.label].strip():
+        raise UserError(f"{where}: the label is empty; expected one (in a task.json"
+                        ' "skip_labels": [""] passes such rows over)')
     if len(cells) > columns.width:
         raise UserError(f"{where}: {len(cells)} columns in {_shorten(cells)}; expected"
                         f" {columns.width}")
