@@ -244,7 +244,7 @@ def test_a_setting_for_one_task_wins_and_what_is_harmless_is_forgiven(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ("--profile nothing", {}, "no profile nothing; expected a file or one of: demo.env"),
+        ("--profile nothing", {}, "no profile nothing; expected a file or one of: chinese.env"),
         ("--only trainig", {}, "no stage trainig; expected one of: environment"),
         ("--demo --recipe mine", {}, "--recipe mine: expected original or paper"),
         ("--fast", {}, "unknown option --fast"),
