@@ -25,7 +25,8 @@ DOCUMENTS = [
 # What the reader or the hub brings, and folders that only runs make.
 BROUGHT = ["data/enwiki-20251101-pages-articles-multistream.xml.bz2", "data/squad", "data/mine",
            "data/my_vectors.txt", "models/my_bert",
-           "google-bert/bert-base-uncased"]
+           "google-bert/bert-base-uncased", "data/snips", "sentence-transformers/all-MiniLM-L6-v2",
+           "waimai_10k.csv"]
 RUN_FOLDERS = {"data", "models", "results"}
 OUTPUT_FLAGS = {"--output_dir", "--output_file", "--results_dir", "-o", "-p", ">"}
 TORCHRUN_FLAGS = {"--max-restarts", "--nproc_per_node"}
