@@ -225,10 +225,12 @@ def test_a_teacher_of_other_labels_or_of_more_is_refused(tmp_path):
 
 def test_the_task_beside_a_model_is_the_one_it_was_trained_on(tmp_path):
     folder = write_rows(tmp_path / "mine", "tsv", many_rows(200))
-    for settings in ({}, {"dev_share": 0.2, "test_share": 0.1, "train_split": "transfer"}):
-        task = find_task(None, folder, **settings)
-        save_task(task, tmp_path)
-        assert stored_task(tmp_path) == task
+    for count in (20, 30, 40):
+        put(folder, "task.json", json.dumps({"augmentation_n": count}))
+        for settings in ({}, {"dev_share": 0.2, "test_share": 0.1, "train_split": "transfer"}):
+            task = find_task(None, folder, **settings)
+            save_task(task, tmp_path)
+            assert stored_task(tmp_path) == task and task.augmentation_n == count
     put(tmp_path, "config.json", json.dumps({"finetuning_task": "sst2"}))
     (tmp_path / "task.json").unlink()
     assert stored_task(tmp_path).name == "sst-2"

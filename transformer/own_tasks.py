@@ -56,6 +56,7 @@ KEYS = {
     "train_split": "train or transfer", "ragged": "true or false",
 }
 COUNTS = ("max_seq_length", "intermediate_epochs", "augmentation_n")
+OWN_DEFAULTS = {"augmentation_n": 20}  # where they are not GLUE's
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -130,7 +131,7 @@ def task_record(task: Task) -> dict[str, Any]:
     record |= {"files": dict(task.splits), "aliases": dict(task.aliases)}
     if task.is_regression and math.isfinite(sum(task.range)):
         record["range"] = list(task.range)
-    empty = {item.name: item.default for item in fields(Task)} | {"aliases": {}}
+    empty = {item.name: item.default for item in fields(Task)} | {"aliases": {}, **OWN_DEFAULTS}
     return {key: list(record[key]) if isinstance(record[key], tuple) else record[key]
             for key in KEYS if key in record and (
                 key in ("labels", "text_b", "metrics") or record[key] != empty.get(key))}
@@ -318,7 +319,7 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
         values["name"], values["name"], labels, values["text_a"], values.get("text_b"),
         values["label"], metrics, tuple(map(str, values.get("columns", ()))), splits, aliases,
         positive, tuple(map(float, values.get("range", (-math.inf, math.inf)))),
-        **{"augmentation_n": 20, **counts},
+        **{**OWN_DEFAULTS, **counts},
         skip_labels=tuple(map(str, values.get("skip_labels", ()))),
         ragged=values.get("ragged", False))
     parts = ("dev_share", "test_share", "train_split")
