@@ -65,7 +65,7 @@ from transformer.runtime import (
 from transformer.shards import Shard, ShardedFile, cut, fingerprint
 from transformer.table_files import JSON, format_of, row_line
 from transformer.tasks import GLUE_TASKS, Task, TaskRows, get_task, split_paths, task_rows
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import load_tokenizer
 from transformer.words import Sentence, WordFinder, english_words
 
 logger = logging.getLogger("data_augmentation")
@@ -350,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # Words and model
-    tokenizer = BertTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     glove = GloveIndex.load(args.glove_embs)
     find_words = (partial(english_words, basic_tokenizer=tokenizer.basic_tokenizer) if task.is_glue
                   else WordFinder(glove.words, tokenizer.basic_tokenizer).find)

@@ -62,7 +62,7 @@ from transformer.modeling import (
 from transformer.own_tasks import save_task
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import commit_id, first_line, run_script
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def load_source(folder: Path) -> Source:
     model_class, pipeline = next((kind for key, kind in KINDS.items() if key in state),
                                  (BertModel, ""))
     model = freeze(model_class.from_state(config, state, folder))
-    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     config.check_vocabulary(len(tokenizer), folder)
     dtype = next(iter(state.values())).dtype
     return Source(folder, model, dtype, tokenizer, pipeline, graphs)

@@ -45,7 +45,7 @@ from transformer.runtime import (
     set_seed,
 )
 from transformer.tasks import Task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def read_settings(
     config, labels = BertConfig.from_json_file(path), task.labels
     if not (args.from_scratch or args.new_classifier):
         labels = match_labels(task, config, path)
-    tokenizer = BertTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
     if args.from_scratch:
         config = scratch_config(folder, len(tokenizer))

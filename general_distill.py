@@ -74,7 +74,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.training import StudentTrainer, autocast, to_device
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
+def teacher_tokenizer(args: argparse.Namespace) -> BertTokenizer:
     """Return the teacher's tokenizer; that the models fit it is checked before the long work.
 
     Raises:
@@ -215,7 +215,7 @@ def load_tokenizer(args: argparse.Namespace) -> BertTokenizer:
     """
     folder = fetch_model(args.teacher_model)
     teacher = BertConfig.from_json_file(find_config(folder))
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     teacher.check_vocabulary(len(tokenizer), args.teacher_model)
     teacher.check_length(args.max_seq_length, args.teacher_model)
     weights_path(folder)
@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # Data, which may first be made
-    tokenizer = load_tokenizer(args)
+    tokenizer = teacher_tokenizer(args)
     data = find_data(args, tokenizer, folder)
     reader = EpochReader(data, tokenizer, args.max_seq_length, args.reduce_memory)
     reader.load(0)  # before anything is written: it may be damaged

@@ -40,9 +40,7 @@ from transformer.modeling import BertForMaskedLM, BertModel, TinyBertForSequence
 from transformer.run_folder import check_not_input, lock_folder
 from transformer.runtime import run_script
 from transformer.tasks import get_task
-from transformer.tokenization import (
-    BertTokenizer,
-)
+from transformer.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +118,7 @@ def save_model(
     """
     if not overwrite and target.is_dir() and any(target.iterdir()):
         try:
-            BertTokenizer.from_pretrained(target)
+            load_tokenizer(target)
             load(target)
         except UserError as error:
             raise UserError(f"{error}; delete {target} or give --overwrite_output_dir") from error
@@ -138,7 +136,7 @@ def save_model(
         lock_folder(target)  # a run may be writing to what is replaced
     loaded = load(source)
     with atomic_folder(target) as temporary:
-        tokenizer = BertTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         loaded.config.check_vocabulary(len(tokenizer), source)
         save_pretrained(loaded, temporary, tokenizer)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())

@@ -42,7 +42,7 @@ from transformer.runtime import (
 from transformer.tables import display_width, pad
 from transformer.tasks import Example, Task, label_order
 from transformer.text_inputs import TEXT_FORMS, Row, TextInputs
-from transformer.tokenization import BertTokenizer, truncate_pair
+from transformer.tokenization import BertTokenizer, load_tokenizer, truncate_pair
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
     task = stored_task(folder)
     model = load_classifier(folder, device=device)
     config = model.config
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
     longest = args.max_seq_length or longest_input(folder, config)
     config.check_length(longest, "the model")

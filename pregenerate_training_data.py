@@ -38,7 +38,7 @@ from transformer.pregeneration import (
 from transformer.pretraining_data import generated_files
 from transformer.run_folder import ARGUMENTS_NAME, UNFINISHED, prepare_output_dir
 from transformer.runtime import argument_values, run_script
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     settings = check_args(args)
     files = corpus_files(args.train_corpus)
     address = s3_address(args.data_url)
-    tokenizer = BertTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         fetch_model(args.bert_model, weights=False), args.do_lower_case or None)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir,
                                     [*args.train_corpus, args.bert_model], keep=True)

@@ -34,7 +34,7 @@ from transformer.file_utils import UserError, text_lines
 from transformer.hub import fetch_model
 from transformer.modeling import BertForMaskedLM
 from transformer.optimization import BertAdam, param_groups
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.tokenizer_files import train_vocabulary
 from transformer.training import autocast, to_device
 
@@ -177,7 +177,7 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
         vocabulary = args.vocab or source
         if not Path(vocabulary).is_file():
             vocabulary = fetch_model(vocabulary, weights=False)
-        tokenizer = BertTokenizer.from_pretrained(vocabulary)
+        tokenizer = load_tokenizer(vocabulary)
     if args.config is not None:
         config = BertConfig.from_json_file(find_config(source))
         if args.vocab_size:

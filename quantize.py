@@ -59,7 +59,7 @@ from transformer.own_tasks import add_data_arguments, save_task, stored_task, ta
 from transformer.run_folder import check_not_input, prepare_output_dir
 from transformer.runtime import add_eval_split_argument, commit_id, get_device, run_script
 from transformer.tasks import Task, get_task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
     weights_path(folder)  # an ONNX model cannot be quantized again
     config = BertConfig.from_json_file(path := find_config(folder))
     labels = () if task is None else match_labels(task, config, path)
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
     if task is not None:
         config.check_length(args.max_seq_length, "the model")

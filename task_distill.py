@@ -86,7 +86,7 @@ from transformer.runtime import (
     training_steps,
 )
 from transformer.tasks import Task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
     folder = fetch_model(source, args.cache_dir or None, weights=False)
     config = BertConfig.from_json_file(path := find_config(folder))
     labels = match_labels(task, config, path)
-    tokenizer = BertTokenizer.from_pretrained(folder, args.do_lower_case or None)
+    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     check_fit(args, config, tokenizer, folder)
     return tokenizer, labels
 

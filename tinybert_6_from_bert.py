@@ -25,7 +25,7 @@ from transformer.hub import fetch_model
 from transformer.modeling import BertModel
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     state = load_state(bert_model)
     # Strictly, so that nothing is missing and nothing left over.
     load_weights(BertModel(config, **BertModel.stored_sizes(state)), state, bert_model)
-    tokenizer = BertTokenizer.from_pretrained(bert_model)
+    tokenizer = load_tokenizer(bert_model)
     output_dir = prepare_output_dir(output_dir, overwrite, [bert_model])
     config.keep_layers([number - 1 for number in kept])
     architecture = ("BertForSequenceClassification" if "classifier.weight" in state

@@ -60,7 +60,7 @@ from transformer.run_folder import prepare_output_dir
 from transformer.runtime import run_script
 from transformer.tables import markdown_table
 from transformer.tasks import get_task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def task_rows(args: argparse.Namespace, name: str) -> Features:
     if folder is None:
         raise UserError(f"--lengths {name}: its rows need --vocab_dir, or a MODEL of --models")
     return load_features(task, data_dir, "dev",
-                         BertTokenizer.from_pretrained(fetch_model(folder, weights=False)),
+                         load_tokenizer(fetch_model(folder, weights=False)),
                          task.max_seq_length, task.labels)
 
 

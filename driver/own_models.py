@@ -18,7 +18,7 @@ from transformer.distillation import check_layer_heads
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
 from transformer.hub import fetch_model
 from transformer.tasks import Task, label_order
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def describe_teacher(args: argparse.Namespace, task: Task,
     """Yield what is to be done with the teacher."""
     if teacher.is_random:
         raise UserError(f"--teacher {teacher.name}: no weights there; expected a trained BERT")
-    pieces = len(BertTokenizer.from_pretrained(teacher.folder))
+    pieces = len(load_tokenizer(teacher.folder))
     teacher.config.check_vocabulary(pieces, teacher.name)
     heads = str(read_json(teacher.folder / CONFIG_NAME).get("architectures") or "")
     if args.masked_lm == "yes" and heads and not re.search("MaskedLM|PreTraining", heads):
@@ -118,7 +118,7 @@ def describe_student(student: Model, teacher: Model) -> Iterator[tuple[str, str]
     try:
         check_layer_heads(teacher.config, student.config)
         if not student.is_random:
-            pieces = len(BertTokenizer.from_pretrained(teacher.folder))
+            pieces = len(load_tokenizer(teacher.folder))
             student.config.check_vocabulary(pieces, teacher.name)
     except UserError as error:
         raise UserError(f"--student {student.name}: {error}") from error

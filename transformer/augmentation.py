@@ -21,7 +21,7 @@ import torch
 
 from transformer.file_utils import UserError, atomic_path, text_lines
 from transformer.modeling import BertForMaskedLM, BertModel
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.words import (
     IDEOGRAPHS,
     Sentence,
@@ -288,7 +288,7 @@ def compose_vectors(
     A word's vector is the mean of the input embeddings of its word pieces. A word of ideographs
     that the vocabulary lacks has none.
     """
-    tokenizer = BertTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     words = corpus_words(files, texts)[:vocab_size]
     pieces = dict(zip(words, tokenizer.encode_batch(words), strict=True))
     words = [word for word in words

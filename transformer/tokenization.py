@@ -362,6 +362,11 @@ class BertTokenizer:
         )
 
 
+def load_tokenizer(folder: Path | str, do_lower_case: bool | None = None) -> BertTokenizer:
+    """Load the tokenizer of a model's folder; see `BertTokenizer.from_pretrained`."""
+    return BertTokenizer.from_pretrained(folder, do_lower_case)
+
+
 def _line_blocks(texts: Iterable[str]) -> Iterator[bytes]:
     """Join texts to blocks of lines in UTF-8; a line end inside a text becomes a space."""
     lines: list[bytes] = []

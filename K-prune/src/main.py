@@ -43,7 +43,7 @@ from transformer.modeling import freeze
 from transformer.own_tasks import add_data_arguments, save_task
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
-from transformer.tokenization import FAST_TOKENIZER_NAME, BertTokenizer
+from transformer.tokenization import FAST_TOKENIZER_NAME, BertTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.output_dir = str(Path("outputs") / args.exp_name)
 
 
-def load_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
+def choose_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
     """Load the vocabulary of --model_name where that is a model, else that of --ckpt_dir's folder.
 
     Raises:
@@ -106,10 +106,10 @@ def load_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
         if ("distilbert" in name) != is_distilbert(folder):
             raise UserError(f"--model_name {args.model_name}: neither a folder with the vocabulary"
                             f" nor the published name of what {folder} was made from")
-        return BertTokenizer.from_pretrained(folder, "uncased" in name if "cased" in name else None)
-    tokenizer = BertTokenizer.from_pretrained(fetch_model(args.model_name, weights=False))
+        return load_tokenizer(folder, "uncased" in name if "cased" in name else None)
+    tokenizer = load_tokenizer(fetch_model(args.model_name, weights=False))
     if any((folder / file).is_file() for file in (VOCAB_NAME, FAST_TOKENIZER_NAME)):
-        own = BertTokenizer.from_pretrained(folder)
+        own = load_tokenizer(folder)
         if (own.vocab, own.settings) != (tokenizer.vocab, tokenizer.settings):
             raise UserError(f"--model_name {args.model_name}: another vocabulary or lower-casing"
                             f" than --ckpt_dir {folder}; expected the same")
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     config = read_config(folder)
     is_squad = isinstance(task, str)
     labels = () if is_squad else match_labels(task, config, find_config(folder))
-    tokenizer = load_tokenizer(args, folder)
+    tokenizer = choose_tokenizer(args, folder)
     config.check_vocabulary(len(tokenizer), args.model_name)
     config.check_length(args.max_seq_length, args.ckpt_dir)
     data = load_data(task, args.data_dir, tokenizer, args.max_seq_length, labels, device)
