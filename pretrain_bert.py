@@ -179,7 +179,8 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
             vocabulary = fetch_model(vocabulary, weights=False)
         tokenizer = load_tokenizer(vocabulary)
     if args.config is not None:
-        config = BertConfig.from_json_file(find_config(source))
+        config = BertConfig.from_json_file(path := find_config(source))
+        BertForMaskedLM.check_family(config, path)
         if args.vocab_size:
             config.vocab_size = len(tokenizer)
         model = BertForMaskedLM(config)
@@ -217,6 +218,7 @@ def shallow_model(model: BertForMaskedLM, layers: int) -> BertForMaskedLM:
     shallow.bert, encoder = copy.copy(model.bert), copy.copy(model.bert.encoder)
     shallow.bert._modules = {**model.bert._modules, "encoder": encoder}
     encoder._modules = {"layer": model.bert.encoder.layer[:layers]}
+    encoder.order = encoder.order[:layers]
     return shallow
 
 

@@ -1,7 +1,8 @@
 """Reading and writing model directories: strict loading, atomic saving.
 
-A model directory is a standard Hugging Face BERT checkpoint: `config.json`, `pytorch_model.bin`
-(or `model.safetensors`, or shards of either, when reading) and `vocab.txt`.
+A model directory is a standard Hugging Face checkpoint of BERT or of a relative: `config.json`,
+`pytorch_model.bin` (or `model.safetensors`, or shards of either, when reading) and `vocab.txt`.
+In memory the weights have BERT's names, whatever they are called in the files (`families.py`).
 """
 
 import hashlib
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from transformer import distributed
+from transformer import distributed, families
+from transformer.config import OWN_TYPES, BertConfig
 from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
@@ -50,13 +52,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
-def canonical_key(key: str) -> str:
-    """Return the Hugging Face name of a parameter, whatever dialect `key` is written in.
+def current_key(key: str) -> str:
+    """Return a parameter's name without `module.` (DataParallel) and TensorFlow's gamma/beta."""
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("module.")))
 
-    A `module.` prefix (DataParallel) goes, TensorFlow's `gamma`/`beta` become `weight`/`bias`,
-    and the encoder's parameters get the `bert.` prefix.
+
+def canonical_key(key: str) -> str:
+    """Return the Hugging Face name of a BERT's parameter, whatever dialect `key` is written in.
+
+    It is the current one, and the encoder's parameters get the `bert.` prefix.
     """
-    key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key.removeprefix("module.")))
+    key = current_key(key)
     return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
 
@@ -172,11 +178,14 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _read_form(path: Path) -> dict[str, torch.Tensor]:
-    """Read one form of a model's weights under their canonical names, checked."""
+def _read_form(path: Path, family: str) -> dict[str, torch.Tensor]:
+    """Read one form of a model's weights under their canonical names, checked.
+
+    Those of a relative of BERT stay under the names of its family.
+    """
     named: dict[str, torch.Tensor] = {}
     for key, tensor in read_weights(path).items():
-        name = canonical_key(key)
+        name = canonical_key(key) if family == "bert" else current_key(key)
         if name == "cls.predictions.decoder.bias":  # newer Hugging Face models store it twice
             name = "cls.predictions.bias"
         if name.endswith(BUFFERS):
@@ -188,17 +197,27 @@ def _read_form(path: Path) -> dict[str, torch.Tensor]:
     return named
 
 
+def _family(weights: Path) -> str:
+    """Return the family of the model whose weights are in a file, by the config.json beside it."""
+    path = weights.parent / CONFIG_NAME
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    return model_type if model_type in families.FAMILIES else "bert"
+
+
 def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     """Read the weights of a model directory onto the CPU, under their canonical names.
+
+    A relative of BERT's are renamed, and its heads of pre-training left out.
 
     Raises:
         UserError: no weights, damaged ones, ones that are not finite, or a file that holds
             something else; several forms of weights that are not the same.
     """
     path, *others = weights_paths(model_dir)
-    state = _read_form(path)
+    family = _family(path)
+    state = _read_form(path, family)
     for other in others:
-        second = _read_form(other)
+        second = _read_form(other, family)
         for key in sorted(state.keys() | second.keys()):
             # One of the files may leave the decoder out, which is the word embedding.
             first, again = (form.get(key, form.get(WORD_EMBEDDINGS) if key == DECODER else None)
@@ -206,7 +225,16 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
             if first is None or again is None or not torch.equal(first, again):
                 raise UserError(f"{path} and {other.name} hold different weights (such as {key});"
                                 " remove the one that is not meant")
-    return state
+    if family == "bert":
+        return state
+    config = BertConfig.from_json_file(path.parent / CONFIG_NAME)
+    try:
+        ours = families.our_state(family, state, config.pad_token_id)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if unread := [key for key in state if key.startswith(families.FAMILIES[family].heads)]:
+        logger.info("%s: not needed and not read: %s", path, key_list(unread))
+    return ours
 
 
 def load_weights(
@@ -262,6 +290,15 @@ def load_weights(
     return missing
 
 
+def stored_state(
+    state: dict[str, torch.Tensor], config: BertConfig
+) -> dict[str, torch.Tensor]:
+    """Return a model's weights as its files hold them: a relative of BERT's under its names."""
+    if config.model_type not in families.FAMILIES:
+        return state
+    return families.their_state(config.model_type, state, config.pad_token_id)
+
+
 def save_weights(model: nn.Module, path: Path | str, leave_out: tuple[str, ...] = ()) -> None:
     """Write the state of `model` to `path` as CPU tensors, atomically, in a run's first process.
 
@@ -271,6 +308,7 @@ def save_weights(model: nn.Module, path: Path | str, leave_out: tuple[str, ...] 
         return
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()
              if not key.startswith(leave_out)}
+    state = stored_state(state, model.config)
     with atomic_path(path) as temporary:
         write_tensors(state, temporary)
 
@@ -282,13 +320,17 @@ def save_config(
     """Write what stands beside the weights: `config.json` and, if given, the vocabulary.
 
     An ONNX graph that stands in place of weights computes the same for every reader, so that its
-    `model_type` is always `bert`.
+    `model_type` is never one of our own.
     """
     if not distributed.is_main():
         return
-    config = {"architectures": [model.hugging_face_class], **model.config.to_dict()}
-    config |= ({"dtype": dtype_name(next(model.parameters()))} if has_weights
-               else {"model_type": "bert"})
+    model_type = model.config.model_type
+    config = {"architectures": [families.architecture(model_type, model.hugging_face_class)],
+              **model.config.to_dict()}
+    if has_weights:
+        config["dtype"] = dtype_name(next(model.parameters()))
+    elif model_type in OWN_TYPES:
+        config["model_type"] = "bert"
     write_json(Path(output_dir) / CONFIG_NAME, config)
     if tokenizer is not None:
         tokenizer.save_vocabulary(output_dir, model.config.max_position_embeddings)
@@ -298,7 +340,7 @@ def save_pretrained(
     model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None,
     finished: bool = True,
 ) -> None:
-    """Write `model` as a standard Hugging Face BERT checkpoint.
+    """Write `model` as a standard Hugging Face checkpoint, of BERT or of its family.
 
     Writes `config.json`, the vocabulary when a tokenizer is given, and last
     `pytorch_model.bin`; each file replaces its predecessor atomically. A `finished` classifier is

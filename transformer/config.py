@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from transformer import families
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
 
 ACTIVATIONS = {
@@ -21,8 +22,10 @@ ACTIVATIONS = {
 }
 # Fields that an ordinary BERT's config does not have, and what they are there.
 ORDINARY = {"pooler_act": "tanh", "heads_per_layer": None, "neurons_per_layer": None,
-            "problem_type": None}
-MODEL_TYPES = ("bert", "pruned_bert", "other_pooler_bert", "relu_head_bert")
+            "embedding_size": None, "num_hidden_groups": None, "problem_type": None}
+OWN_TYPES = ("pruned_bert", "other_pooler_bert", "relu_head_bert", "shared_layer_bert",
+             "projected_bert")  # which other programs refuse
+MODEL_TYPES = ("bert", *families.FAMILIES, *OWN_TYPES)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Fields of Hugging Face's that change what is computed, unless they are null or this.
 NEUTRAL = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute",
@@ -31,7 +34,7 @@ NEUTRAL = {"is_decoder": False, "add_cross_attention": False, "position_embeddin
 FOREIGN = ("dtype", "torch_dtype", "attn_implementation", "tie_word_embeddings",
            "transformers_version")
 DERIVED = ("label2id", "model_type", "architectures")  # written from the other fields
-CONVERTED = ("num_labels", "id2label", "other")  # written in another form
+CONVERTED = ("num_labels", "id2label", "other", "family")  # written in another form
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "intermediate_size", "max_position_embeddings", "type_vocab_size")
 # What the values of fields may be, and how to say so.
@@ -43,7 +46,11 @@ LEGAL = {
                                          and 0 <= value <= 1, "a number from 0 to 1")),
     **dict.fromkeys(("hidden_act", "pooler_act"), (lambda value: value in list(ACTIVATIONS),
                                                    f"one of {sorted(ACTIVATIONS)}")),
+    **dict.fromkeys(families.SHAPES, (lambda value: value is None or type(value) is int
+                                      and value >= 1, "a whole number from 1")),
     "classifier_relu": (lambda value: type(value) is bool, "true or false"),
+    "family": (lambda value: value in ("bert", *families.FAMILIES),
+               f"one of bert, {', '.join(families.FAMILIES)}"),
     "problem_type": (lambda value: value in (None, *PROBLEM_TYPES),
                      f"null or one of {', '.join(PROBLEM_TYPES)}"),
     "num_labels": (lambda value: value is None or type(value) is int and value >= 0,
@@ -100,7 +107,12 @@ class BertConfig:
     intermediate_size: width of the feed-forward layer
     classifier_relu: apply a ReLU between the pooler and the classifier, as the original TinyBERT
         did; false as in every Hugging Face BERT
-    pooler_act: activation of the pooler; BERT's is tanh, that of a converted DistilBERT relu
+    pooler_act: activation of the pooler; BERT's is tanh
+    family: which relative of BERT `config.json` describes; it is written as such again
+    embedding_size: width of the embeddings, which a linear layer then brings to hidden_size; None:
+        they are that wide
+    num_hidden_groups: how many different layers there are, each used several times in a row;
+        None: all are
     heads_per_layer, neurons_per_layer: what pruning left of each layer's attention heads and
         feed-forward neurons, zero allowed; None: all. A head stays `head_width` wide
     num_labels, id2label: size and names of the classifier's outputs; names win
@@ -125,6 +137,9 @@ class BertConfig:
     pad_token_id: int = 0
     classifier_relu: bool = False
     pooler_act: str = "tanh"
+    family: str = "bert"
+    embedding_size: int | None = None
+    num_hidden_groups: int | None = None
     heads_per_layer: list[int] | None = None
     neurons_per_layer: list[int] | None = None
     num_labels: int | None = None
@@ -156,6 +171,12 @@ class BertConfig:
                     and all(type(count) is int and 0 <= count <= most for count in counts)):
                 raise UserError(f"{name} is {counts!r}; expected {self.num_hidden_layers} whole"
                                 f" numbers from 0 to {most}")
+        if self.num_hidden_groups is not None and (
+                self.num_hidden_groups > self.num_hidden_layers or self.is_pruned):
+            raise UserError(f"num_hidden_groups is {self.num_hidden_groups}; expected at most"
+                            f" num_hidden_layers {self.num_hidden_layers}, and no pruned layers")
+        if self.family != "bert":
+            families.check_shape(self.family, vars(self))
         labels = 2 if self.num_labels is None else self.num_labels
         self.id2label = label_table(self.id2label or {i: f"LABEL_{i}" for i in range(labels)})
         self.num_labels = len(self.id2label)
@@ -180,13 +201,30 @@ class BertConfig:
         return self.neurons_per_layer or [self.intermediate_size] * self.num_hidden_layers
 
     @property
+    def layer_order(self) -> list[int]:
+        """Of each layer in turn, the number of that whose weights it has."""
+        groups = self.num_hidden_groups or self.num_hidden_layers
+        return [int(layer / (self.num_hidden_layers / groups))
+                for layer in range(self.num_hidden_layers)]
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.heads_per_layer is not None or self.neurons_per_layer is not None
+
+    @property
     def model_type(self) -> str:
-        """The name in `config.json`: `bert` only for what every reader computes the same."""
-        if self.heads_per_layer is not None or self.neurons_per_layer is not None:
+        """The name in `config.json`: one of our own for what other readers would not compute."""
+        if self.is_pruned:
             return "pruned_bert"
+        if self.family != "bert" and not self.classifier_relu:
+            return self.family
         if self.pooler_act != "tanh":
             return "other_pooler_bert"
-        return "relu_head_bert" if self.classifier_relu else "bert"
+        if self.classifier_relu:
+            return "relu_head_bert"
+        if self.num_hidden_groups is not None:
+            return "shared_layer_bert"
+        return "bert" if self.embedding_size is None else "projected_bert"
 
     @property
     def is_tied(self) -> bool:
@@ -223,6 +261,18 @@ class BertConfig:
             self.neurons_per_layer = [self.neurons_per_layer[layer] for layer in layers]
         self.num_hidden_layers = len(layers)
 
+    def take_vocabulary(self, teacher: "BertConfig") -> None:
+        """Describe a model with random weights that reads its teacher's vocabulary."""
+        self.vocab_size, self.pad_token_id = teacher.vocab_size, teacher.pad_token_id
+        if self.family != "distilbert":  # which has no segments
+            self.type_vocab_size = teacher.type_vocab_size
+
+    def check_own_layers(self, source: Path | str, why: str) -> None:
+        """Raise a `UserError` where layers share their weights, so that none can be changed."""
+        if self.num_hidden_groups is not None:
+            raise UserError(f"{find_config(source)}: num_hidden_groups is"
+                            f" {self.num_hidden_groups}: its layers share their weights; {why}")
+
     def fits_vocabulary(self, pieces: int) -> bool:
         """Say whether a vocabulary of `pieces` word pieces fits this model.
 
@@ -253,8 +303,11 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
-        """Build a config from the fields of a `config.json`."""
+        """Build a config from the fields of a `config.json`, of BERT or of a relative."""
+        values = families.our_config(values)
         names = {item.name for item in fields(cls)} - {"other"}
+        if values.get("model_type") == "bert":
+            names -= {"embedding_size"}  # which no reader of a BERT looks at
         other = {name: value for name, value in values.items() if name not in {*names, *DERIVED}}
         labels = join_labels(values.get("id2label"), values.get("label2id"))
         known = {name: values[name] for name in names & values.keys()}
@@ -265,8 +318,9 @@ class BertConfig:
         """Read a `config.json`; errors name the file."""
         values = read_json(path)
         if values.get("model_type", "bert") not in MODEL_TYPES:
-            raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert'")
-        if "BertForMultipleChoice" in str(values.get("architectures")):  # has our weights' names
+            raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert' or a"
+                            f" relative of it: {', '.join(families.FAMILIES)}")
+        if "ForMultipleChoice" in str(values.get("architectures")):  # has a classifier's names
             raise UserError(f"{path}: architectures is {values['architectures']}, whose score"
                             " compares rows; expected a model that reads each alone")
         try:
@@ -275,12 +329,14 @@ class BertConfig:
             raise UserError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields of `config.json`; an ordinary BERT's are those of Hugging Face."""
+        """Return the fields of `config.json`: Hugging Face's, of BERT or of a relative."""
         values = {name: value for name, value in vars(self).items()
                   if name not in CONVERTED and (name not in ORDINARY or value != ORDINARY[name])}
         other = {name: value for name, value in self.other.items()
                  if name not in FOREIGN and not name.startswith("_")}
         labels = {str(i): name for i, name in self.id2label.items()}
+        if self.model_type in families.FAMILIES:
+            values = families.their_config(values, self.model_type)
         return {"model_type": self.model_type, **other, **values,
                 "num_labels": self.num_labels, "id2label": labels, "label2id": self.label2id}
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer import families
 from transformer.checkpoint import WEIGHT_FORMS, key_list, load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
@@ -80,23 +81,33 @@ def fused_attention(
 
 
 class BertEmbeddings(nn.Module):
-    """Sum of word, position and segment embeddings, normalised."""
+    """Sum of word, position and segment embeddings, normalised.
+
+    A model of one type of segments reads none. Narrower embeddings are brought to the model's
+    width at the end (ALBERT, small ELECTRA).
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        width = config.embedding_size or config.hidden_size
         self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        self.project = None if config.embedding_size is None else nn.Linear(
+            width, config.hidden_size)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         length = input_ids.shape[1]
         embeddings = self.word_embeddings(input_ids)  # [batch, length, hidden]
         embeddings = embeddings + self.position_embeddings.weight[:length]
-        embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+        embeddings = embeddings + (
+            self.token_type_embeddings.weight if len(self.token_type_embeddings.weight) == 1
+            else self.token_type_embeddings(token_type_ids))
+        embeddings = self.dropout(self.LayerNorm(embeddings))
+        return embeddings if self.project is None else self.project(embeddings)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -210,17 +221,18 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        self.order = config.layer_order
         self.layer = nn.ModuleList(
-            BertLayer(config, heads, neurons)
-            for heads, neurons in zip(config.heads, config.neurons, strict=True))
+            BertLayer(config, config.heads[number], config.neurons[number])
+            for number in range(config.num_hidden_groups or config.num_hidden_layers))
 
     def forward(
         self, hidden: Tensor, mask: Tensor, score_layers: Collection[int] | None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         all_hidden, all_scores = [hidden], []
-        for number, layer in enumerate(self.layer):
+        for number, place in enumerate(self.order):
             need_scores = score_layers is None or number in score_layers
-            hidden, scores = layer(hidden, mask, need_scores)
+            hidden, scores = self.layer[place](hidden, mask, need_scores)
             all_hidden.append(hidden)
             all_scores.append(scores)
         return all_hidden, all_scores
@@ -357,6 +369,10 @@ class BertPreTrainedModel(nn.Module):
                    if not name.startswith(self.only_distillation))
 
     @classmethod
+    def check_family(cls, config: BertConfig, path: Path | str) -> None:
+        """Raise a `UserError` for a relative of BERT whose head is not computed here."""
+
+    @classmethod
     def from_scratch(
         cls, config_dir: Path | str, pieces: int | None = None, **kwargs: Any
     ) -> "BertPreTrainedModel":
@@ -365,6 +381,7 @@ class BertPreTrainedModel(nn.Module):
         `pieces` is that of `scratch_config`; what gives way to it is logged.
         """
         config, path = scratch_config(config_dir, pieces), find_config(config_dir)
+        cls.check_family(config, path)
         stated = read_json(path).get("vocab_size", "missing")
         if pieces is not None and stated != config.vocab_size:
             logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d", path, stated,
@@ -386,7 +403,8 @@ class BertPreTrainedModel(nn.Module):
         Raises:
             UserError: missing or damaged files, or a checkpoint that does not fill the model.
         """
-        config = BertConfig.from_json_file(find_config(model_dir))
+        config = BertConfig.from_json_file(path := find_config(model_dir))
+        cls.check_family(config, path)
         return cls.from_state(config, load_state(model_dir), model_dir, new_head, **kwargs)
 
     @classmethod
@@ -408,8 +426,13 @@ class BertPreTrainedModel(nn.Module):
         model = cls(config, **{**stored, **given})
         if wanted is not None and labels is None:
             config.set_labels([*config.id2label.values()])
-        missing = load_weights(model, state, source,
-                               cls.optional + (cls.head if new_head else ()))
+        optional = cls.optional + (cls.head if new_head else ())
+        if labels is None and families.pooler_in_head(config.family):
+            optional += (families.POOLER,)
+            if cls.head:  # it is new as well, whatever the encoder had
+                state = {key: tensor for key, tensor in state.items()
+                         if not key.startswith(families.POOLER)}
+        missing = load_weights(model, state, source, optional)
         # Of a map to no teacher's width (`fit_size`) nobody needs to know: it is not used.
         new = [key for key in missing if "fit_size" in given or not key.startswith(cls.optional)]
         if new:
@@ -460,6 +483,12 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     hugging_face_class = "BertForMaskedLM"
     head = ("cls.predictions.bias", "cls.predictions.transform.")
+
+    @classmethod
+    def check_family(cls, config, path):
+        if config.family != "bert" or config.embedding_size is not None:
+            raise UserError(f"{path}: model_type is {config.model_type!r}, whose masked-LM head is"
+                            " not computed here; expected a BERT")
 
     def __init__(self, config: BertConfig, add_pooler: bool = True) -> None:
         super().__init__(config)
