@@ -610,7 +610,7 @@ def test_named_labels_must_be_as_many_as_the_stored_classifier_has(tmp_path):
 @pytest.mark.parametrize("text", [
     "{", "[]", "5", '{"num_attention_heads": 0}', '{"hidden_size": "wide"}', '{"vocab_size": -1}',
     '{"id2label": [1]}', '{"hidden_size": 10, "num_attention_heads": 3}',
-    '{"hidden_act": "no_such"}', '{"model_type": "roberta"}',
+    '{"hidden_act": "no_such"}', '{"model_type": "deberta"}',
     '{"architectures": ["BertForMultipleChoice"]}',
 ])
 def test_a_config_that_is_no_bert_is_an_error_that_names_the_file(tmp_path, text):

@@ -21,8 +21,9 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 # Fields that an ordinary BERT's config does not have, and what they are there.
-ORDINARY = {"pooler_act": "tanh", "heads_per_layer": None, "neurons_per_layer": None,
-            "embedding_size": None, "num_hidden_groups": None, "problem_type": None}
+ORDINARY = {"family": "bert", "pooler_act": "tanh", "heads_per_layer": None,
+            "neurons_per_layer": None, "embedding_size": None, "num_hidden_groups": None,
+            "problem_type": None}
 OWN_TYPES = ("pruned_bert", "other_pooler_bert", "relu_head_bert", "shared_layer_bert",
              "projected_bert")  # which other programs refuse
 MODEL_TYPES = ("bert", *families.FAMILIES, *OWN_TYPES)
@@ -34,7 +35,7 @@ NEUTRAL = {"is_decoder": False, "add_cross_attention": False, "position_embeddin
 FOREIGN = ("dtype", "torch_dtype", "attn_implementation", "tie_word_embeddings",
            "transformers_version")
 DERIVED = ("label2id", "model_type", "architectures")  # written from the other fields
-CONVERTED = ("num_labels", "id2label", "other", "family")  # written in another form
+CONVERTED = ("num_labels", "id2label", "other")  # written in another form
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "intermediate_size", "max_position_embeddings", "type_vocab_size")
 # What the values of fields may be, and how to say so.
@@ -306,7 +307,7 @@ class BertConfig:
         """Build a config from the fields of a `config.json`, of BERT or of a relative."""
         values = families.our_config(values)
         names = {item.name for item in fields(cls)} - {"other"}
-        if values.get("model_type") == "bert":
+        if values.get("model_type") == "bert" and "family" not in values:
             names -= {"embedding_size"}  # which no reader of a BERT looks at
         other = {name: value for name, value in values.items() if name not in {*names, *DERIVED}}
         labels = join_labels(values.get("id2label"), values.get("label2id"))
@@ -339,6 +340,14 @@ class BertConfig:
             values = families.their_config(values, self.model_type)
         return {"model_type": self.model_type, **other, **values,
                 "num_labels": self.num_labels, "id2label": labels, "label2id": self.label2id}
+
+
+def reads(source: Path | str) -> bool:
+    """Say whether our BERT computes the model of a directory, by its model_type."""
+    values = read_json(find_config(source))
+    family = families.FAMILIES.get(values.get("model_type"))
+    return values.get("model_type", "bert") in MODEL_TYPES and (family is None or all(
+        values.get(name, expected) == expected for name, expected in family.expected.items()))
 
 
 def find_config(directory: Path | str) -> Path:

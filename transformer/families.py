@@ -170,7 +170,7 @@ def their_config(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name == "electra":
         values.setdefault("embedding_size", values["hidden_size"])
     return {family.fields.get(key, key): value for key, value in values.items()
-            if key not in {*family.fixed, "classifier_relu"}}
+            if key not in {*family.fixed, "classifier_relu", "family"}}
 
 
 def check_shape(name: str, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Prune a fine-tuned BERT, DistilBERT or student of ours with K-prune.
+"""Prune a fine-tuned BERT, one of its relatives or a student of ours with K-prune.
 
 The pruned model is written as a model directory like any other, which task_distill.py --do_eval,
 further distillation, quantize.py and predict.py take; kprune.json beside it says what was removed
@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from dataset.sample import draw_sample, sample_batches
 from dataset.tasks import default_length, find, load_data, model_arguments
 from prune import Pruned, check_constraint, check_share, encoder_flops, kprune
-from utils.checkpoint import is_distilbert, load_model, read_config
+from utils.checkpoint import load_model, read_config
 
 from transformer.checkpoint import save_pretrained
-from transformer.config import find_config
+from transformer.config import BertConfig, find_config
+from transformer.families import FAMILIES
 from transformer.file_utils import VOCAB_NAME, UserError, write_json
 from transformer.hub import fetch_model
 from transformer.inference import match_labels, note_task
@@ -103,7 +104,8 @@ def choose_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
     """
     name = args.model_name.lower()
     if "/" not in name and not Path(args.model_name).is_dir():
-        if ("distilbert" in name) != is_distilbert(folder):
+        kinds = [kind for kind in sorted(FAMILIES, key=len, reverse=True) if kind in name]
+        if [*kinds, "bert"][0] != BertConfig.from_json_file(find_config(folder)).family:
             raise UserError(f"--model_name {args.model_name}: neither a folder with the vocabulary"
                             f" nor the published name of what {folder} was made from")
         return load_tokenizer(folder, "uncased" in name if "cased" in name else None)
