@@ -146,9 +146,9 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     folder = RunFolder.open(args, [args.bert_model])
     dtype = resolve_precision(args.precision, device)
-    splits = evaluation_splits(task)
     if folder.state == "finished":
         return
+    splits = evaluation_splits(task, args.data_dir)
     set_seed(args.seed)
 
     # Data and model

@@ -77,7 +77,7 @@ def find_input_files(places: Sequence[Path], output: Path) -> list[Path]:
     for place in places:
         if not place.exists():
             raise UserError(f"--input_dir {place}: no such file or folder; expected {READABLE}")
-        found = folder_content(place, output) if place.is_dir() else [place]
+        found = files_of_one_kind(place, output) if place.is_dir() else [place]
         if not found or not kind_of(found[0]):
             raise UserError(f"--input_dir {place}: {describe_place(place)}; expected {READABLE}")
         files += found
@@ -86,7 +86,7 @@ def find_input_files(places: Sequence[Path], output: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def folder_content(folder: Path, output: Path) -> list[Path]:
+def files_of_one_kind(folder: Path, output: Path) -> list[Path]:
     """List the files of one kind of a folder; log how many of other kinds are passed over."""
     kind, paths, others = folder_files(folder)
     paths = [path for path in paths if not path.name.endswith(f".{ARGUMENTS_NAME}")]

@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     # Settings and rows
     check_args(args)
     task = find_rows_task(args)
-    splits = evaluation_splits(task, args.eval_split) if args.do_eval else ()
+    splits = evaluation_splits(task, args.data_dir, args.eval_split) if args.do_eval else ()
     source, tokenizer, labels = read_settings(args, task)
     rows = {split: load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
                                  cache=True)

@@ -233,12 +233,12 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     """Read the rows, then load the fine-tuned teacher strictly."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
+    splits = evaluation_splits(task, args.data_dir)
     tokenizer, labels = read_settings(args, task, args.teacher_model)
     check_students(args, task, tokenizer, labels)
     train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                            args.max_train_rows)
-    dev = {split: load_rows(args, task, split, tokenizer, labels)
-           for split in evaluation_splits(task)}
+    dev = {split: load_rows(args, task, split, tokenizer, labels) for split in splits}
     teacher = TinyBertForSequenceClassification.from_pretrained(
         fetch_model(args.teacher_model, args.cache_dir or None), num_labels=task.num_labels)
     note_task(teacher.config, task, labels)
@@ -407,7 +407,7 @@ def keep_best(path: Path, metric: str, rates: list[float], batch_sizes: list[int
 def evaluate_only(args: argparse.Namespace, task: Task, device: torch.device,
                   dtype: torch.dtype | None) -> None:
     """Measure each student, PyTorch or ONNX, on splits of the task; write the results."""
-    first, *others = evaluation_splits(task, args.eval_split)
+    first, *others = evaluation_splits(task, args.data_dir, args.eval_split)
     for source, path in zip(args.student_model, args.output_dir, strict=True):
         tokenizer, labels = read_settings(args, task, source)
         rows = {split: load_rows(args, task, split, tokenizer, labels)

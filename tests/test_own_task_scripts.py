@@ -256,6 +256,18 @@ def test_faults_of_rows_are_named_before_the_weights_are_read(tmp_path, capsys, 
     assert "dev.tsv, line 14: label '2'; expected one of 0, 1" in message
 
 
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_missing_dev_file_is_named_before_the_training_rows_are_encoded(tmp_path, capsys, script):
+    Chain(tmp_path, write_csv(tmp_path / "my_data"))
+    make_model(tmp_path / "teacher", labels=("0", "1"))
+    glue = make_glue(tmp_path / "SST-2")
+    (glue / "dev.tsv").unlink()
+    with (glue / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("x\tit was good\t2\n")
+    message = error_line(capsys, script, *teacher_of(script, tmp_path), "--data_dir", glue)
+    assert "dev.tsv: no such file" in message
+
+
 def test_a_student_with_other_label_names_is_refused_before_the_weights_are_read(tmp_path, capsys):
     Chain(tmp_path, write_csv(tmp_path / "my_data"))
     make_model(tmp_path / "teacher", labels=MOODS)

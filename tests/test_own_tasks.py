@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformer.tokenization import BertTokenizer
 
 ROWS = [("好吃, 真的", "好评"), ('He said "no"', "差评"), ("two  spaces", "好评"),
         ("a\u2028b", "差评")]
-GOLDEN = json.loads((REPO / "tests/golden/sisters_002_data.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((REPO / "tests/golden/chinese_fork_data.json").read_text(encoding="utf-8"))
 HUB = REPO / "tests/golden/datasets"
 
 
@@ -204,6 +205,22 @@ def test_a_task_json_gives_labels_aliases_and_a_range(tmp_path):
         load_examples(task, tmp_path, "train")
 
 
+@pytest.mark.parametrize("form", ["tsv", "csv", "jsonl", "parquet"])
+def test_white_space_around_labels_does_not_count_in_any_format_or_split(tmp_path, form):
+    rows = [("gut", " pos"), ("schlecht", "neg"), ("toll", "pos "), ("nie", "neg")]
+    folder = write_rows(tmp_path / "mine", form, rows)
+    put(folder, "dev.tsv", lines("text\tlabel", "fein\tpos  "))
+    put(folder, "test.csv", lines("text,label", "fein, neg"))
+    task = find_task(None, folder)
+    assert task.labels == ("neg", "pos")
+    assert sorted(texts_and_labels(folder)) == sorted((text, label.strip()) for text, label in rows)
+    assert [texts_and_labels(folder, split)[0][1] for split in ("dev", "test")] == ["pos", "neg"]
+    settings = {"labels": ["neg ", " 1"], "aliases": {"pos ": "1"}, "positive": "1 "}
+    task = find_task(None, put(folder, "task.json", json.dumps(settings)))
+    assert (task.labels, task.positive) == (("neg", "1"), "1")
+    assert {row.label for row in load_examples(task, folder, "train")} == {"neg", "1"}
+
+
 @pytest.mark.parametrize(("id2label", "order"), [
     ({0: "差评", 1: "好评"}, ("差评", "好评")), ({0: "好评", 1: "差评"}, ("好评", "差评")),
     ({0: "bad", 1: "GOOD"}, ("差评", "好评")), ({0: "LABEL_0", 1: "LABEL_1"}, ("好评", "差评"))])
@@ -284,6 +301,7 @@ def test_augmented_rows_that_hold_rows_of_dev_are_refused(tmp_path):
 
 
 TSV = "text\tlabel\n"
+GOOD_JSON = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 GOOD = TSV + "a\tx\nb\ty\n"
 REFUSED = [
     ({"train.tsv": ""}, "an empty file; expected rows of a text and a label"),
@@ -295,7 +313,6 @@ REFUSED = [
      "9 different labels in 9 rows, such as .*Say it in .*task.json: {"),
     ({"train.tsv": TSV + "a\t1.5\nb\t2.0\n"}, r'are they scores\? Say it .*"range": \[1.5, 2.0\]'),
     ({"train.tsv": TSV + "a\tx\nb\tX\n"}, "'X', 'x' differ in case or spaces only"),
-    ({"train.tsv": TSV + "a\tx\nb\ty \nc\ty\nd\tx\n"}, "'y', 'y ' differ"),
     ({"train.tsv": TSV + "a\tx\nb\ty\nc\tz\n"}, "3 different labels in 3 rows"),
     ({"train.csv": "Comment,Polarity\n" + "a,x\nb,y\n" * 9}, r"'Polarity' is of this row alone"),
     ({"train.csv": GOOD.replace("\t", ","), "task.json": '{"columns": ["text", "label"]}'},
@@ -324,6 +341,10 @@ REFUSED = [
     ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "a"\n'}, "line 2: not valid JSON"),
     ({"train.jsonl": '{"text": "a", "label": 1}\n{"txt": "a", "label": 1}\n'},
      "line 2: the key 'txt', which line 1 lacks"),
+    *(({"train.jsonl": GOOD_JSON + f'{{"text": {value}, "label": "x"}}\n'},
+       f"train.jsonl, line 3: 'text' is {re.escape(said)}; expected a text")
+      for value, said in (("5", "5"), ('["a", "b"]', '["a", "b"]'), ("true", "true"),
+                          ('{"a": 1}', '{"a": 1}'), ("null", "empty"))),
     ({"train.jsonl": "[1, 2]"}, "row 1: '1'; expected a JSON object"),
     ({"train.jsonl": '{"text": "a", "label": ["x", "y"]}\n{"text": "b", "label": ["x"]}\n'
       '{"text": "c", "label": ["x"]}\n'}, "is a list; expected one label a row"),
@@ -396,6 +417,14 @@ def test_a_folder_called_as_a_task_of_glue_with_other_labels_is_refused(tmp_path
 def test_a_folder_that_is_not_there_is_named(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         find_task(name, tmp_path / "nowhere")
+
+
+def test_a_description_in_the_place_of_data_is_told_from_rows(tmp_path):
+    for name in ("imdb", "snli", "waimai", "yelp"):
+        path = REPO / f"profiles/tasks/{name}.json"
+        with pytest.raises(UserError, match=f"{name}.json: describes a task; expected the folder"):
+            find_task(None, path)
+    assert find_task(None, put(tmp_path, "rows.json", GOOD_JSON) / "rows.json").num_labels == 2
 
 
 def test_a_name_that_is_none_is_refused_for_a_folder_of_glue(tmp_path):

@@ -378,7 +378,7 @@ def test_mistakes_in_later_pieces_are_named_by_their_line_in_the_file(tmp_path):
     ("wiki_00", '{"text": "caf\xe9"}\n'.encode("latin-1"), "line 1: byte 0xe9 .*WINDOWS-1252"),
     ("a.json", '[{"text": "a"}]\n', "line 1: list as JSON; expected one JSON object a line"),
     ("a.jsonl", '{"id": 1}\n', 'line 1: no text; expected one JSON object a line with a "text"'),
-    ("a.parquet", b"PAR1 no", "not a whole Parquet file"), ("a.arrow", b"no", "Arrow file"),
+    ("a.parquet", b"PAR1 no", "expected a whole Parquet file"), ("a.arrow", b"no", "Arrow file"),
     ("a.txt.gz", gzip.compress(b"One. " * 99, mtime=0)[:-9], "not a whole gzip file"),
     ("a.pdf", b"%PDF", r"--input_dir .*a.pdf: a file of unknown kind \(.pdf\); expected Wiki"),
     ("a.csv.gz", b"", "a file of unknown kind"), ("a.jsonl", "", "0 documents in 1 files"),

@@ -179,10 +179,10 @@ def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping
         raise refusal(f"{path}, line 1: {len(first)} columns {shown}; expected a header with known"
                        " names, or without one a text, perhaps another, and a label.", settings,
                        data_dir, **_guess(rows))
-    later = {row[-1] for row in rows[1:] if len(row) == len(first)}
+    later = {row[-1].strip() for row in rows[1:] if len(row) == len(first)}
     digits = [sum(row[column].strip().isdecimal() for row in rows if len(row) == len(first))
               for column in range(len(first) - 1)]
-    if (not first[-1].replace(".", "").isdecimal() and all(
+    if (not first[-1].strip().replace(".", "").isdecimal() and all(
             label.replace(".", "").isdecimal() for label in later) and later) or (
             2 * max(digits) > len(rows)):
         raise refusal(f"{path}, line 1: {shown}; is it a header, and which columns are the texts"
@@ -201,7 +201,7 @@ def has_labels(task: Task, data_dir: Path) -> bool:
     names = rows.pop(0) if has_names else task.columns
     if task.label not in names or (rows and len(rows[0]) < len(names)):
         return False
-    return not rows or rows[0][list(names).index(task.label)] not in NO_LABELS
+    return not rows or rows[0][list(names).index(task.label)].strip() not in NO_LABELS
 
 
 def infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Path) -> list[str]:

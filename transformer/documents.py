@@ -6,10 +6,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformer.file_utils import UserError, is_packed, open_text, parse_json, text_lines
-from transformer.table_files import BYTE_ORDER_MARK, import_pyarrow
+from transformer.table_files import BYTE_ORDER_MARK, open_binary
 from transformer.tasks import Task, iterate_examples
 
 # Kinds of files, in the order in which a folder's are looked for.
@@ -126,18 +126,10 @@ def _line_blocks(path: Path, kind: str, size: int) -> Iterator[Piece]:
             yield Piece(path, kind, begin, end)
 
 
-def _open_parquet(path: Path) -> Any:
-    pyarrow = import_pyarrow(path)
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole Parquet file ({error})") from error
-
-
 def _row_groups(path: Path, size: int) -> Iterator[Piece]:
-    metadata, begin, held = _open_parquet(path).metadata, 0, 0
+    with open_binary(path, PARQUET) as file:
+        metadata = file.metadata
+    begin = held = 0
     for group in range(metadata.num_row_groups):
         held += metadata.row_group(group).total_byte_size
         if held >= size or group + 1 == metadata.num_row_groups:
@@ -227,23 +219,17 @@ def _place(piece: Piece, number: int) -> str:
 
 def _column(piece: Piece, name: str) -> Iterator[str | None]:
     """Yield the values of a column of texts."""
-    pyarrow = import_pyarrow(piece.path)
-    try:
+    with open_binary(piece.path, piece.kind) as file:
+        schema, batches = file.schema, file
         if piece.kind == PARQUET:
-            file = _open_parquet(piece.path)
             schema, groups = file.schema_arrow, range(piece.begin, piece.end)
             batches = file.iter_batches(PARQUET_ROWS, groups, [name])
-        else:
-            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(piece.path)))
-            schema, batches = reader.schema, iter(reader)
         if name not in schema.names or str(schema.field(name).type) not in TEXT_TYPES:
             columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UserError(f"{piece.path}: no column {name!r} of texts; expected one of {columns},"
                             " by --text_column")
         for batch in batches:
             yield from batch.column(name).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{piece.path}: not a whole {piece.kind} file ({error})") from error
 
 
 def clean(text: str) -> str:

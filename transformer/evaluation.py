@@ -17,7 +17,7 @@ from transformer.batching import batches, padded_collate, padding_multiple
 from transformer.features import Features
 from transformer.file_utils import UserError, write_json, write_text
 from transformer.modeling import inference_copy, model_inputs
-from transformer.tasks import Task, get_task
+from transformer.tasks import Task, get_task, split_paths
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +173,22 @@ def predict_logits(
     return distributed.sum_over_ranks(logits)  # each row comes from one process
 
 
-def evaluation_splits(task: Task, names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the splits to measure on: those of --eval_split, or not given the task's dev sets."""
+def evaluation_splits(
+    task: Task, data_dir: Path | str, names: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Return the splits to measure on: those of --eval_split, or not given the task's dev sets.
+
+    One that the task does not have, or whose file is missing, is a `UserError`.
+    """
     for name in names or ("dev",):
         if name not in task.splits:
             hint = "; --dev_share 0.1 sets a tenth of train aside" if name == "dev" else ""
             raise UserError(f"task {task.name} has no labelled split {name!r}; expected one of"
                             f" {', '.join(task.splits)}{hint}")
-    return tuple(dict.fromkeys(names or task.dev_files))
+    splits = tuple(dict.fromkeys(names or task.dev_files))
+    for split in splits:
+        split_paths(task, data_dir, split)
+    return splits
 
 
 def evaluate_splits(

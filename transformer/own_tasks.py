@@ -5,8 +5,8 @@ import json
 import logging
 import math
 import re
-from collections import Counter, deque
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformer.tasks import (
     count_labels,
     get_task,
     is_glue_name,
-    iterate_examples,
+    label_of,
     plain_name,
     split_paths,
 )
@@ -56,6 +56,7 @@ KEYS = {
     "train_split": "train or transfer", "ragged": "true or false",
 }
 COUNTS = ("max_seq_length", "intermediate_epochs", "augmentation_n")
+DESCRIPTION_BYTES = 1 << 16  # it is shorter
 OWN_DEFAULTS = {"augmentation_n": 20}  # where they are not GLUE's
 
 
@@ -228,6 +229,9 @@ def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any
         path, task_name = Path(task_name), None
         if not path.is_file():
             raise UserError(f"--task_name {path}: no such file; expected a description of a task")
+    if folder.is_file() and _is_description(folder):
+        raise UserError(f"{folder}: describes a task; expected the folder of its data, with this"
+                        f" file in it as {TASK_NAME} (or --task_name {folder} beside --data_dir)")
     settings = _checked(read_json(path), path) if path.is_file() else {}
     if task_name is not None and plain_name(settings.get("name", task_name)) != plain_name(
             task_name):
@@ -237,6 +241,16 @@ def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any
     if is_glue_name(name):
         raise UserError(f"{path}: the name {name!r} is that of a task of GLUE; expected another")
     return settings
+
+
+def _is_description(path: Path) -> bool:
+    """Say whether a file is a task.json, whatever it is called, and not rows of data."""
+    if path.suffix != ".json" or path.stat().st_size > DESCRIPTION_BYTES:
+        return False
+    try:
+        return {*read_json(path)} <= {*KEYS}
+    except UserError:  # several objects, or a list
+        return False
 
 
 def _checked(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -284,6 +298,11 @@ def _is_valid(key: str, value: Any) -> bool:
     return isinstance(value, str) or (value is None and key == "text_b")
 
 
+def _stripped(cells: Iterable[Any]) -> tuple[str, ...]:
+    """Return labels of a task.json as those of the files are read: without space around them."""
+    return tuple(str(cell).strip() for cell in cells)
+
+
 def _build(settings: Mapping[str, Any], **more: Any) -> Task:
     """Make the task of a complete description.
 
@@ -292,7 +311,7 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
             label that is not among the labels.
     """
     values = {**settings, **more}
-    labels = tuple(map(str, values["labels"]))
+    labels = _stripped(values["labels"])
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise UserError(f"task {values['name']}: the label {twice[0]!r} stands twice in 'labels'")
     columns = [values[key] for key in ("text_a", "text_b", "label") if values.get(key) is not None]
@@ -304,13 +323,13 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
     if unknown := [metric for metric in metrics if metric not in known]:
         raise UserError(f"task {values['name']}: the metric {unknown[0]!r}; expected some of"
                         f" {', '.join(known)}")
-    positive = values.get("positive") or ("1" if "1" in labels else "")
+    positive = values.get("positive", "").strip() or ("1" if "1" in labels else "")
     wanted = {"f1", "acc_and_f1"} & {*metrics}
     if labels and (positive not in ("", *labels) or (wanted and not positive)):
         raise UserError(f"task {values['name']}: F1 is of the label 'positive', which is"
                         f" {positive!r}; expected one of {', '.join(labels[:12])}")
     splits = dict(values["files"])
-    aliases = tuple((str(name), str(label)) for name, label in values.get("aliases", {}).items())
+    aliases = tuple(map(_stripped, values.get("aliases", {}).items()))
     if foreign := [label for _, label in aliases if label not in labels]:
         raise UserError(f"task {values['name']}: an alias of {foreign[0]!r}; expected one of"
                         f" {', '.join(labels[:12])}")
@@ -320,7 +339,7 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
         values["label"], metrics, tuple(map(str, values.get("columns", ()))), splits, aliases,
         positive, tuple(map(float, values.get("range", (-math.inf, math.inf)))),
         **{**OWN_DEFAULTS, **counts},
-        skip_labels=tuple(map(str, values.get("skip_labels", ()))),
+        skip_labels=_stripped(values.get("skip_labels", ())),
         ragged=values.get("ragged", False))
     parts = ("dev_share", "test_share", "train_split")
     return _with_parts(task, **{name: values[name] for name in parts if name in values})
@@ -338,20 +357,19 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
         splits.remove("test")
         settings["files"] = {
             split: file for split, file in settings["files"].items() if split != "test"}
-    counts = {split: count_labels(task, data_dir, split) for split in splits}
+    is_scored = settings.get("labels", [] if "range" in settings else None) == []
+    counts = {split: count_labels(task, data_dir, split, is_scored) for split in splits}
     _check_first_row(task, data_dir, counts["train"], settings)
-    spelled = {str(name): str(label) for name, label in settings.get("aliases", {}).items()}
+    spelled = dict(map(_stripped, settings.get("aliases", {}).items()))
     for counter in counts.values():
         for label in [label for label in counter if label in spelled]:
             counter[spelled[label]] += counter.pop(label)
     if "labels" not in settings:
-        settings["labels"] = [] if "range" in settings else infer_labels(
+        settings["labels"] = [] if is_scored else infer_labels(
             counts["train"], settings, data_dir)
     task = _build(settings)
     if not task.is_regression:
         check_labels(task, counts, settings, data_dir)
-    for split in splits if task.is_regression else ():
-        deque(iterate_examples(task, data_dir, split), maxlen=0)  # raises where a score is none
     if "test" in splits and not {*task.labels} & {*counts["test"]} and not task.is_regression:
         splits.remove("test")
         task = replace(task, splits={
@@ -367,7 +385,8 @@ def _check_first_row(task: Task, data_dir: Path, labels: Counter[str],
     path = split_paths(task, data_dir, "train")[0]
     first = column_names(path, task.splits["train"])
     place = task.columns.index(task.label) if task.label in task.columns else len(first)
-    if place < len(first) and labels[first[place]] == 1 and "labels" not in settings:
+    if (place < len(first) and labels[label_of(task, first, place)] == 1
+            and "labels" not in settings):
         raise refusal(f"{path}, line 1: the label {first[place][:40]!r} is of this row alone; is it"
                       " a header?", settings | {"columns": []}, data_dir,
                       text_a=first[task.columns.index(task.text_a)], label=first[place])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ TSV, CSV, JSON, PARQUET, ARROW, TEXTS = "TSV", "CSV", "JSON lines", "Parquet", "
 FORMATS = {".tsv": TSV, ".txt": TSV, ".csv": CSV, ".jsonl": JSON, ".json": JSON, ".ndjson": JSON,
            ".parquet": PARQUET, ".arrow": ARROW}
 TEXT_FILE_COLUMNS = ["text", "folder"]  # of a folder of text files, one row each
+
+
+
+class NoText(str):
+    """A cell whose value is no text in a format that tells: JSON of a number, a list, ..."""
+
 
 csv.field_size_limit(1 << 30)  # the library's own limit is shorter than some reviews
 
@@ -167,11 +174,11 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def cell_of(value: Any) -> str:
-    """Return a JSON value as a cell: a text as it is, a null as "", all else as JSON."""
+    """Return a JSON value as a cell: a text as it is, a null as "", all else as `NoText`."""
     if isinstance(value, str):
         # JSON can spell half a surrogate pair, which UTF-8 can not.
         return value.encode("utf-8", "replace").decode()
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else NoText(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _read_text_file(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -186,30 +193,39 @@ def _read_text_file(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _iterate_arrow(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the column names, then the rows, of a Parquet file or of `datasets.save_to_disk`'s."""
-    pyarrow = import_pyarrow(path)
-    try:
-        if format_of(path) == PARQUET:
-            from pyarrow import parquet
-
-            file = parquet.ParquetFile(path)
-            schema, batches = file.schema_arrow, file.iter_batches()
-        else:
-            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-            schema, batches = reader.schema, iter(reader)
+    number = 0
+    with open_binary(path, format_of(path)) as file:
+        is_parquet = hasattr(file, "schema_arrow")
+        schema = file.schema_arrow if is_parquet else file.schema
         classes = _class_names(schema)
         yield 0, list(schema.names)
-        number = 0
-        for batch in batches:
+        for batch in file.iter_batches() if is_parquet else file:
             columns = [
                 [_class_name(value, classes.get(name)) for value in column.to_pylist()]
                 for name, column in zip(schema.names, batch.columns, strict=True)]
             for cells in zip(*columns, strict=True):
                 number += 1
                 yield number, list(cells)
+
+
+@contextmanager
+def open_binary(path: Path, form: str) -> Iterator[Any]:
+    """Open a Parquet file (a `ParquetFile`), or an Arrow one (a `RecordBatchStreamReader`).
+
+    What pyarrow cannot read inside the block is a `UserError`.
+    """
+    pyarrow = import_pyarrow(path)
+    try:
+        if form == PARQUET:
+            from pyarrow import parquet
+
+            yield parquet.ParquetFile(path)
+        else:
+            yield pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read ({reason}); expected a"
-                        f" {format_of(path)} file") from error
+        raise UserError(
+            f"{path}: cannot be read ({reason}); expected a whole {form} file") from error
 
 
 def import_pyarrow(path: Path | str) -> Any:
@@ -236,7 +252,13 @@ def _class_name(value: Any, names: list[str] | None) -> str:
     return names[value] if names and value is not None and value >= 0 else cell_of(value)
 
 
-# ------------------------------------------------------------------ writing
+# ------------------------------------------------------------------ rows in messages and files
+
+
+def shown_row(cells: Sequence[str]) -> str:
+    """Return the beginning of a row for a message."""
+    text = "\t".join(cells)
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def row_line(row: Sequence[str], names: Sequence[str] | None, form: str, path: Path | str,

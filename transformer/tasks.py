@@ -11,7 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from transformer.file_utils import UserError
-from transformer.table_files import CSV, JSON, TSV, format_of, iterate_table, names_columns
+from transformer.table_files import (
+    CSV,
+    JSON,
+    TSV,
+    NoText,
+    format_of,
+    iterate_table,
+    names_columns,
+    shown_row,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -288,8 +297,8 @@ def iterate_cells(
     """Yield (line number, cells) of every row after the header, each checked.
 
     Blank lines and rows of `skip_labels` are passed over. A row with too few columns is an error,
-    except for QQP, where such rows are skipped and counted in a warning. Rows with too many and
-    texts that are empty are errors, but in GLUE's own files.
+    except for QQP, where such rows are skipped and counted in a warning. Rows with too many, and
+    texts that are empty or no texts, are errors, but in GLUE's own files.
     """
     form, has_header = _format(task, path), _has_header(task, path)
     known = set(task.spellings) if check_labels and not task.is_regression else set()
@@ -305,12 +314,12 @@ def iterate_cells(
         if len(cells) < columns.width:
             if not task.skip_short_rows:
                 raise UserError(
-                    f"{path}, line {number}: {len(cells)} columns in {_shorten(cells)}; "
+                    f"{path}, line {number}: {len(cells)} columns in {shown_row(cells)}; "
                     f"expected {columns.width}{hint}"
                 )
             skipped += 1
             continue
-        label = cells[columns.label]
+        label = label_of(task, cells, columns.label)
         if label in task.skip_labels:
             unlabelled += 1
             continue
@@ -345,11 +354,14 @@ def _check_own_row(task: Task, path: Path, number: int, cells: Sequence[str],
         raise UserError(f"{where}: the label is empty; expected one (in a task.json"
                         ' "skip_labels": [""] passes such rows over)')
     if len(cells) > columns.width:
-        raise UserError(f"{where}: {len(cells)} columns in {_shorten(cells)}; expected"
+        raise UserError(f"{where}: {len(cells)} columns in {shown_row(cells)}; expected"
                         f" {columns.width}")
     for column, name in ((columns.text_a, task.text_a), (columns.text_b, task.text_b)):
         if column is not None and not cells[column].strip() and not task.ragged:
             raise UserError(f"{where}: {name!r} is empty; expected a text")
+        if column is not None and isinstance(cells[column], NoText):
+            raise UserError(f"{where}: {name!r} is {cells[column][:40]}; expected a text, which a"
+                            " number or a list is not")
 
 
 def _even_rows(rows: Iterator[tuple[int, list[str]]],
@@ -371,9 +383,9 @@ def _even_rows(rows: Iterator[tuple[int, list[str]]],
                        " line %d", path, len(dropped), dropped[0])
 
 
-def _shorten(cells: Sequence[str]) -> str:
-    text = "\t".join(cells)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def label_of(task: Task, cells: Sequence[str], column: int) -> str:
+    """Return a row's label; white space around it counts in GLUE's files alone."""
+    return cells[column] if task.is_glue else cells[column].strip()
 
 
 def row_share(text_a: str, text_b: str | None) -> float:
@@ -438,10 +450,11 @@ def _text_b(task: Task, cells: Sequence[str], columns: _Columns) -> str | None:
     return cells[columns.text_b] or (None if task.ragged else "")
 
 
-def count_labels(task: Task, data_dir: Path | str, split: str) -> Counter[str]:
-    """Count the labels of a split as its files spell them, whatever they are."""
-    rows = _split_rows(task, data_dir, split, check_labels=False)
-    return Counter(cells[columns.label] for _, cells, columns in rows)
+def count_labels(task: Task, data_dir: Path | str, split: str,
+                 check_labels: bool = False) -> Counter[str]:
+    """Count the labels of a split as its files spell them, checked or whatever they are."""
+    rows = _split_rows(task, data_dir, split, check_labels)
+    return Counter(label_of(task, cells, columns.label) for _, cells, columns in rows)
 
 
 def iterate_examples(
@@ -451,8 +464,8 @@ def iterate_examples(
     task = get_task(task)
     spellings = task.spellings
     for number, cells, columns in islice(_split_rows(task, data_dir, split), max_rows):
-        label = cells[columns.label]
-        label = sys.intern(label) if task.is_regression else spellings[label]
+        label = label_of(task, cells, columns.label)
+        label = sys.intern(str(label)) if task.is_regression else spellings[label]
         text_b = _text_b(task, cells, columns)
         yield Example(f"{split}-{number}", cells[columns.text_a], text_b, label)
 

@@ -26,11 +26,13 @@ from transformer.table_files import (
     JSON,
     PARQUET,
     TSV,
+    NoText,
     cell_of,
     iterate_csv,
     iterate_table,
+    shown_row,
 )
-from transformer.tasks import GLUE_TASKS, Task
+from transformer.tasks import GLUE_TASKS, Task, label_of
 from transformer.text_encoding import describe_bytes, guess_encoding
 
 logger = logging.getLogger(__name__)
@@ -184,7 +186,7 @@ class TextInputs:
             logger.warning("%s: empty, passed over", where)
             return []
         if self.columns is None:
-            self.columns = self.find_columns(where, record)
+            self.columns = self.text_columns(where, record)
         # Once more where files follow one another.
         return [] if record == self.header else self.cell_texts(where, record)
 
@@ -203,17 +205,18 @@ class TextInputs:
         texts = [values.get(key) for key in keys]
         if len(texts) == 2 and values.get(keys[1], "") is None:
             texts.pop()
-        if not texts or not all(isinstance(each, str) for each in texts):
+        if not texts or not all(
+                isinstance(each, str) and not isinstance(each, NoText) for each in texts):
             shown = json.dumps(values, ensure_ascii=False, default=str)[:60]
             raise UserError(f"{where}: {shown!r}; expected {self.expected_keys}")
         return list(map(cell_of, texts))
 
-    def find_columns(self, where: str, first: list[str]) -> list[int]:
+    def text_columns(self, where: str, first: list[str]) -> list[int]:
         """Return the places of the texts by the flag, by names in the first row, or by the task."""
         known = self.known(first)
         names = [name for name in self.wanted if not name.isdecimal()]
         if unknown := [name for name in names if name not in first]:
-            raise UserError(f"{where}: no column {unknown[0]!r} in {shorten(first)}; expected"
+            raise UserError(f"{where}: no column {unknown[0]!r} in {shown_row(first)}; expected"
                             " --columns with names of a header, or numbers from 1")
         if known or names:
             self.header = first
@@ -233,15 +236,15 @@ class TextInputs:
             return [0, 1][: len(cells) - 1]
         if not task or len(cells) != len(task.columns):
             return []
-        label = cells[task.columns.index(task.label)]
+        label = label_of(task, cells, task.columns.index(task.label))
         is_label = NUMBER.fullmatch(label) if task.is_regression else label in task.spellings
         return list(map(task.columns.index, texts_of(task))) if is_label else []
 
     def cell_texts(self, where: str, cells: list[str]) -> list[str]:
         """Return the one text or two of a row of cells."""
         if self.columns and max(self.columns) >= len(cells):
-            raise UserError(f"{where}: {len(cells)} columns in {shorten(cells)}; expected at least"
-                            f" {max(self.columns) + 1}")
+            raise UserError(f"{where}: {len(cells)} columns in {shown_row(cells)}; expected at"
+                            f" least {max(self.columns) + 1}")
         if self.header and len(cells) > len(self.header):
             logger.warning("%s: %d columns, more than the header has", where, len(cells))
         if self.columns:
@@ -269,8 +272,3 @@ class TextInputs:
 def texts_of(task: Task) -> list[str]:
     """Return the columns of a task's one text or two."""
     return [name for name in (task.text_a, task.text_b) if name]
-
-
-def shorten(cells: list[str]) -> str:
-    """Return the beginning of a row for a message."""
-    return repr("\t".join(cells)[:60])

@@ -79,7 +79,7 @@ def load_data(
         return _squad_data(task, data_dir, tokenizer, max_seq_length, device)
     rows = {split: load_features(task, data_dir, split, tokenizer, max_seq_length, labels,
                                  cache=True)
-            for split in ("train", *evaluation_splits(task))}
+            for split in ("train", *evaluation_splits(task, data_dir))}
     train = rows.pop("train")
 
     def score(model: nn.Module) -> Metrics:
@@ -95,9 +95,9 @@ def _squad_data(
     task: str, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
     device: torch.device,
 ) -> TaskData:
+    questions = read_squad(squad_path(task, data_dir, "dev"))
     train = make_windows(
         read_squad(squad_path(task, data_dir, "train")), tokenizer, max_seq_length)
-    questions = read_squad(squad_path(task, data_dir, "dev"))
     windows = make_windows(questions, tokenizer, max_seq_length)
     return TaskData(train.features, lambda model: {"dev": evaluate_squad(
         model, questions, windows, device, EVAL_BATCH, unanswerable=task == "squad_v2")})
