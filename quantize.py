@@ -143,6 +143,8 @@ def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
     folder = fetch_model(args.model, args.cache_dir or None)
     weights_path(folder)  # an ONNX model cannot be quantized again
     config = BertConfig.from_json_file(path := find_config(folder))
+    if args.format == "onnx":
+        config.check_own_layers(folder, "expected --format torch")
     labels = () if task is None else match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from transformer.config import BertConfig
+from transformer.config import OWN_TYPES, BertConfig
 from transformer.file_utils import UserError, read_json
 from transformer.own_tasks import stored_task
 from transformer.run_folder import RESULTS_NAME
@@ -209,11 +209,11 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
                 metric_name=name, metric_value=value))
     return ModelCardData(
         license=facts["license"] or None, language=facts["language"] or None,
-        library_name="transformers" if facts["model_type"] == "bert" else None,
+        library_name=None if facts["model_type"] in OWN_TYPES else "transformers",
         pipeline_tag=facts["pipeline"], base_model=facts["base_model"] or None,
         datasets=[dataset] if dataset else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=["bert", "tinybert", *dict.fromkeys(found.tags), *facts["tags"]],
+        tags=[facts["family"], "tinybert", *dict.fromkeys(found.tags), *facts["tags"]],
         eval_results=results or None, model_name=facts["name"] if results else None)
 
 
@@ -229,7 +229,7 @@ def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
                                else texts[0],
         "fill-mask": '"a charming [MASK]"', "feature-extraction": texts[0]}
     options = ", top_k=None, truncation=True" * (facts["pipeline"] == "text-classification")
-    if facts["model_type"] != "bert":
+    if facts["model_type"] in OWN_TYPES:
         parts = [OWN_CODE]
     else:
         parts = [PIPELINE.format(example=examples[name], options=options, **facts)
@@ -260,8 +260,9 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
     Args:
         found: what the records beside the model say.
         config: the exported model's.
-        facts: name, place (hub id or "."), pipeline, model_type, parameters, length, onnx (files),
-            notes (sentences), tags; license, language, base_model and dataset as given, or "".
+        facts: name, place (hub id or "."), pipeline, model_type, family, parameters, length, onnx
+            (files), notes (sentences), tags; license, language, base_model and dataset as given,
+            or "".
     """
     names = [*config.id2label.values()]
     labels = (", ".join(f"`{name}`" for name in names) if len(names) <= LISTED_CLASSES

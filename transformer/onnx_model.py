@@ -136,11 +136,13 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
     shape = graph.add("Shape", "shape", "input_ids")
     length = graph.add("Gather", "length", shape, graph.scalar(1))
     numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
+    # A model of one type of segments reads none.
+    types = "token_type_ids" if len(part.token_type_embeddings.weight) > 1 else graph.scalar(0)
     positions, segments = (
         graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
         for name, embedding, index in (
             ("positions", part.position_embeddings, numbers),
-            ("segments", part.token_type_embeddings, "token_type_ids")))
+            ("segments", part.token_type_embeddings, types)))
     weight = part.word_embeddings.weight.detach()
     if graph.scale_rows:
         size = weight.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
@@ -152,7 +154,10 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
         words = graph.add("Mul", f"{WORDS}.product", words, sizes)
     total = graph.add("Add", "embeddings.part", words, positions)
     total = graph.add("Add", "embeddings.sum", total, segments)
-    return graph.layer_norm("embeddings", total, part.LayerNorm)
+    if part.project is None:
+        return graph.layer_norm("embeddings", total, part.LayerNorm)
+    narrow = graph.layer_norm("embeddings.narrow", total, part.LayerNorm)
+    return graph.linear("embeddings", narrow, part.project)
 
 
 def add_mask(graph: Graph) -> str:
