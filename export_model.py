@@ -10,7 +10,8 @@ transformers, optimum, transformers.js, onnxruntime with tokenizers, and every s
 
 Where --model is an ONNX model of quantize.py, its graph goes to onnx/ as it is, and the weights
 are those that it was made from. Of a pruned model no other program reads the weights, unless
---padded fills its shape up with zeros; the graphs stay small.
+--padded fills its shape up with zeros; the graphs stay small. Of a bilstm or bigru others read the
+graphs only.
 
 Examples:
     python export_model.py --model models/distilled_tinybert_4l_rte --onnx --int8 \
@@ -29,10 +30,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from transformer.checkpoint import load_state, save_config, stored_state, weights_record
+from transformer.checkpoint import load_state, save_config, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.data_layout import TASK_NAME
-from transformer.families import FAMILIES
 from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
@@ -61,6 +61,7 @@ from transformer.modeling import (
     freeze,
 )
 from transformer.own_tasks import save_task
+from transformer.recurrent import LAYERS, classifier_class, read_config
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import commit_id, first_line, run_script
 from transformer.tokenization import BertTokenizer, load_tokenizer
@@ -149,9 +150,11 @@ def load_source(folder: Path) -> Source:
         if weights_record(source)["source_sha256"] != record["source_sha256"]:
             raise UserError(f"{path}: the weights of {source} have changed since; quantize it anew")
         folder = source
-    config, state = BertConfig.from_json_file(find_config(folder)), load_state(folder)
+    config, state = read_config(find_config(folder)), load_state(folder)
     model_class, pipeline = next((kind for key, kind in KINDS.items() if key in state),
                                  (BertModel, ""))
+    if pipeline == "text-classification":
+        model_class = classifier_class(config)
     model = freeze(model_class.from_state(config, state, folder))
     tokenizer = load_tokenizer(folder)
     config.check_vocabulary(len(tokenizer), folder)
@@ -266,28 +269,26 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     if methods and source.pipeline != "text-classification":
         raise UserError(f"{folder}: --onnx and --int8 take classifiers; this model is for"
                         f" {source.pipeline}")
-    if methods:
-        source.model.config.check_own_layers(source.folder, "leave out --onnx and --int8")
     if "int8-static" in source.graphs:
         methods = [method for method in methods if method != "int8-dynamic"]
     model = pad(source.model) if args.padded else source.model
     config = model.config
-    if config.model_type not in ("bert", "pruned_bert", *FAMILIES):
+    if config.model_type not in ("bert", "pruned_bert", *LAYERS):
         raise UserError(f"{find_config(source.folder)}: {config.model_type} is a head that no other"
                         " program computes; for ONNX Runtime use quantize.py --format onnx")
 
-    if config.is_pruned:
-        logger.warning("%s: pruned, without --padded: only this package reads the weights",
-                       source.folder)
+    if config.model_type != "bert":
+        kind = config.model_type if config.model_type in LAYERS else "pruned, without --padded"
+        logger.warning("%s: %s: only this package reads the weights, --onnx is for all others",
+                       source.folder, kind)
 
     # The files
     prepare_output_dir(output_dir, args.overwrite_output_dir, [folder, source.folder])
     stored = copy.deepcopy(model).to(source.dtype)
     save_config(stored, output_dir, source.tokenizer)
     left_out = ("cls.predictions.decoder.", *model.only_distillation)  # the word embeddings again
-    state = {key: tensor for key, tensor in stored.state_dict().items()
+    state = {key: tensor.contiguous() for key, tensor in stored.state_dict().items()
              if not key.startswith(left_out)}
-    state = {key: tensor.contiguous() for key, tensor in stored_state(state, config).items()}
     with atomic_path(output_dir / SAFE_WEIGHTS_NAME) as temporary:
         temporary.write_bytes(save(state, metadata={"format": "pt"}))
     graphs = write_graphs(source, methods, output_dir) if methods or source.graphs else {}
@@ -303,8 +304,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     facts = {
         **vars(args), "name": (args.push_to_hub or output_dir.resolve().name).rpartition("/")[2],
         "place": args.push_to_hub or ".", "pipeline": source.pipeline, "notes": notes,
-        "model_type": config.model_type, "family": config.family,
-        "length": config.max_position_embeddings, "onnx": files,
+        "model_type": config.model_type, "length": config.max_position_embeddings, "onnx": files,
         "parameters": source.model.parameter_total,
         "tags": ["onnx", "transformers.js"] if files else [],
     }

@@ -19,19 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.batching import Batch, padded_collate, padding_multiple, shuffled_passes
-from transformer.config import BertConfig, find_config
+from transformer.config import find_config
 from transformer.distillation import no_teacher
 from transformer.evaluation import Selection, evaluate_splits, evaluation_splits
 from transformer.features import load_features
 from transformer.hub import fetch_model
 from transformer.inference import match_labels, note_task
-from transformer.modeling import (
-    TinyBertForSequenceClassification,
-    model_inputs,
-    scratch_config,
-)
+from transformer.modeling import SequenceClassifier, model_inputs, scratch_config
 from transformer.optimization import BertAdam, param_groups
 from transformer.own_tasks import add_data_arguments, task_of
+from transformer.recurrent import classifier_class, read_config
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RunFolder
 from transformer.runtime import (
@@ -90,13 +87,13 @@ def read_settings(
     """
     folder = fetch_model(args.bert_model, weights=False)
     path = find_config(folder)
-    config, labels = BertConfig.from_json_file(path), task.labels
+    config, labels = read_config(path), task.labels
     if not (args.from_scratch or args.new_classifier):
         labels = match_labels(task, config, path)
     tokenizer = load_tokenizer(
         fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
     if args.from_scratch:
-        config = scratch_config(folder, len(tokenizer))
+        config = scratch_config(folder, len(tokenizer), type(config))
     config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model,
                             folder if args.vocab_dir else None)
     config.check_length(args.max_seq_length, args.bert_model)
@@ -105,18 +102,17 @@ def read_settings(
 
 def load_model(
     args: argparse.Namespace, task: Task, labels: tuple[str, ...], pieces: int
-) -> TinyBertForSequenceClassification:
+) -> SequenceClassifier:
     """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
     folder = fetch_model(args.bert_model, weights=not args.from_scratch)
+    model_class = classifier_class(read_config(find_config(folder)))
     if args.from_scratch:
-        model = TinyBertForSequenceClassification.from_scratch(
-            folder, pieces, num_labels=task.num_labels)
+        model = model_class.from_scratch(folder, pieces, num_labels=task.num_labels)
     elif args.new_classifier:
-        model = TinyBertForSequenceClassification.from_pretrained(folder, new_head=True)
+        model = model_class.from_pretrained(folder, new_head=True)
         model.renew_classifier(task.num_labels)
     else:
-        model = TinyBertForSequenceClassification.from_pretrained(
-            folder, num_labels=task.num_labels)
+        model = model_class.from_pretrained(folder, num_labels=task.num_labels)
     if not task.is_regression and (args.from_scratch or args.new_classifier):
         model.config.set_labels(task.labels)
     model.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue

@@ -6,7 +6,8 @@ The output folder is a model directory: `task_distill.py --do_eval` and `predict
     fp32          onnx          the graph, fused
     fp16          torch, onnx   weights in 16 bits; on a CPU computed in 32
     bf16          torch         weights in 16 bits; computed so where the processor can
-    int8-dynamic  onnx          8-bit weights, inputs rounded as they come
+    int8-dynamic  onnx          8-bit weights, inputs rounded as they come; of a bilstm or bigru
+                                the word embeddings, which are nearly all of it
     int8-static   onnx          the same, within ranges measured once on training rows
 
 Examples:
@@ -56,6 +57,7 @@ from transformer.hub import fetch_model
 from transformer.inference import load_classifier, match_labels, note_task
 from transformer.modeling import freeze, model_inputs
 from transformer.own_tasks import add_data_arguments, save_task, stored_task, task_of
+from transformer.recurrent import RecurrentConfig, read_config
 from transformer.run_folder import check_not_input, prepare_output_dir
 from transformer.runtime import add_eval_split_argument, commit_id, get_device, run_script
 from transformer.tasks import Task, get_task
@@ -125,6 +127,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--eval_split says what --do_eval measures on; expected --do_eval, too")
 
 
+def check_method(method: str, config: BertConfig, path: Path) -> None:
+    """Raise a `UserError` for a model that --method cannot quantize."""
+    if method == "int8-static" and isinstance(config, RecurrentConfig):
+        raise UserError(f"--method int8-static: {path} is a {config.model_type}, of which only the"
+                        " word embeddings are quantized, without ranges; expected int8-dynamic")
+
+
 def find_rows_task(args: argparse.Namespace) -> Task | None:
     """Return the task whose rows are read, if any; its length holds where none was given."""
     if args.data_dir is None:
@@ -142,9 +151,8 @@ def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
         import transformer.onnx_model  # noqa: F401  now, for its packages may be missing
     folder = fetch_model(args.model, args.cache_dir or None)
     weights_path(folder)  # an ONNX model cannot be quantized again
-    config = BertConfig.from_json_file(path := find_config(folder))
-    if args.format == "onnx":
-        config.check_own_layers(folder, "expected --format torch")
+    config = read_config(path := find_config(folder))
+    check_method(args.method, config, path)
     labels = () if task is None else match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
@@ -176,7 +184,7 @@ def write_onnx(model: nn.Module, method: str, folder: Path,
     import onnx  # here, as onnx_model: a second to load
     import onnxruntime
 
-    from transformer.onnx_model import OPSET, build, cpu_has_vnni, fuse, quantize
+    from transformer.onnx_model import OPSET, build, cpu_has_vnni, fuse, halve, quantize
 
     int8 = method.startswith("int8")
     fused = fuse(build(model, scale_rows=int8), attention=not int8)
@@ -187,7 +195,7 @@ def write_onnx(model: nn.Module, method: str, folder: Path,
             quantize(fused.model, temporary, reduce_range, calibration)
             return {**record, "reduce_range": reduce_range}
         if method == "fp16":
-            fused.convert_float_to_float16(keep_io_types=True)
+            halve(fused)
         onnx.save(fused.model, temporary)
     return record
 

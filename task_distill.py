@@ -43,6 +43,7 @@ from transformer.batching import (
     padding_multiple,
     shuffled_passes,
 )
+from transformer.checkpoint import has_weights
 from transformer.config import BertConfig, find_config, has_names
 from transformer.distillation import (
     IntermediateLoss,
@@ -64,9 +65,20 @@ from transformer.features import Features, load_features
 from transformer.file_utils import UserError, atomic_path, read_json
 from transformer.hub import fetch_model
 from transformer.inference import load_classifier, match_labels, note_task
-from transformer.modeling import TinyBertForSequenceClassification, freeze
+from transformer.modeling import (
+    TinyBertForSequenceClassification,
+    freeze,
+    scratch_config,
+)
 from transformer.optimization import BertAdam, param_groups
 from transformer.own_tasks import add_data_arguments, task_of
+from transformer.recurrent import (
+    RecurrentClassifier,
+    RecurrentConfig,
+    classifier_class,
+    copy_embeddings,
+    read_config,
+)
 from transformer.run import StudentOutput, TrainingRun, check_training_disk
 from transformer.run_folder import RESULTS_NAME, RunFolder, prepare_output_dir, save_arguments
 from transformer.runtime import (
@@ -133,6 +145,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="prediction stage: train every combination of the rates and batch sizes, each in a"
              " subfolder, and keep each student's best on dev in its output folder")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
+    add("--copy_embeddings", action="store_true",
+        help="a bilstm or bigru student that is only a config.json starts from the teacher's word"
+             " embeddings, where it is narrower from their principal components")
     add("--max_train_rows", type=int, default=0, help="train on the first rows only; 0: all")
     add_distillation_arguments(parser, eval_batch_size=32)
     return parser
@@ -154,7 +169,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_numbers(args, "num_train_epochs")
     if args.eval_split and not args.do_eval:
         raise UserError("--eval_split is for --do_eval; training selects on the dev set")
-    for flag in ("aug_train", "pred_distill", "compile", "resume", "sweep", "tensorboard"):
+    for flag in ("aug_train", "pred_distill", "copy_embeddings", "compile", "resume", "sweep",
+                 "tensorboard"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     args.learning_rate, sizes = as_list(args.learning_rate), as_list(args.train_batch_size)
@@ -189,7 +205,7 @@ def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
         UserError: labels, vocabulary or the rows' length do not fit the model.
     """
     folder = fetch_model(source, args.cache_dir or None, weights=False)
-    config = BertConfig.from_json_file(path := find_config(folder))
+    config = read_config(path := find_config(folder))
     labels = match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     check_fit(args, config, tokenizer, folder)
@@ -200,8 +216,13 @@ def check_students(args: argparse.Namespace, task: Task, tokenizer: BertTokenize
                    labels: tuple[str, ...]) -> None:
     """Raise a `UserError` for a student of another vocabulary, or of labels in another order."""
     for source in args.student_model:
-        path = find_config(fetch_model(source, args.cache_dir or None, weights=False))
-        config = BertConfig.from_json_file(path)
+        folder = fetch_model(source, args.cache_dir or None, weights=False)
+        config = read_config(path := find_config(folder))
+        if isinstance(config, RecurrentConfig):
+            if not args.pred_distill:
+                raise UserError(f"{path}: a {config.model_type} has no attention scores and no"
+                                " states to learn layer by layer; expected --pred_distill")
+            config = scratch_config(folder, len(tokenizer), RecurrentConfig)
         config.check_vocabulary(len(tokenizer), args.teacher_model, path)
         # Of another number are those of a model without classifier, or its weights will tell.
         if has_names(config.id2label) and config.num_labels == task.num_labels \
@@ -253,9 +274,17 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
     """Load a student, whose outputs take the teacher's label names."""
     teacher, task = shared.teacher, shared.task
     # A general student has no classifier yet; the prediction stage trains it.
-    student = TinyBertForSequenceClassification.from_pretrained(
-        fetch_model(source, args.cache_dir or None), new_head=True, num_labels=task.num_labels,
-        fit_size=None if args.pred_distill else teacher.config.hidden_size)
+    folder = fetch_model(source, args.cache_dir or None)
+    student_class = classifier_class(read_config(find_config(folder)))
+    if student_class is RecurrentClassifier and not has_weights(folder):
+        student = student_class.from_scratch(
+            folder, len(shared.tokenizer), num_labels=task.num_labels)
+        if args.copy_embeddings:
+            copy_embeddings(student, fetch_model(args.teacher_model, args.cache_dir or None))
+    else:
+        student = student_class.from_pretrained(
+            folder, new_head=True, num_labels=task.num_labels,
+            fit_size=None if args.pred_distill else teacher.config.hidden_size)
     if not args.pred_distill:
         check_layer_heads(teacher.config, student.config)
     student.config.id2label = dict(teacher.config.id2label)

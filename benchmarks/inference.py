@@ -51,6 +51,7 @@ from transformer.hub import fetch_model
 from transformer.inference import load_classifier
 from transformer.modeling import (
     BertConfig,
+    SequenceClassifier,
     TinyBertForSequenceClassification,
     freeze,
     model_inputs,
@@ -137,7 +138,7 @@ def make_model(name: str) -> torch.nn.Module:
     else:
         torch.manual_seed(SEED)
         model = TinyBertForSequenceClassification(BertConfig(**SHAPES[name]))
-    if isinstance(model, TinyBertForSequenceClassification):
+    if hasattr(model, "fit_dense"):
         del model.fit_dense  # only distillation uses it
     return freeze(model)
 
@@ -154,7 +155,7 @@ def make_candidates(name: str, engines: list[str], folder: Path,
     model = make_model(name)
     total = getattr(model, "parameter_total", sum(p.numel() for p in model.parameters()))
     candidate = partial(Candidate, short, parameters=total, vocab_size=model.config.vocab_size)
-    is_torch = isinstance(model, TinyBertForSequenceClassification)
+    is_torch = isinstance(model, SequenceClassifier)
     if not is_torch or (source and (Path(source) / RECORD_NAME).is_file()):
         made = read_json(Path(source) / RECORD_NAME)
         path = Path(source) / (WEIGHTS_NAME if is_torch else ONNX_NAME)

@@ -66,6 +66,11 @@ def canonical_key(key: str) -> str:
     return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
 
 
+def has_weights(folder: Path | str) -> bool:
+    """Say whether a folder holds weights of PyTorch's, in any form."""
+    return any(Path(folder, name).is_file() for name in WEIGHT_FORMS)
+
+
 def weights_paths(model_dir: Path | str) -> list[Path]:
     """Return the weights of a model directory in every form it has (or `model_dir`, if a file)."""
     path = Path(model_dir)
@@ -296,7 +301,6 @@ def stored_state(
     """Return a model's weights as its files hold them: a relative of BERT's under its names."""
     if config.model_type not in families.FAMILIES:
         return state
-    state = {canonical_key(key): tensor for key, tensor in state.items()}
     return families.their_state(config.model_type, state, config.pad_token_id)
 
 

@@ -162,14 +162,6 @@ def our_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def foreign_fields(values: Mapping[str, Any]) -> set[str]:
-    """Return which fields of ours no reader of such a `config.json` looks at."""
-    name = values.get("model_type")
-    if name in FAMILIES:
-        return {*SHAPES} - {*FAMILIES[name].shapes}
-    return {"embedding_size"} if name == "bert" and "family" not in values else set()
-
-
 def their_config(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of `config.json` of a family, from those of a BERT; undoes `our_config`."""
     family, values = FAMILIES[name], dict(values)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from transformer.checkpoint import WEIGHT_FORMS, load_state, weights_path
+from transformer.checkpoint import has_weights, load_state, weights_path
 from transformer.config import BertConfig, find_config
 from transformer.file_utils import ONNX_NAME, UserError, read_json
-from transformer.modeling import TinyBertForSequenceClassification
+from transformer.modeling import SequenceClassifier
 from transformer.own_tasks import stored_task
+from transformer.recurrent import classifier_class, read_config
 from transformer.tasks import Task, label_order
 
 if TYPE_CHECKING:
@@ -68,11 +69,11 @@ def note_task(config: BertConfig, task: Task, labels: tuple[str, ...]) -> None:
 
 def load_classifier(
     model_dir: Path | str, num_labels: int | None = None, device: torch.device | None = None
-) -> "TinyBertForSequenceClassification | OnnxClassifier":
+) -> "SequenceClassifier | OnnxClassifier":
     """Load a trained classifier from a model directory.
 
     Its weights are PyTorch's, which all scripts read, or where there are none `model.onnx`. What
-    comes back is called as `TinyBertForSequenceClassification` is.
+    comes back is called as a `SequenceClassifier` is.
 
     Args:
         model_dir: a directory that training or `quantize.py` wrote.
@@ -84,16 +85,14 @@ def load_classifier(
             ONNX file that does not fit `config.json`.
     """
     folder = Path(model_dir)
-    has_torch_weights = any((folder / name).is_file() for name in WEIGHT_FORMS)
-    if (folder / ONNX_NAME).is_file() and has_torch_weights:
+    if (folder / ONNX_NAME).is_file() and has_weights(folder):
         logger.warning("%s: not read; the weights beside it are", folder / ONNX_NAME)
     elif (folder / ONNX_NAME).is_file():
         from transformer.onnx_model import OnnxClassifier  # here: a second to load
 
         return OnnxClassifier(folder, num_labels, device)
-    config, state = BertConfig.from_json_file(find_config(folder)), load_state(folder)
+    config, state = read_config(find_config(folder)), load_state(folder)
     if "classifier.weight" not in state:
         raise UserError(f"{weights_path(folder)}: holds no trained classifier; expected a model"
                         " that was fine-tuned or distilled on a task")
-    return TinyBertForSequenceClassification.from_state(
-        config, state, folder, num_labels=num_labels)
+    return classifier_class(config).from_state(config, state, folder, num_labels=num_labels)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from transformer.config import OWN_TYPES, BertConfig
+from transformer.config import BertConfig
 from transformer.file_utils import UserError, read_json
 from transformer.own_tasks import stored_task
 from transformer.run_folder import RESULTS_NAME
@@ -53,8 +53,9 @@ inputs = {{"input_ids": row.ids, "token_type_ids": row.type_ids,
 session = onnxruntime.InferenceSession("{file}")
 print(session.run(["logits"], {{name: np.array([ids]) for name, ids in inputs.items()}}))
 ```"""
-OWN_CODE = ("Its layers have unequal shapes: `python predict.py --model FOLDER`, of the code that"
-            " made it, reads the weights, and no other program does.")
+OWN_CODE = ("{}: `python predict.py --model FOLDER`, of the code that made it, reads the weights,"
+            " and no other program does.")
+KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # others are BERTs
 
 
 @dataclass
@@ -209,11 +210,12 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
                 metric_name=name, metric_value=value))
     return ModelCardData(
         license=facts["license"] or None, language=facts["language"] or None,
-        library_name=None if facts["model_type"] in OWN_TYPES else "transformers",
+        library_name="transformers" if facts["model_type"] == "bert" else None,
         pipeline_tag=facts["pipeline"], base_model=facts["base_model"] or None,
         datasets=[dataset] if dataset else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=[facts["family"], "tinybert", *dict.fromkeys(found.tags), *facts["tags"]],
+        tags=[facts["model_type"] if facts["model_type"] in KINDS else "bert", "tinybert",
+              *dict.fromkeys(found.tags), *facts["tags"]],
         eval_results=results or None, model_name=facts["name"] if results else None)
 
 
@@ -229,8 +231,9 @@ def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
                                else texts[0],
         "fill-mask": '"a charming [MASK]"', "feature-extraction": texts[0]}
     options = ", top_k=None, truncation=True" * (facts["pipeline"] == "text-classification")
-    if facts["model_type"] in OWN_TYPES:
-        parts = [OWN_CODE]
+    if facts["model_type"] != "bert":
+        parts = [OWN_CODE.format("It is no Transformer" if facts["model_type"] in KINDS else
+                                 "Its layers have unequal shapes")]
     else:
         parts = [PIPELINE.format(example=examples[name], options=options, **facts)
                  for name in [facts["pipeline"]] if name in examples]
@@ -260,15 +263,15 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
     Args:
         found: what the records beside the model say.
         config: the exported model's.
-        facts: name, place (hub id or "."), pipeline, model_type, family, parameters, length, onnx
-            (files), notes (sentences), tags; license, language, base_model and dataset as given,
-            or "".
+        facts: name, place (hub id or "."), pipeline, model_type, parameters, length, onnx (files),
+            notes (sentences), tags; license, language, base_model and dataset as given, or "".
     """
     names = [*config.id2label.values()]
     labels = (", ".join(f"`{name}`" for name in names) if len(names) <= LISTED_CLASSES
               else f"{len(names)}, in `config.json`")
     purpose = f" for {found.task.folder}" if found.task else ""
-    shape = (f"A BERT{purpose}: {config.num_hidden_layers} layers, {config.hidden_size} wide,"
+    kind = KINDS.get(facts["model_type"], "BERT")
+    shape = (f"A {kind}{purpose}: {config.num_hidden_layers} layers, {config.hidden_size} wide,"
              f" {facts['parameters'] / 1e6:.1f} million parameters.")
     if facts["pipeline"] == "text-classification":
         shape += " It gives one score." if config.num_labels == 1 else f" Labels: {labels}."

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer import families
-from transformer.checkpoint import WEIGHT_FORMS, key_list, load_state, load_weights
+from transformer.checkpoint import has_weights, key_list, load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
 
 logger = logging.getLogger(__name__)
 
-LOGIT_LAYERS = ("classifier", "qa_outputs")
+FLOAT_LAYERS = ("classifier", "qa_outputs", "recurrent")  # of frozen models, in any precision
 MASKED_SCORE = -10000.0  # added to the raw scores of padding, as in the original
 FUSED_HEAD_MULTIPLE = 8  # head widths that the fused attention kernels of a GPU take
 
@@ -327,21 +327,18 @@ class MaskedLMOutput(NamedTuple):
     loss: Tensor | None
 
 
-def scratch_config(
-    config_dir: Path | str, pieces: int | None = None, teacher: BertConfig | None = None
-) -> BertConfig:
+def scratch_config(config_dir: Path | str, pieces: int | None = None,
+                   config_class: type[BertConfig] = BertConfig) -> BertConfig:
     """Read the `config.json` of a directory for a model with random weights.
 
     Where the directory holds no weights, a vocab_size that is missing or does not fit a vocabulary
-    of `pieces` word pieces gives way to it, and to what else its `teacher` has of one.
+    of `pieces` word pieces gives way to it.
     """
     path = find_config(config_dir)
-    config, stated = BertConfig.from_json_file(path), "vocab_size" in read_json(path)
-    if pieces is None or any((path.parent / name).is_file() for name in WEIGHT_FORMS) or (
+    config, stated = config_class.from_json_file(path), "vocab_size" in read_json(path)
+    if pieces is None or has_weights(path.parent) or (
             stated and config.fits_vocabulary(pieces)):
         return config
-    if teacher is not None:
-        config.take_vocabulary(teacher)
     return dataclasses.replace(config, vocab_size=pieces)
 
 
@@ -349,6 +346,7 @@ class BertPreTrainedModel(nn.Module):
     """Initialisation and loading that all models share."""
 
     hugging_face_class = "BertModel"
+    config_class = BertConfig
     # Parameters that a checkpoint may always lack, and those of a head that the caller asks for.
     optional: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
@@ -378,20 +376,18 @@ class BertPreTrainedModel(nn.Module):
 
     @classmethod
     def from_scratch(
-        cls, config_dir: Path | str, pieces: int | None = None,
-        teacher: BertConfig | None = None, **kwargs: Any,
+        cls, config_dir: Path | str, pieces: int | None = None, **kwargs: Any
     ) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory.
 
-        `pieces` and `teacher` are those of `scratch_config`; what gives way to them is logged.
+        `pieces` is that of `scratch_config`; what gives way to it is logged.
         """
-        config, path = scratch_config(config_dir, pieces, teacher), find_config(config_dir)
-        cls.check_family(config, path)
+        config = scratch_config(config_dir, pieces, cls.config_class)
+        cls.check_family(config, path := find_config(config_dir))
         stated = read_json(path).get("vocab_size", "missing")
         if pieces is not None and stated != config.vocab_size:
-            logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d (pad_token_id"
-                        " %s, type_vocab_size %d)", path, stated, config.vocab_size,
-                        config.pad_token_id, config.type_vocab_size)
+            logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d", path, stated,
+                        config.vocab_size)
         return cls(config, **kwargs)
 
     @classmethod
@@ -409,7 +405,7 @@ class BertPreTrainedModel(nn.Module):
         Raises:
             UserError: missing or damaged files, or a checkpoint that does not fill the model.
         """
-        config = BertConfig.from_json_file(path := find_config(model_dir))
+        config = cls.config_class.from_json_file(path := find_config(model_dir))
         cls.check_family(config, path)
         return cls.from_state(config, load_state(model_dir), model_dir, new_head, **kwargs)
 
@@ -586,30 +582,16 @@ class TinyBertForPreTraining(_FittedModel):
             output.attention_scores, self.fit_hidden(output.hidden_states))
 
 
-class TinyBertForSequenceClassification(_FittedModel):
-    """A classifier on the pooled output; teacher and student of task distillation.
+class SequenceClassifier(BertPreTrainedModel):
+    """What classifiers of whole inputs share: a linear layer, `classifier`, on a pooled output."""
 
-    Args:
-        num_labels: size of the classifier; None means what the config says.
-        fit_size: the teacher's width; None means the model's own.
-    """
-
-    hugging_face_class = "BertForSequenceClassification"
     head = ("classifier.",)
-    only_distillation = ("fit_dense.", "fit_denses.")
-    only_cls_reaches_head = True  # of the last layer's output
 
-    def __init__(
-        self, config: BertConfig, num_labels: int | None = None, fit_size: int | None = None,
-        per_layer_fit: bool = False,
-    ) -> None:
-        super().__init__(config)
-        if num_labels is not None and num_labels != config.num_labels:
-            config.set_labels(tuple(f"LABEL_{i}" for i in range(num_labels)))
-        self.bert = BertModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.add_fit_dense(fit_size, per_layer_fit)
-        self.init_weights(self.classifier)
+    def add_classifier(self, inputs: int, num_labels: int | None) -> None:
+        """Add the linear layer; `num_labels` is its size, None: what the config says."""
+        if num_labels is not None and num_labels != self.config.num_labels:
+            self.config.set_labels(tuple(f"LABEL_{i}" for i in range(num_labels)))
+        self.classifier = nn.Linear(inputs, self.config.num_labels)
 
     @classmethod
     def stored_sizes(cls, state):
@@ -620,7 +602,39 @@ class TinyBertForSequenceClassification(_FittedModel):
     def renew_classifier(self, num_labels: int) -> None:
         """Replace the classifier by a random one of `num_labels` outputs without names."""
         self.config.set_labels(tuple(f"LABEL_{i}" for i in range(num_labels)))
-        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+        self.classifier = nn.Linear(self.classifier.in_features, num_labels)
+        self.init_weights(self.classifier)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Return logits [batch, labels] for a pooled output [batch, width]."""
+        if self.config.classifier_relu:
+            # Kept from the original: only where the config asks for it.
+            pooled = torch.relu(pooled)
+        # In float32 whatever the rest computes in: bfloat16 scores would come in steps of 1/64.
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.classifier(pooled.float())
+
+
+class TinyBertForSequenceClassification(SequenceClassifier, _FittedModel):
+    """A classifier on the pooled output; teacher and student of task distillation.
+
+    Args:
+        num_labels: size of the classifier; None means what the config says.
+        fit_size: the teacher's width; None means the model's own.
+    """
+
+    hugging_face_class = "BertForSequenceClassification"
+    only_distillation = ("fit_dense.", "fit_denses.")
+    only_cls_reaches_head = True  # of the last layer's output
+
+    def __init__(
+        self, config: BertConfig, num_labels: int | None = None, fit_size: int | None = None,
+        per_layer_fit: bool = False,
+    ) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.add_classifier(config.hidden_size, num_labels)
+        self.add_fit_dense(fit_size, per_layer_fit)
         self.init_weights(self.classifier)
 
     def forward(
@@ -635,15 +649,6 @@ class TinyBertForSequenceClassification(_FittedModel):
         output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
         hidden = self.fit_hidden(output.hidden_states) if is_student else output.hidden_states
         return TaskOutput(self.classify(output.pooled_output), output.attention_scores, hidden)
-
-    def classify(self, pooled: Tensor) -> Tensor:
-        """Return logits [batch, labels] for the pooler's output [batch, hidden]."""
-        if self.config.classifier_relu:
-            # Kept from the original: only where the config asks for it.
-            pooled = torch.relu(pooled)
-        # In float32 whatever the rest computes in: bfloat16 scores would come in steps of 1/64.
-        with torch.autocast(pooled.device.type, enabled=False):
-            return self.classifier(pooled.float())
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [batch, labels] for the last layer's output [batch, length, hidden]."""
@@ -722,14 +727,14 @@ def freeze(
 
     Args:
         model: a teacher, or a model that is evaluated; changed in place.
-        dtype: precision to keep its weights and to compute in, the head's own weights apart, so
-            that scores are not rounded; None leaves it.
+        dtype: precision to keep its weights and to compute in, `FLOAT_LAYERS` apart: neither
+            scores nor a state that is passed on a hundred times are rounded. None leaves it.
         device: where to move it. In bfloat16 on a CPU its linear layers are packed as well, after
             which it can no longer be saved.
         pack: false leaves them, for torch.compile, which does not know packed ones.
     """
     model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    for name in LOGIT_LAYERS:
+    for name in FLOAT_LAYERS:
         if hasattr(model, name):
             getattr(model, name).float()
     on_cpu = device is not None and device.type == "cpu"

@@ -12,6 +12,7 @@ the logits on MRPC falls from 0.11 to 0.04. Attention is fused in floating point
 Runtime's quantized attention has one scale for all tokens.
 """
 
+import copy
 import json
 import logging
 import math
@@ -34,8 +35,14 @@ from transformer.file_utils import ONNX_NAME, UserError
 from transformer.modeling import (
     MASKED_SCORE,
     BertLayer,
+    SequenceClassifier,
     TaskOutput,
-    TinyBertForSequenceClassification,
+)
+from transformer.recurrent import (
+    RecurrentClassifier,
+    RecurrentConfig,
+    classifier_class,
+    read_config,
 )
 
 OPSET = 17  # the first with LayerNormalization
@@ -81,9 +88,10 @@ class Graph:
         """Add a constant vector of sizes or indices, once."""
         return self.weight("_".join(map(str, ("vector", *values))), np.array(values, np.int64))
 
-    def add(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node with one output of its own name; returns the name."""
-        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+    def add(self, op: str, name: str, *inputs: str, more: tuple[str, ...] = (),
+            **attributes: Any) -> str:
+        """Add a node with an output of its own name, and `more`; returns the name."""
+        self.nodes.append(helper.make_node(op, inputs, [name, *more], name, **attributes))
         return name
 
     def linear(self, name: str, x: str, layer: nn.Linear) -> str:
@@ -131,19 +139,9 @@ class Graph:
         return self.add({"relu": "Relu", "tanh": "Tanh"}[activation], name, x)
 
 
-def add_embeddings(graph: Graph, part: nn.Module) -> str:
-    """Add the sum of the three embeddings, normalised: [batch, length, hidden]."""
-    shape = graph.add("Shape", "shape", "input_ids")
-    length = graph.add("Gather", "length", shape, graph.scalar(1))
-    numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
-    # A model of one type of segments reads none.
-    types = "token_type_ids" if len(part.token_type_embeddings.weight) > 1 else graph.scalar(0)
-    positions, segments = (
-        graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
-        for name, embedding, index in (
-            ("positions", part.position_embeddings, numbers),
-            ("segments", part.token_type_embeddings, types)))
-    weight = part.word_embeddings.weight.detach()
+def add_words(graph: Graph, embedding: nn.Embedding) -> str:
+    """Add the word embeddings: [batch, length, width]."""
+    weight = embedding.weight.detach()
     if graph.scale_rows:
         size = weight.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
         weight = weight / size
@@ -152,12 +150,23 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
         sizes = graph.add("Gather", f"{WORDS}.size", graph.weight(f"{WORDS}.sizes", size),
                           "input_ids")
         words = graph.add("Mul", f"{WORDS}.product", words, sizes)
+    return words
+
+
+def add_embeddings(graph: Graph, part: nn.Module) -> str:
+    """Add the sum of the three embeddings, normalised: [batch, length, hidden]."""
+    shape = graph.add("Shape", "shape", "input_ids")
+    length = graph.add("Gather", "length", shape, graph.scalar(1))
+    numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
+    positions, segments = (
+        graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
+        for name, embedding, index in (
+            ("positions", part.position_embeddings, numbers),
+            ("segments", part.token_type_embeddings, "token_type_ids")))
+    words = add_words(graph, part.word_embeddings)
     total = graph.add("Add", "embeddings.part", words, positions)
     total = graph.add("Add", "embeddings.sum", total, segments)
-    if part.project is None:
-        return graph.layer_norm("embeddings", total, part.LayerNorm)
-    narrow = graph.layer_norm("embeddings.narrow", total, part.LayerNorm)
-    return graph.linear("embeddings", narrow, part.project)
+    return graph.layer_norm("embeddings", total, part.LayerNorm)
 
 
 def add_mask(graph: Graph) -> str:
@@ -211,13 +220,9 @@ def add_layer(
     return graph.layer_norm(name, total, layer.output.LayerNorm)
 
 
-def build(model: nn.Module, scale_rows: bool = False) -> onnx.ModelProto:
-    """Write a `TinyBertForSequenceClassification` as an ONNX graph in float32.
-
-    Inputs are `input_ids`, `token_type_ids` and `attention_mask`, int64 [batch, length], both of
-    any size; the output is `logits`, float32 [batch, labels].
-    """
-    config, graph = model.config, Graph(scale_rows)
+def add_bert(graph: Graph, model: nn.Module) -> str:
+    """Add a BERT up to its pooled output: [batch, hidden]."""
+    config = model.config
     hidden = add_embeddings(graph, model.bert.embeddings)
     mask = add_mask(graph)
     last = config.num_hidden_layers - 1
@@ -225,8 +230,53 @@ def build(model: nn.Module, scale_rows: bool = False) -> onnx.ModelProto:
         hidden = add_layer(graph, f"{INNER}{number}", hidden, mask, layer, config.hidden_act,
                            number == last)
     first = graph.add("Gather", "first", hidden, graph.scalar(0), axis=1)  # [batch, hidden]
-    pooled = graph.activate("pooled", graph.linear("pooler", first, model.bert.pooler.dense),
-                            config.pooler_act)
+    return graph.activate("pooled", graph.linear("pooler", first, model.bert.pooler.dense),
+                          config.pooler_act)
+
+
+def gate_rows(weight: Tensor, cell: str) -> Tensor:
+    """Return the rows of a weight or bias in the order of ONNX's gates, not of PyTorch's."""
+    parts = weight.detach().chunk(4 if cell == "bilstm" else 3)  # i f g o; r z n
+    return torch.cat([parts[gate] for gate in ((0, 3, 1, 2) if cell == "bilstm" else (1, 0, 2))])
+
+
+def add_recurrent(graph: Graph, model: RecurrentClassifier) -> str:
+    """Add the embeddings and recurrent layers up to the last states: [batch, 2 x hidden]."""
+    config, layers = model.config, model.recurrent
+    total = graph.add("ReduceSum", "lengths.total", "attention_mask", graph.vector(1), keepdims=0)
+    lengths = graph.add("Cast", "lengths", total, to=TensorProto.INT32)
+    x = graph.add("Transpose", "layer_0.input", add_words(graph, model.word_embeddings),
+                  perm=[1, 0, 2])  # [length, batch, embedding]
+    for number in range(config.num_hidden_layers):
+        name = f"{INNER}{number}"
+
+        def weight(kind: str, number: int = number) -> Tensor:  # of both directions
+            return torch.stack([gate_rows(getattr(layers, f"{kind}_l{number}{direction}"),
+                                          config.cell) for direction in ("", "_reverse")])
+
+        biases = torch.cat([weight("bias_ih"), weight("bias_hh")], dim=1)
+        options = {"linear_before_reset": 1} if config.cell == "bigru" else {}
+        graph.add(
+            config.cell[2:].upper(), name, x, graph.weight(f"{name}.weight", weight("weight_ih")),
+            graph.weight(f"{name}.state_weight", weight("weight_hh")),
+            graph.weight(f"{name}.bias", biases), lengths, more=(f"{name}.last",),
+            direction="bidirectional", hidden_size=config.hidden_size, **options)
+        joined = graph.add("Transpose", f"{name}.joined", name, perm=[0, 2, 1, 3])
+        x = graph.add("Reshape", f"{name}.output", joined,
+                      graph.vector(0, 0, 2 * config.hidden_size))  # [length, batch, 2 x hidden]
+    last = graph.add("Transpose", "last", f"{name}.last", perm=[1, 0, 2])
+    return graph.add("Reshape", "pooled", last, graph.vector(0, 2 * config.hidden_size))
+
+
+def build(model: SequenceClassifier, scale_rows: bool = False) -> onnx.ModelProto:
+    """Write a classifier as an ONNX graph in float32.
+
+    Inputs are `input_ids`, `token_type_ids` and `attention_mask`, int64 [batch, length], both of
+    any size; the output is `logits`, float32 [batch, labels].
+    """
+    config, graph = model.config, Graph(scale_rows)
+    add_body = add_recurrent if isinstance(model, RecurrentClassifier) else add_bert
+    pooled = add_body(graph, model)
     if config.classifier_relu:
         pooled = graph.add("Relu", "pooled.relu", pooled)
     graph.linear(OUTPUT, pooled, model.classifier)
@@ -244,12 +294,14 @@ def build(model: nn.Module, scale_rows: bool = False) -> onnx.ModelProto:
 
 def graph_shape(config: BertConfig) -> dict[str, Any]:
     """Return the sizes that an ONNX file has in its graph."""
-    return {
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "head_width": config.head_width, "heads": config.heads, "neurons": config.neurons,
-        "positions": config.max_position_embeddings, "segments": config.type_vocab_size,
-        "labels": config.num_labels,
-    }
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+             "positions": config.max_position_embeddings, "segments": config.type_vocab_size,
+             "labels": config.num_labels}
+    if isinstance(config, RecurrentConfig):
+        return {**sizes, "model_type": config.model_type, "layers": config.num_hidden_layers,
+                "embedding_size": config.embedding_size}
+    return {**sizes, "head_width": config.head_width, "heads": config.heads,
+            "neurons": config.neurons}
 
 
 # ------------------------------------------------------------------ ONNX Runtime's tools
@@ -279,12 +331,26 @@ def fuse(proto: onnx.ModelProto, attention: bool = True) -> Any:
     options.enable_embed_layer_norm = False
     options.enable_attention = attention
     options.use_raw_attention_mask(True)  # padding may stand anywhere
+    inputs = copy.deepcopy([*proto.graph.input])  # it drops those that no node reads
     with quiet():
         fused = optimize_model(proto, "bert", num_heads=0, hidden_size=0,
                                optimization_options=options, opt_level=0)
+    left = {value.name for value in fused.model.graph.input}
+    fused.model.graph.input.extend(value for value in inputs if value.name not in left)
     fused.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     fused.topological_sort()
     return fused
+
+
+def halve(fused: Any) -> None:
+    """Turn the weights of a fused model into float16; its inputs and outputs stay as they are.
+
+    Recurrent layers stay in float32: ONNX Runtime has no other kernels of them for a CPU.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
+
+    fused.convert_float_to_float16(
+        keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "LSTM", "GRU"])
 
 
 class _Calibration:
@@ -403,8 +469,8 @@ def open_session(path: Path, device: torch.device | None = None) -> onnxruntime.
 class OnnxClassifier(nn.Module):
     """A classifier that ONNX Runtime computes from the `model.onnx` of a model directory.
 
-    It is called as `TinyBertForSequenceClassification` is, computes in its own precision wherever
-    it is moved, and returns neither attention scores nor hidden states.
+    It is called as a `SequenceClassifier` is, computes in its own precision wherever it is moved,
+    and returns neither attention scores nor hidden states.
 
     Args:
         folder: the model directory.
@@ -419,7 +485,7 @@ class OnnxClassifier(nn.Module):
         self, folder: Path, num_labels: int | None = None, device: torch.device | None = None
     ) -> None:
         path = folder / ONNX_NAME
-        config = BertConfig.from_json_file(find_config(folder))
+        config = read_config(find_config(folder))
         session = open_session(path, device)
         stored = json.loads(session.get_modelmeta().custom_metadata_map.get("shape", "{}"))
         for name, size in graph_shape(config).items():
@@ -435,7 +501,7 @@ class OnnxClassifier(nn.Module):
         super().__init__()
         self.config, self.session = config, session
         with torch.device("meta"):  # shapes without values
-            self.parameter_total = TinyBertForSequenceClassification(config).parameter_total
+            self.parameter_total = classifier_class(config)(config).parameter_total
         self.eval()
 
     def forward(
