@@ -236,7 +236,7 @@ def test_only_qqp_skips_short_rows_and_it_counts_them(tmp_path, caplog):
 
 def test_a_missing_file_says_what_the_folder_holds_and_which_was_meant(tmp_path):
     (tmp_path / "RTE").mkdir()
-    with pytest.raises(UserError, match=r"holds RTE; did you mean .*RTE\?"):
+    with pytest.raises(UserError, match=r"holds RTE/; did you mean .*RTE\?"):
         load_examples("rte", tmp_path, "train")
     with pytest.raises(UserError, match="the folder is empty"):
         load_examples("rte", tmp_path / "RTE", "train")

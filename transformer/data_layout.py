@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ def find_files(folder: Path, stems: Mapping[str, Sequence[str]] = SPLIT_STEMS) -
     for split, names in stems.items():
         patterns = [*(f"{stem}{suffix}" for stem in names for suffix in FORMATS),
                     *(pattern.format(stem) for stem in names for pattern in FILE_PATTERNS)]
-        there = [name for name in patterns if next(folder.glob(name), None)]
+        there = [name for name in patterns if any(path.is_file() for path in folder.glob(name))]
         if len(there) > 1:
             raise UserError(f"{folder}: both {there[0]} and {there[1]} are files of {split};"
                             f' expected one, or a {TASK_NAME} with "files": {{"{split}": ...}}')
@@ -101,11 +101,14 @@ def known_columns(names: Sequence[str], has_label: bool = True) -> Columns | Non
     Raises:
         UserError: several would do, or one is missing.
     """
-    by_name = {name.strip().lower(): name for name in reversed(names)}
-    labels = [by_name[name] for name in LABEL_COLUMNS if name in by_name]
+    by_name: dict[str, list[str]] = {}
+    for name in names:
+        by_name.setdefault(name.strip().lower(), []).append(name)
+    labels = [name for known in LABEL_COLUMNS for name in by_name.get(known, ())]
     pairs = [pair for pair in PAIR_COLUMNS if {*pair} <= {*by_name}]
     paired = {name for pair in pairs for name in pair}
-    singles = [by_name[name] for name in TEXT_COLUMNS if name in by_name and name not in paired]
+    singles = [name for known in TEXT_COLUMNS if known not in paired
+               for name in by_name.get(known, ())]
     if not (labels or pairs or singles):
         return None
     if has_label and len(names) == 2 and len(labels) + len(singles) == 1:
@@ -113,11 +116,11 @@ def known_columns(names: Sequence[str], has_label: bool = True) -> Columns | Non
         labels, singles = labels or [other], singles or [other]
     if len(labels) == 1 or not (labels or has_label):
         label = labels[0] if labels else None
-        if len(pairs) == 1 and not singles:
-            return Columns(*(by_name[name] for name in pairs[0]), label)
+        if len(pairs) == 1 and not singles and all(len(by_name[name]) == 1 for name in pairs[0]):
+            return Columns(*(by_name[name][0] for name in pairs[0]), label)
         if len(singles) == 1 and not pairs:
             return Columns(singles[0], None, label)
-    texts = [*(by_name[name] for name in sorted(paired)), *singles]
+    texts = [*chain.from_iterable(by_name[name] for name in sorted(paired)), *singles]
     raise UserError(f"columns {[name[:40] for name in names[:12]]}: which are the texts"
                     f" ({', '.join(texts) or 'none known'}) and the label"
                     f" ({', '.join(labels) or 'none known'}) is not certain")
@@ -135,6 +138,12 @@ def find_layout(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Any]:
     rows = [cells for _, cells in islice(iterate_table(path, form), LOOKED_AT)]
     if not rows:
         raise UserError(f"{path}: an empty file; expected rows of a text and a label")
+    odd = {"\0": "a NUL byte, as in a spreadsheet's or a packed file",
+           "\r": "a carriage return inside a line, which ends with a line feed"}
+    if found := [mark for mark in odd for cell in rows[0] if mark in cell]:
+        raise UserError(f"{path}, line 1: {odd[found[0]]}; expected lines of text")
+    if rows[0] == [""]:
+        raise UserError(f"{path}, line 1: is empty; expected the columns, or a row")
     numbered = sum(row[-1].strip().removeprefix("-").isdecimal() for row in rows if len(row) > 1)
     if (files["train"], files.get("dev")) == ("train.txt", "eval.txt") and 2 * numbered > len(rows):
         return {"ragged": True, "text_a": "text_a", "text_b": "text_b", "label": "label"}
@@ -214,6 +223,14 @@ def infer_labels(counts: Counter[str], settings: Mapping[str, Any], data_dir: Pa
     if lists := [label for label in labels if label.startswith("[") and label.endswith("]")]:
         raise UserError(f"{data_dir}: the label {lists[0][:40]} is a list; expected one label a"
                         " row")
+    if quoted := [label for label in labels if label[0] == label[-1] == '"']:
+        raise UserError(f"{data_dir}: the label {quoted[0][:40]} stands in quotes, which are part"
+                        " of the cells of .tsv files and in .csv files stand right beside the"
+                        " commas; expected none around labels")
+    if missing := [label for label in labels if label.lower() == "nan"]:
+        raise UserError(f"{data_dir}: the label {missing[0]}, which stands for a missing one;"
+                        f' expected labels (in a task.json "skip_labels": ["{missing[0]}"] passes'
+                        ' such rows over, "labels" takes them)')
     try:
         numbers = {label: float(label) for label in labels}
     except ValueError:

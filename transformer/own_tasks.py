@@ -329,6 +329,10 @@ def _build(settings: Mapping[str, Any], **more: Any) -> Task:
         raise UserError(f"task {values['name']}: F1 is of the label 'positive', which is"
                         f" {positive!r}; expected one of {', '.join(labels[:12])}")
     splits = dict(values["files"])
+    if same := [split for split, file in splits.items() if split != "train"
+                and file == splits["train"] and not values.get(f"{split}_share")]:
+        raise UserError(f"task {values['name']}: {splits['train']!r} is the file of train and of"
+                        f" {same[0]}; expected another, or a share of train: --{same[0]}_share 0.1")
     aliases = tuple(map(_stripped, values.get("aliases", {}).items()))
     if foreign := [label for _, label in aliases if label not in labels]:
         raise UserError(f"task {values['name']}: an alias of {foreign[0]!r}; expected one of"

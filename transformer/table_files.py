@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,14 @@ def iterate_tsv(path: Path | str) -> Iterator[tuple[int, list[str]]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected tab-separated text")
-    for number, line in text_lines(path):
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
+    for number, line in table_lines(path):
         yield number, line.removesuffix("\n").rstrip("\r").split("\t")
+
+
+def table_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of a file of text, without the mark that it may begin with."""
+    for number, line in text_lines(path):
+        yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
 
 def read_tsv(path: Path | str) -> list[list[str]]:
@@ -120,25 +126,37 @@ def iterate_csv(lines: Iterable[str], path: Path | str) -> Iterator[tuple[int, l
 
     `lines` are read when they are needed; `path` is the file's name in messages.
     """
-    reader = csv.reader(lines, strict=True)
+    lines = iter(lines)
+    if (first := next(lines, None)) is None:
+        return
+    check_separator(first, path)
+    reader = csv.reader(chain([first], lines), strict=True)
     while True:
         number = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{path}, line {number}: {error}; expected comma-separated cells,"
+            reason = "a carriage return inside a line" if "new-line" in str(error) else error
+            raise UserError(f"{path}, line {number}: {reason}; expected comma-separated cells,"
                             ' those with commas, quotes or line ends in "quotes"') from error
         if cells is None:
             return
-        if number == 1 and len(cells) == 1 and any(mark in cells[0] for mark in ";\t"):
-            mark = "tabs (its name then ends in .tsv)" if "\t" in cells[0] else "semicolons"
-            raise UserError(f"{path}, line 1: separated by {mark}; expected commas")
         yield number, cells or [""]
 
 
+def check_separator(line: str, path: Path | str) -> None:
+    """Raise a `UserError` for a first line that says or shows another separator than commas."""
+    unquoted = re.sub('"[^"]*"', "", line)
+    if re.match("sep=.?\\s*$", line):
+        raise UserError(f"{path}, line 1: {line.strip()!r} is for Excel alone; expected the"
+                        " columns or a row, separated by commas")
+    if "," not in unquoted and '"' not in unquoted and any(mark in unquoted for mark in ";\t"):
+        mark = "tabs (its name then ends in .tsv)" if "\t" in unquoted else "semicolons"
+        raise UserError(f"{path}, line 1: separated by {mark}; expected commas")
+
+
 def _read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    return iterate_csv((line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-                        for number, line in text_lines(path)), path)
+    return iterate_csv((line for _, line in table_lines(path)), path)
 
 
 def _iterate_json(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -157,15 +175,14 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the objects of JSON lines, or of one list of them, with numbers from 1."""
     expected = "one JSON object a line"
-    for number, line in text_lines(path):
-        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+    for number, line in table_lines(path):
         if number == 1 and line.lstrip().startswith("["):
             break
         if line.strip():
             yield number, parse_json(line, f"{path}, line {number}", expected)
     else:
         return
-    text = "".join(line for _, line in text_lines(path)).removeprefix(BYTE_ORDER_MARK)
+    text = "".join(line for _, line in table_lines(path))
     objects = parse_json(f'{{"rows": {text}}}', str(path), expected)["rows"]
     for number, value in enumerate(objects, start=1):
         if not isinstance(value, dict):
@@ -183,7 +200,7 @@ def cell_of(value: Any) -> str:
 
 def _read_text_file(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the column names and the one row of a text file, its line breaks as spaces."""
-    text = "".join(line for _, line in text_lines(path)).removeprefix(BYTE_ORDER_MARK)
+    text = "".join(line for _, line in table_lines(path))
     yield 0, TEXT_FILE_COLUMNS
     yield 1, [" ".join(text.replace("<br />", " ").split()), path.parent.name]
 

@@ -246,7 +246,8 @@ def split_paths(task: str | Task, data_dir: Path | str, split: str) -> list[Path
 
 def folder_content(folder: Path) -> str:
     """Say for a message what a folder holds."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = sorted(f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in folder.iterdir()
+                   if not entry.name.startswith("."))
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return "the folder " + (f"holds {shown}" if names else "is empty")
 
@@ -275,6 +276,8 @@ def find_columns(task: Task, path: Path) -> _Columns:
             f"{path}, line 1: the header has no column {missing[0]!r}; expected {wanted}, "
             f"found {[name[:40] for name in names[:12]]}"
         )
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise UserError(f"{path}, line 1: two columns are called {twice[0]!r}; expected one")
     text_b = None if task.text_b is None else names.index(task.text_b)
     return _Columns(len(names), names.index(task.text_a), text_b, names.index(task.label))
 
