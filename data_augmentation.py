@@ -66,6 +66,7 @@ from transformer.shards import Shard, ShardedFile, cut, fingerprint
 from transformer.table_files import JSON, format_of, row_line
 from transformer.tasks import GLUE_TASKS, Task, TaskRows, get_task, split_paths, task_rows
 from transformer.tokenization import load_tokenizer
+from transformer.tokenizer_files import is_berts
 from transformer.words import Sentence, WordFinder, english_words
 
 logger = logging.getLogger("data_augmentation")
@@ -301,6 +302,14 @@ def report(counts: Counter[str], rows: int, seconds: float) -> None:
         )
 
 
+def check_word_pieces(model_dir: Path) -> None:
+    """Raise a `UserError` for a model whose vocabulary is not a BERT's."""
+    if not is_berts(model_dir):
+        raise UserError(f"--pretrained_bert_model {model_dir}: its tokenizer.json is no BERT's, of"
+                        " whose basic tokens augmentation makes rows; expected a BERT (the rows fit"
+                        " teachers of every kind)")
+
+
 def write_composed_vectors(args: argparse.Namespace) -> None:
     """Write the word vectors that --compose_vectors asks for."""
     if not distributed.is_main():
@@ -311,6 +320,7 @@ def write_composed_vectors(args: argparse.Namespace) -> None:
         *_, table = find_rows(args)
         texts = [text for row in table.rows for text in texts_of(table, row)]
     model_dir = fetch_model(args.pretrained_bert_model)
+    check_word_pieces(model_dir)
     check_output_file(output_file)
     check_not_input(output_file, [*args.compose_vectors, *model_dir.glob("*")])
     if output_file.exists() and not (args.overwrite or args.resume):
@@ -338,6 +348,7 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     model_dir = fetch_model(args.pretrained_bert_model)
+    check_word_pieces(model_dir)
 
     # A new start, or where an earlier call was stopped
     output, sources = ShardedFile(output_file), split_paths(task, data_dir, "train")

@@ -37,8 +37,7 @@ from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
     SAFE_WEIGHTS_NAME,
-    TOKENIZER_CONFIG_NAME,
-    VOCAB_NAME,
+    TOKENIZER_FILES,
     UserError,
     atomic_path,
     read_json,
@@ -64,7 +63,7 @@ from transformer.own_tasks import save_task
 from transformer.recurrent import LAYERS, classifier_class, read_config
 from transformer.run_folder import prepare_output_dir
 from transformer.runtime import commit_id, first_line, run_script
-from transformer.tokenization import BertTokenizer, load_tokenizer
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,8 @@ KINDS = {
 # What the readers of a hub look for, by method of quantize.py.
 GRAPHS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx",
           "int8-dynamic": "onnx/model_quantized.onnx", "int8-static": "onnx/model_quantized.onnx"}
-PUBLISHED = [SAFE_WEIGHTS_NAME, CONFIG_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME, "tokenizer.json",
-             TASK_NAME, "README.md", *GRAPHS.values()]  # what is uploaded
+PUBLISHED = [SAFE_WEIGHTS_NAME, CONFIG_NAME, *TOKENIZER_FILES, TASK_NAME, "README.md",
+             *GRAPHS.values()]  # what is uploaded
 # Largest difference of logits to the source that passes, as a share of the largest logit.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "int8-dynamic": 0.3, "int8-static": 0.3}
 
@@ -90,7 +89,7 @@ class Source(NamedTuple):
     folder: Path
     model: BertPreTrainedModel
     dtype: torch.dtype
-    tokenizer: BertTokenizer
+    tokenizer: AnyTokenizer
     pipeline: str
     graphs: dict[str, Path]
 

@@ -42,7 +42,7 @@ from transformer.runtime import (
     set_seed,
 )
 from transformer.tasks import Task
-from transformer.tokenization import BertTokenizer, load_tokenizer
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def read_settings(
     args: argparse.Namespace, task: Task
-) -> tuple[BertTokenizer, tuple[str, ...]]:
+) -> tuple[AnyTokenizer, tuple[str, ...]]:
     """Read the vocabulary, and the labels in the order of the outputs, before any weights.
 
     Raises:

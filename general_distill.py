@@ -74,7 +74,7 @@ from transformer.runtime import (
     run_script,
     set_seed,
 )
-from transformer.tokenization import BertTokenizer, load_tokenizer
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 from transformer.training import StudentTrainer, autocast, to_device
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class EpochReader:
         tokenizer, max_seq_length, reduce_memory: see `PregeneratedDataset`.
     """
 
-    def __init__(self, folder: Path, tokenizer: BertTokenizer, max_seq_length: int,
+    def __init__(self, folder: Path, tokenizer: AnyTokenizer, max_seq_length: int,
                  reduce_memory: bool) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.max_seq_length, self.reduce_memory = max_seq_length, reduce_memory
@@ -207,7 +207,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def teacher_tokenizer(args: argparse.Namespace) -> BertTokenizer:
+def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
     """Return the teacher's tokenizer; that the models fit it is checked before the long work.
 
     Raises:
@@ -231,7 +231,7 @@ def teacher_tokenizer(args: argparse.Namespace) -> BertTokenizer:
     return tokenizer
 
 
-def find_data(args: argparse.Namespace, tokenizer: BertTokenizer, folder: RunFolder) -> Path:
+def find_data(args: argparse.Namespace, tokenizer: AnyTokenizer, folder: RunFolder) -> Path:
     """Return the folder of the instances, which are made of --train_corpus where it is given."""
     if args.train_corpus is None:
         if args.pregenerated_data.is_file():

@@ -42,7 +42,7 @@ from transformer.runtime import (
 from transformer.tables import display_width, pad
 from transformer.tasks import Example, Task, label_order
 from transformer.text_inputs import TEXT_FORMS, Row, TextInputs
-from transformer.tokenization import BertTokenizer, load_tokenizer, truncate_pair
+from transformer.tokenization import AnyTokenizer, load_tokenizer, truncate_pair
 
 logger = logging.getLogger(__name__)
 
@@ -134,17 +134,17 @@ def cut_pair(length_a: np.ndarray, length_b: np.ndarray,
     return keep_a - moved, keep_b + moved
 
 
-def note_cut_rows(rows: list[Row], tokenizer: BertTokenizer, longest: int) -> None:
+def note_cut_rows(rows: list[Row], tokenizer: AnyTokenizer, longest: int) -> None:
     """Say which rows are longer than the model is given."""
     pairs = [(row.text_a, row.text_b or "") for row in rows]
     _, pieces = tokenizer.encode_flat(chain.from_iterable(pairs))
     for row, first, second in zip(rows, pieces[::2], pieces[1::2], strict=True):
-        total = int(first) + int(second) + (2 if row.text_b is None else 3)
+        total = int(first) + int(second) + 2 + (row.text_b is not None) * tokenizer.separators
         if total > longest:
             logger.warning("line %d: %d word pieces, cut to %d", row.line, total, longest)
 
 
-def predict(model: torch.nn.Module, tokenizer: BertTokenizer, rows: list[Row], longest: int,
+def predict(model: torch.nn.Module, tokenizer: AnyTokenizer, rows: list[Row], longest: int,
             batch_size: int, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
     """Return the logits [rows, labels] of texts cut to `longest` word pieces."""
     note_cut_rows(rows, tokenizer, longest)

@@ -33,12 +33,13 @@ from transformer.pregeneration import (
     add_instance_arguments,
     corpus_files,
     epoch_settings,
+    fit_to_tokenizer,
     generate_all,
 )
 from transformer.pretraining_data import generated_files
 from transformer.run_folder import ARGUMENTS_NAME, UNFINISHED, prepare_output_dir
 from transformer.runtime import argument_values, run_script
-from transformer.tokenization import load_tokenizer
+from transformer.tokenization import FileTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +128,17 @@ def main(args: argparse.Namespace) -> None:
     address = s3_address(args.data_url)
     tokenizer = load_tokenizer(
         fetch_model(args.bert_model, weights=False), args.do_lower_case or None)
+    if args.format == "json" and isinstance(tokenizer, FileTokenizer):
+        raise UserError(f"--format json: the original's files are of a BERT's word pieces, and"
+                        f" {tokenizer.file} is another tokenizer; expected --format binary")
+    fit_to_tokenizer(settings, tokenizer)
+    masking = Masking(
+        tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
+    )
     output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir,
                                     [*args.train_corpus, args.bert_model], keep=True)
     for folder in output_dir.glob(f"{UNFINISHED}*"):  # of a killed call
         shutil.rmtree(folder)
-    masking = Masking(
-        tokenizer, args.masked_lm_prob, args.max_predictions_per_seq, args.do_whole_word_mask
-    )
 
     # All files are made in a folder of their own, so that only finished ones are left behind.
     with TemporaryDirectory(prefix=UNFINISHED, dir=output_dir) as name:

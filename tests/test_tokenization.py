@@ -394,7 +394,6 @@ def test_pieces_that_look_blank_are_pieces(tmp_path):
     ("tokenizer_config.json", "never_split", ["good"], "never_split is"),
     ("tokenizer_config.json", "truncation_side", "left", "truncation_side is 'left'"),
     ("tokenizer_config.json", "split_special_tokens", True, "split_special_tokens is True"),
-    ("tokenizer_config.json", "model_input_names", ["input_ids"], "has no token_type_ids"),
     ("tokenizer.json", "normalizer.strip_accents", False, "another file of the folder says the"),
     ("tokenizer_config.json", "strip_accents", "no", "strip_accents is 'no'; expected true"),
     ("special_tokens_map.json", "unk_token", {"content": "<unk>"}, "unk_token is '<unk>'"),

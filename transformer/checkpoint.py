@@ -338,7 +338,8 @@ def save_config(
         config["model_type"] = "bert"
     write_json(Path(output_dir) / CONFIG_NAME, config)
     if tokenizer is not None:
-        tokenizer.save_vocabulary(output_dir, model.config.max_position_embeddings)
+        tokenizer.save_vocabulary(output_dir, model.config.max_position_embeddings,
+                                  model.config.type_vocab_size > 1)
 
 
 def save_pretrained(

@@ -19,9 +19,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from transformer.file_utils import is_packed, open_text, text_lines
+from transformer.file_utils import UserError, is_packed, open_text, text_lines
 from transformer.piece_tables import flat_indices
-from transformer.tokenization import BLOCK_BYTES, BertTokenizer, truncate_pair
+from transformer.tokenization import BLOCK_BYTES, AnyTokenizer, FileTokenizer, truncate_pair
 
 SENTENCES_PER_BLOCK = 1 << 14  # planned at once
 CORPUS_IDS_NAME = "corpus.bin"
@@ -131,7 +131,7 @@ def _compressed_blocks(path: Path, size: int) -> Iterator[TextBlock]:
 
 
 def tokenize_block(
-    tokenizer: BertTokenizer, block: TextBlock, by_line: bool = False
+    tokenizer: AnyTokenizer, block: TextBlock, by_line: bool = False
 ) -> TokenizedBlock:
     """Tokenize a block: a sentence a line, a blank line and the file's end between documents.
 
@@ -257,6 +257,7 @@ class EpochSettings(NamedTuple):
     instances: "pairs": next-sentence instances; "packed": one segment of as many sentences as fit;
         "lines": a line of the corpus is one, of a text or of two
     long_lines: what becomes of lines that are too long: "cut", or "split" into several instances
+    separators: how many [SEP] stand between two texts
     """
 
     seed: int = 42
@@ -264,11 +265,12 @@ class EpochSettings(NamedTuple):
     short_seq_prob: float = 0.1
     instances: str = "pairs"
     long_lines: str = "cut"
+    separators: int = 1
 
     @property
     def max_tokens(self) -> int:
         """How many tokens of text an instance holds; of lines, one without a second text."""
-        return self.max_seq_len - (3 if self.instances == "pairs" else 2)
+        return self.max_seq_len - 2 - (self.instances == "pairs") * self.separators
 
 
 class Instances(NamedTuple):
@@ -388,7 +390,8 @@ def _line_instances(
         # The second text of a line without one is empty: it starts at the line's end.
         starts = corpus.sentence_starts[np.stack([bounds[:-1], bounds[:-1] + 1])]  # [2, lines]
         lengths = np.stack([starts[1], corpus.sentence_starts[bounds[1:]]]) - starts
-        kept = np.stack(truncate_pair(*lengths, settings.max_tokens - (lengths[1] > 0)))
+        room = settings.max_tokens - (lengths[1] > 0) * settings.separators
+        kept = np.stack(truncate_pair(*lengths, room))
         spans = np.stack([starts[0], kept[0], starts[1], kept[1]])  # [4, instances]
         if settings.long_lines == "split":
             spans = _with_rests(spans, starts + kept, lengths - kept, settings.max_tokens)
@@ -439,10 +442,19 @@ def random_spans(
 class Masking:
     """How tokens are masked (BERT, section 3.1); probability 0 masks nothing."""
 
-    tokenizer: BertTokenizer
+    tokenizer: AnyTokenizer
     probability: float
     max_predictions: int
     whole_words: bool  # all pieces of a word or none
+
+    def __post_init__(self) -> None:
+        is_file = isinstance(self.tokenizer, FileTokenizer)
+        if is_file and self.whole_words:
+            raise UserError("--do_whole_word_mask: only a BERT's vocabulary (vocab.txt) marks the"
+                            " pieces that continue a word, by ##; expected a call without the flag")
+        if is_file and self.probability > 0 and self.tokenizer.mask_id < 0:
+            raise UserError(f"{self.tokenizer.file}: no token for masks; expected a mask_token, or"
+                            " no masks (--masked_lm_prob 0)")
 
     @cached_property
     def continuation_ids(self) -> frozenset[int]:

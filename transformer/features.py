@@ -16,7 +16,7 @@ from transformer import distributed
 from transformer.file_utils import UserError, atomic_path, cache_root, file_sha256
 from transformer.piece_tables import flat_indices
 from transformer.tasks import Example, Task, get_task, iterate_examples, split_paths
-from transformer.tokenization import BertTokenizer, offsets_of, truncate_pair
+from transformer.tokenization import AnyTokenizer, FileTokenizer, offsets_of, truncate_pair
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class Features:
 
     ids: word pieces of all rows, one after the other, [CLS] and [SEP] included
     offsets: [rows + 1], where each row starts in `ids`
-    first_lengths: [rows], how many positions of a row belong to segment 0
+    first_lengths: [rows], how many positions of a row belong to segment 0, the only one of a
+        model without segments
     labels: [rows], int64 class numbers or float32 scores
     label_names: the class names by number, () for regression
     """
@@ -85,7 +86,7 @@ class Features:
 
 
 def encode_rows(
-    examples: Sequence[Example], tokenizer: BertTokenizer, max_seq_length: int,
+    examples: Sequence[Example], tokenizer: AnyTokenizer, max_seq_length: int,
     cut: Callable = truncate_pair,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Encode rows: word pieces of all, [CLS] and [SEP] included, row lengths and first lengths."""
@@ -97,32 +98,37 @@ def encode_rows(
     a = np.array([index_of[example.text_a] for example in examples])  # [rows]
     b = np.array([index_of.get(example.text_b, -1) for example in examples])  # [rows]
     paired = b >= 0
+    separators = paired * tokenizer.separators  # between the two texts
     keep_a, keep_b = cut(
-        text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - paired)
+        text_lengths[a], np.where(paired, text_lengths[b], 0), max_seq_length - 2 - separators)
 
-    lengths = keep_a + 2 + keep_b + paired
+    lengths = keep_a + 2 + keep_b + separators
     offsets = offsets_of(lengths)
     starts = offsets[:-1]
     ids = np.full(
         offsets[-1], tokenizer.sep_id, np.uint16 if len(tokenizer) <= 2**16 else np.int32)
     ids[starts] = tokenizer.cls_id
     ids[flat_indices(starts + 1, keep_a)] = pieces[flat_indices(text_starts[a], keep_a)]
-    ids[flat_indices(starts + keep_a + 2, keep_b)] = pieces[flat_indices(text_starts[b], keep_b)]
-    return ids, lengths, (keep_a + 2).astype(np.int32)
+    second = starts + keep_a + 1 + tokenizer.separators
+    ids[flat_indices(second, keep_b)] = pieces[flat_indices(text_starts[b], keep_b)]
+    first_lengths = second - starts if tokenizer.segments else lengths
+    return ids, lengths, first_lengths.astype(np.int32)
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: BertTokenizer, max_seq_length: int,
+    examples: Iterable[Example], tokenizer: AnyTokenizer, max_seq_length: int,
     labels: Sequence[str], regression: bool = False, cut: Callable = truncate_pair,
 ) -> Features:
     """Encode rows as "[CLS] a [SEP]" or "[CLS] a [SEP] b [SEP]" of at most `max_seq_length`.
 
+    Between two texts stand as many [SEP] as the tokenizer's model has had in training.
     `labels` are the class names in the order of the model's outputs (see `label_order`), `cut`
     says how much to keep of two texts (see `truncate_pair`). Warns when more than a tenth of the
     word pieces are unknown: then text and vocabulary do not fit, often because of lower-casing.
     """
-    if max_seq_length < 3:
-        raise UserError(f"maximum sequence length {max_seq_length}; expected at least 3 positions")
+    if max_seq_length < (least := 2 + tokenizer.separators):
+        raise UserError(f"maximum sequence length {max_seq_length}; expected at least {least}"
+                        " positions")
     examples, class_ids = iter(examples), {label: index for index, label in enumerate(labels)}
     dtype = np.float32 if regression else np.int64
     chunks = []
@@ -138,7 +144,7 @@ def encode_examples(
     return features
 
 
-def warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None:
+def warn_of_unknown_pieces(features: Features, tokenizer: AnyTokenizer) -> None:
     """Warn where more than a tenth of the word pieces, special tokens aside, are unknown."""
     special = 2 * len(features) + int((features.first_lengths < features.lengths).sum())
     share = int((features.ids == tokenizer.unk_id).sum()) / max(1, len(features.ids) - special)
@@ -152,7 +158,7 @@ def warn_of_unknown_pieces(features: Features, tokenizer: BertTokenizer) -> None
 
 
 def load_features(
-    task: str | Task, data_dir: Path | str, split: str, tokenizer: BertTokenizer,
+    task: str | Task, data_dir: Path | str, split: str, tokenizer: AnyTokenizer,
     max_seq_length: int, labels: Sequence[str], max_rows: int = 0, cache: bool = False,
 ) -> Features:
     """Read and encode one split, its first `max_rows` rows (0: all).
@@ -164,6 +170,9 @@ def load_features(
     began = time.monotonic()
     task = get_task(task)
     paths = split_paths(task, data_dir, split)
+    if split == "aug" and isinstance(tokenizer, FileTokenizer) and not tokenizer.do_lower_case:
+        logger.warning("%s: augmented rows are words with spaces between them, in lower case where"
+                       " their BERT was; this model keeps the case and has seen few such", paths[0])
 
     def encode() -> Features:
         examples = iterate_examples(task, data_dir, split, max_rows or None)
@@ -173,7 +182,7 @@ def load_features(
         return encode()
     # The name tells all that the features depend on, the rows' bytes and the vocabulary included.
     content = (task, [file_sha256(path) for path in paths], list(tokenizer.vocab),
-               tokenizer.settings, max_seq_length, list(labels), max_rows)
+               tokenizer.settings, tokenizer.segments, max_seq_length, list(labels), max_rows)
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     file = cache_root() / "features" / f"{task.name}-{split}-{key}.npz"
     with distributed.main_first():
@@ -182,7 +191,7 @@ def load_features(
     return features
 
 
-def cached(path: Path, encode: Callable[[], Features], tokenizer: BertTokenizer) -> Features:
+def cached(path: Path, encode: Callable[[], Features], tokenizer: AnyTokenizer) -> Features:
     """Read features from a file, or encode them and write it; what fails with it is a warning."""
     try:
         with np.load(path, allow_pickle=False) as stored:  # the zip's check sums find damage

@@ -55,7 +55,7 @@ from transformer.pretraining_data import (
 )
 from transformer.runtime import check_disk
 from transformer.shards import progress, worker_pool
-from transformer.tokenization import BLOCK_BYTES, BertTokenizer
+from transformer.tokenization import BLOCK_BYTES, AnyTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,16 @@ def epoch_settings(args: argparse.Namespace, length_flag: str) -> EpochSettings:
         )
     return EpochSettings(args.seed, length, 0.0 if lines else args.short_seq_prob, args.instances,
                          args.long_lines if lines else "cut")
+
+
+def fit_to_tokenizer(settings: EpochSettings, tokenizer: AnyTokenizer) -> EpochSettings:
+    """Return the settings with what a tokenizer puts between two texts; checks the length."""
+    settings = settings._replace(separators=tokenizer.separators)
+    if settings.max_tokens < 2:
+        raise UserError(f"instances of {settings.max_seq_len} tokens; expected at least"
+                        f" {settings.max_seq_len + 2 - settings.max_tokens}: two of text and this"
+                        " model's special ones")
+    return settings
 
 
 # ------------------------------------------------------------------ files
@@ -198,7 +208,7 @@ def check_corpus(corpus: Corpus, unknown: int, source: str, instances: str) -> N
 
 
 def tokenize(
-    folder: Path, files: Sequence[Path], tokenizer: BertTokenizer, by_line: bool, workers: int
+    folder: Path, files: Sequence[Path], tokenizer: AnyTokenizer, by_line: bool, workers: int
 ) -> int:
     """Write the files of the tokenized corpus; return how many word pieces are [UNK]."""
     size = sum(path.stat().st_size for path in files)
@@ -250,14 +260,14 @@ def report_cut(folder: Path, corpus: Corpus, source: str) -> None:
 
 
 def generate_all(
-    folder: Path, files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings,
+    folder: Path, files: Sequence[Path], tokenizer: AnyTokenizer, settings: EpochSettings,
     masking: Masking, epochs: int, data_format: str = "binary", workers: int = 1,
 ) -> list[int]:
     """Write the epochs that are made of text files into `folder`; return the instances of each.
 
     `generated_files` are what to keep of the folder.
     """
-    by_line = settings.instances == "lines"
+    settings, by_line = fit_to_tokenizer(settings, tokenizer), settings.instances == "lines"
     check_disk("the tokenized corpus", folder, DISK_SHARE * sum(
         path.stat().st_size * (PACKED_SHARE if is_packed(path) else 1) for path in files))
     unknown = tokenize(folder, files, tokenizer, by_line, workers)
@@ -284,7 +294,7 @@ def generate_all(
 
 
 def cached_instances(
-    files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int,
+    files: Sequence[Path], tokenizer: AnyTokenizer, settings: EpochSettings, epochs: int,
     workers: int = 1, expected: Collection[str] = (),
 ) -> Path:
     """Return the folder with the epochs of a corpus, without masks, made by this call if need be.
@@ -314,11 +324,12 @@ def cached_instances(
 
 
 def _content_key(
-    files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings, epochs: int
+    files: Sequence[Path], tokenizer: AnyTokenizer, settings: EpochSettings, epochs: int
 ) -> str:
     content = {"version": VERSION, "files": [file_sha256(path) for path in files],
                "vocabulary": vocabulary_sha256(tokenizer), "tokenizer": tokenizer.settings,
                **settings._asdict(), "epochs": epochs}
+    del content["separators"]  # the tokenizer's
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -350,7 +361,7 @@ def _find_or_make(folder: Path, *work: Any) -> None:
 
 
 def _make(
-    folder: Path, files: Sequence[Path], tokenizer: BertTokenizer, settings: EpochSettings,
+    folder: Path, files: Sequence[Path], tokenizer: AnyTokenizer, settings: EpochSettings,
     epochs: int, workers: int,
 ) -> None:
     for left in folder.parent.glob(f".{folder.name}.*"):  # of a killed call

@@ -39,7 +39,7 @@ from transformer.corpus import (
     mask_tokens,
 )
 from transformer.file_utils import UserError, read_json, write_json
-from transformer.tokenization import CLS, SEP, BertTokenizer
+from transformer.tokenization import CLS, SEP, AnyTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class CorpusInfo(NamedTuple):
     vocabulary_sha256: str
 
 
-def vocabulary_sha256(tokenizer: BertTokenizer) -> str:
+def vocabulary_sha256(tokenizer: AnyTokenizer) -> str:
     """Return the fingerprint of a vocabulary: all its word pieces, in the order of their ids."""
     return hashlib.sha256("\n".join(tokenizer.vocab).encode()).hexdigest()
 
@@ -119,7 +119,7 @@ class EpochWriter:
     """Encodes instances of a corpus for the files of one format, "binary" or "json"."""
 
     corpus_dir: Path
-    tokenizer: BertTokenizer
+    tokenizer: AnyTokenizer
     settings: EpochSettings
     masking: Masking
     format: str
@@ -191,6 +191,7 @@ class EpochWriter:
             ids = token_ids[first : first + first_length].tolist()
             ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
             if second_length:
+                ids += [tokenizer.sep_id] * (tokenizer.separators - 1)
                 ids += token_ids[second : second + second_length].tolist()
                 ids.append(tokenizer.sep_id)
             masked = mask_tokens(ids, self.masking, Random(seed))
@@ -263,7 +264,7 @@ def read_metrics(data_dir: Path | str, epoch: int) -> Metrics:
     return metrics
 
 
-def read_corpus_info(data_dir: Path, tokenizer: BertTokenizer) -> CorpusInfo:
+def read_corpus_info(data_dir: Path, tokenizer: AnyTokenizer) -> CorpusInfo:
     """Read `corpus.json`; one that is wrong or of another vocabulary is a `UserError`."""
     path = data_dir / CORPUS_INFO_NAME
     info = _read_fields(path, CorpusInfo)
@@ -308,7 +309,7 @@ class _Epoch(NamedTuple):
 
 
 def _read_binary_epoch(
-    path: Path, metrics: Metrics, tokenizer: BertTokenizer, mapped: bool
+    path: Path, metrics: Metrics, tokenizer: AnyTokenizer, mapped: bool
 ) -> _Epoch:
     """Read or map `epoch_N.bin` and the files beside it, and check them."""
     info = read_corpus_info(path.parent, tokenizer)
@@ -322,7 +323,8 @@ def _read_binary_epoch(
         masks = read_array(masks_file, masks.dtype, rows * info.predictions, counted, mapped)
     for begin in range(0, rows, ROWS_PER_BLOCK):
         block = records[begin : begin + ROWS_PER_BLOCK]
-        right = (block["first_length"] > 0) & (_lengths(block) <= metrics.max_seq_len)
+        right = block["first_length"] > 0
+        right &= _lengths(block, tokenizer.separators) <= metrics.max_seq_len
         for part in ("first", "second"):
             right &= block[f"{part}_start"] <= info.tokens - block[f"{part}_length"].astype("i8")
         if not right.all():
@@ -334,11 +336,11 @@ def _read_binary_epoch(
     return _Epoch(token_ids, records, masks.reshape(rows, info.predictions))
 
 
-def _lengths(records: np.ndarray) -> np.ndarray:
+def _lengths(records: np.ndarray, separators: int) -> np.ndarray:
     """Return the length of each row, special tokens included, as int32."""
     lengths = np.add(records["first_length"], 2, dtype=np.int32)
     lengths += records["second_length"]
-    lengths += records["second_length"] > 0
+    lengths += (records["second_length"] > 0) * np.int32(separators)
     return lengths
 
 
@@ -381,7 +383,7 @@ def read_json_rows(
 
 
 def _convert_json_epoch(
-    path: Path, metrics: Metrics, tokenizer: BertTokenizer, mapped: bool
+    path: Path, metrics: Metrics, tokenizer: AnyTokenizer, mapped: bool
 ) -> _Epoch:
     """Convert `epoch_N.json` to arrays as those of the binary format, block by block.
 
@@ -428,7 +430,7 @@ class PregeneratedDataset:
     """
 
     def __init__(
-        self, data_dir: Path | str, epoch: int, tokenizer: BertTokenizer,
+        self, data_dir: Path | str, epoch: int, tokenizer: AnyTokenizer,
         max_seq_length: int = 128, reduce_memory: bool = False,
     ) -> None:
         generated, suffix = find_epochs(data_dir)
@@ -446,6 +448,7 @@ class PregeneratedDataset:
             )
         self.cls_id, self.sep_id, self.pad_id = (
             tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
+        self.separators, self.segments = tokenizer.separators, tokenizer.segments
         read = _read_binary_epoch if suffix == BINARY_SUFFIX else _convert_json_epoch
         self._data = read(path, metrics, tokenizer, reduce_memory)
 
@@ -455,7 +458,7 @@ class PregeneratedDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row with the special ones, int32 [rows]."""
-        return _lengths(self._data.records)
+        return _lengths(self._data.records, self.separators)
 
     def collate(self, indices: Sequence[int], pad_to: int | None = None) -> dict[str, torch.Tensor]:
         """Return int64 tensors [rows, length], padded to the longest row or to `pad_to`.
@@ -468,8 +471,10 @@ class PregeneratedDataset:
             records[field].astype(np.int64)[:, None]
             for field in ("first_start", "second_start", "first_length", "second_length")
         )
-        middles = first_lengths + 1  # [rows, 1], where the first [SEP] stands
-        ends = middles + second_lengths + (second_lengths > 0)  # [rows, 1], the last [SEP]
+        is_pair = second_lengths > 0  # [rows, 1]
+        # [rows, 1]: where the first text's last [SEP] stands, and the row's last
+        middles = first_lengths + 1 + is_pair * (self.separators - 1)
+        ends = middles + second_lengths + is_pair
         length = pad_to or int(ends.max()) + 1
         positions = np.arange(length)
         is_second = positions > middles  # [rows, length]
@@ -479,13 +484,16 @@ class PregeneratedDataset:
         attention_mask = positions <= ends
         input_ids[~attention_mask] = self.pad_id
         input_ids[:, 0] = self.cls_id
-        for separators in (middles, ends):
-            np.put_along_axis(input_ids, separators, self.sep_id, axis=1)
+        np.put_along_axis(input_ids, ends, self.sep_id, axis=1)
+        for place in range(self.separators):
+            np.put_along_axis(input_ids, np.maximum(middles - place, first_lengths + 1),
+                              self.sep_id, axis=1)
         masks = self._data.masks[indices]  # [rows, predictions]
         rows, slots = np.nonzero(masks["position"])
         input_ids[rows, masks["position"][rows, slots]] = masks["id"][rows, slots]
         return {
             "input_ids": torch.from_numpy(input_ids),
-            "token_type_ids": torch.from_numpy(is_second & attention_mask).long(),
+            "token_type_ids": torch.from_numpy(
+                is_second & attention_mask & self.segments).long(),
             "attention_mask": torch.from_numpy(attention_mask).long(),
         }

@@ -21,8 +21,10 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
+from transformer.file_tokenizer import FileTokenizer
 from transformer.file_utils import (
     TOKENIZER_CONFIG_NAME,
+    TOKENIZER_FILES,
     VOCAB_NAME,
     UserError,
     write_json,
@@ -34,11 +36,15 @@ from transformer.tokenizer_files import (
     FAST_TOKENIZER_NAME,
     MASK,
     MAX_CHARACTERS_PER_WORD,
+    OTHER_VOCABULARIES,
     PAD,
     SEP,
     SPECIAL_TOKENS,
     UNK,
     has_capitals,
+    has_segments,
+    input_names,
+    is_berts,
     load_vocab,
     mend_case,
     read_tokenizer,
@@ -144,16 +150,20 @@ class BertTokenizer:
         do_lower_case, strip_accents, tokenize_chinese_chars: settings of the same names in Hugging
             Face's `BertTokenizer`; accents are stripped where text is lower-cased unless told.
         added_tokens: tokens that are found in a text before anything else, by id.
+        segments: whether the model is told the two texts of a pair apart.
     """
+
+    separators = 1  # between the texts of a pair
 
     def __init__(self, vocab: Path | str | Mapping[str, int], do_lower_case: bool = True,
                  strip_accents: bool | None = None, tokenize_chinese_chars: bool = True,
-                 added_tokens: Mapping[int, AddedToken] | None = None):
+                 added_tokens: Mapping[int, AddedToken] | None = None, segments: bool = True):
         self.vocab = dict(vocab) if isinstance(vocab, Mapping) else load_vocab(vocab)
         self.word_pieces = len(self.vocab)  # those of vocab.txt
         self.do_lower_case, self.strip_accents = do_lower_case, strip_accents
         self.tokenize_chinese_chars = tokenize_chinese_chars
         self.added_tokens = dict(added_tokens or {})
+        self.segments = segments
         kept = (*SPECIAL_TOKENS, *(token.content for token in self.added_tokens.values()))
         self.basic_tokenizer = BasicTokenizer(
             do_lower_case, strip_accents, tokenize_chinese_chars, kept)
@@ -211,7 +221,8 @@ class BertTokenizer:
             )
         settings = {**files.settings, "do_lower_case": do_lower_case}
         try:
-            return cls(files.vocab, **settings, added_tokens=files.added_tokens)
+            return cls(files.vocab, **settings, added_tokens=files.added_tokens,
+                       segments=has_segments(model_dir))
         except UserError as error:
             raise UserError(f"{model_dir}: {error}") from error
 
@@ -335,10 +346,13 @@ class BertTokenizer:
         """Look ids of the vocabulary up."""
         return [self._pieces[index] for index in ids]
 
-    def save_vocabulary(self, directory: Path | str, model_max_length: int | None = None) -> None:
+    def save_vocabulary(
+        self, directory: Path | str, model_max_length: int | None = None, segments: bool = True
+    ) -> None:
         """Write `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`, as Hugging Face.
 
-        `model_max_length` is the longest input in word pieces, special tokens included.
+        `model_max_length` is the model's longest input in word pieces, special tokens included;
+        `segments`: whether it can tell the two texts of a pair apart.
         """
         directory = Path(directory)
         write_text(directory / VOCAB_NAME, "".join(
@@ -354,7 +368,7 @@ class BertTokenizer:
         write_json(
             directory / TOKENIZER_CONFIG_NAME,
             {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case, **limit,
-             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+             "model_input_names": input_names(self.segments and segments),
              "strip_accents": self.strip_accents,
              "tokenize_chinese_chars": self.tokenize_chinese_chars,
              "unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS,
@@ -362,9 +376,31 @@ class BertTokenizer:
         )
 
 
-def load_tokenizer(folder: Path | str, do_lower_case: bool | None = None) -> BertTokenizer:
-    """Load the tokenizer of a model's folder; see `BertTokenizer.from_pretrained`."""
-    return BertTokenizer.from_pretrained(folder, do_lower_case)
+AnyTokenizer = BertTokenizer | FileTokenizer
+
+
+def load_tokenizer(model_dir: Path | str, do_lower_case: bool | None = None) -> AnyTokenizer:
+    """Load the tokenizer of a model directory (or of the one that holds this `vocab.txt`).
+
+    That of a BERT, of which `BertTokenizer.from_pretrained` says more, or any other one that a
+    `tokenizer.json` describes; this one lower-cases or does not, whatever is asked for.
+
+    Raises:
+        UserError: neither file; `do_lower_case` for a `tokenizer.json` that keeps the case.
+    """
+    path = Path(model_dir)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES[:2]):
+        others = [name for name in OTHER_VOCABULARIES if (path / name).is_file()]
+        raise UserError(f"{path / VOCAB_NAME}: no such file, and no {FAST_TOKENIZER_NAME}; expected"
+                        f" one of the two (of {' or '.join(others or OTHER_VOCABULARIES)} Hugging"
+                        " Face's AutoTokenizer makes the second: load and save it once)")
+    if path.is_file() or is_berts(path):
+        return BertTokenizer.from_pretrained(path, do_lower_case)
+    tokenizer = FileTokenizer(path)
+    if do_lower_case and not tokenizer.do_lower_case:
+        raise UserError(f"--do_lower_case: {path / FAST_TOKENIZER_NAME} keeps the case, and the"
+                        " model was trained with it; expected a call without the flag")
+    return tokenizer
 
 
 def _line_blocks(texts: Iterable[str]) -> Iterator[bytes]:

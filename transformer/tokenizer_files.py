@@ -1,8 +1,9 @@
-"""What the files of a BERT tokenizer say: its vocabulary, its settings, its added tokens.
+"""What the files of a tokenizer say: its vocabulary, its settings, its added tokens.
 
 Hugging Face's library writes `tokenizer.json` (the vocabulary and every setting), up to version 4
 `vocab.txt` as well, and beside them `tokenizer_config.json`, `special_tokens_map.json` and
-`added_tokens.json`. What they say is obeyed, or refused by its name.
+`added_tokens.json`. Of a BERT's, what they say is obeyed, or refused by its name; any other one is
+what its `tokenizer.json` says.
 """
 
 import logging
@@ -20,6 +21,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
 from transformer.file_utils import (
+    CONFIG_NAME,
     TOKENIZER_CONFIG_NAME,
     VOCAB_NAME,
     UserError,
@@ -31,17 +33,24 @@ logger = logging.getLogger(__name__)
 
 UNK, SEP, PAD, CLS, MASK = SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 MAX_CHARACTERS_PER_WORD = 100
+INPUT_NAMES = ["input_ids", "token_type_ids", "attention_mask"]
 FAST_TOKENIZER_NAME = "tokenizer.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
+# Vocabularies of which Hugging Face's library makes a tokenizer.json.
+OTHER_VOCABULARIES = ("spiece.model", "sentencepiece.bpe.model", "vocab.json")
 
-CLASSES = ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrainedTokenizer"]
+BERT_CLASSES = ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"]
+CLASSES = [*BERT_CLASSES, "PreTrainedTokenizer"]
+NO_SEGMENTS = ("Roberta", "Camembert", "DistilBert")  # in the names of classes
 # The values that settings may have where others are not supported; None: not given.
-ONLY = {
-    "tokenizer_class": [*CLASSES, *(f"{name}Fast" for name in CLASSES), "TokenizersBackend"],
-    "do_basic_tokenize": [True], "never_split": [[]], "truncation_side": ["right"],
-    "split_special_tokens": [False], "padding_side": ["right"],
+ONLY_ANY = {
+    "truncation_side": ["right"], "split_special_tokens": [False], "padding_side": ["right"],
     "truncation.direction": ["Right"], "padding.direction": ["Right"],
+}
+ONLY_BERT = {
+    "tokenizer_class": [*CLASSES, *(f"{name}Fast" for name in CLASSES), "TokenizersBackend"],
+    "do_basic_tokenize": [True], "never_split": [[]],
     "unk_token": [UNK], "sep_token": [SEP], "pad_token": [PAD], "cls_token": [CLS],
     "mask_token": [MASK],
     "model.type": ["WordPiece"], "model.unk_token": [UNK],
@@ -57,6 +66,8 @@ OBEYED = {
     "tokenize_chinese_chars": "tokenize_chinese_chars",
     "normalizer.handle_chinese_chars": "tokenize_chinese_chars",
 }
+OPTIONAL_PARTS = ("truncation", "padding")  # of tokenizer.json
+PARTS = ("model", "normalizer", "pre_tokenizer", *OPTIONAL_PARTS)
 BLANK = "\u2028"  # stands for a piece of white space
 BRACKETS = (("[", "]"), ("<", ">"))
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -130,11 +141,7 @@ def read_tokenizer(model_dir: Path | str) -> TokenizerFiles:
             raise UserError(f"{vocab_file} and {file} hold different vocabularies; expected the"
                             " same word pieces, or one file only")
         _check_frame(file, vocab)
-    try:
-        return TokenizerFiles(vocab, settings, _added_tokens(folder, fast))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: its added tokens cannot be read ({error!r}); expected them as"
-                        " Hugging Face's library writes them") from error
+    return TokenizerFiles(vocab, settings, read_added_tokens(folder, fast))
 
 
 def has_capitals(pieces: Iterable[str]) -> bool:
@@ -172,38 +179,90 @@ def mend_case(files: TokenizerFiles, model_dir: Path | str | None) -> TokenizerF
     return files._replace(settings=settings)
 
 
+def is_berts(model_dir: Path) -> bool:
+    """Say whether `BertTokenizer` reads a folder's tokenizer; if not, its tokenizer.json says all.
+
+    It does where there is no tokenizer.json, where that is a BERT's, and where another file says
+    so: then what differs is refused, as Hugging Face's library ignores it.
+    """
+    file = model_dir / FAST_TOKENIZER_NAME
+    if not file.is_file():
+        return True
+    fast, name = read_json(file), tokenizer_class(model_dir).removesuffix("Fast")
+    vocab = (fast.get("model") or {}).get("vocab")
+    if not isinstance(vocab, dict) or "merges" in fast["model"]:
+        return False
+    return name in BERT_CLASSES or (
+        vocab.keys() >= {*SPECIAL_TOKENS}
+        and not any(_is_refused(setting, value, ONLY_BERT)
+                    for _, setting, value in _said(model_dir, fast)))
+
+
+def tokenizer_class(model_dir: Path) -> str:
+    """Return the tokenizer's class in Hugging Face's library, "" where no file names it."""
+    file = model_dir / TOKENIZER_CONFIG_NAME
+    return str(file.is_file() and read_json(file).get("tokenizer_class") or "")
+
+
+def has_segments(model_dir: Path | str, default: bool = True) -> bool:
+    """Say whether a folder's model is told the two texts of a pair apart (`token_type_ids`)."""
+    model_dir = Path(model_dir)
+    model_dir = model_dir.parent if model_dir.is_file() else model_dir
+    config, file = model_dir / CONFIG_NAME, model_dir / TOKENIZER_CONFIG_NAME
+    values = read_json(config) if config.is_file() else {}
+    if values.get("model_type") == "distilbert" or values.get("type_vocab_size") in (0, 1):
+        return False
+    names = read_json(file).get("model_input_names") if file.is_file() else None
+    if names is not None:
+        return "token_type_ids" in names
+    return default and not any(kind in tokenizer_class(model_dir) for kind in NO_SEGMENTS)
+
+
+def input_names(segments: bool, names: Sequence[str] = INPUT_NAMES) -> list[str]:
+    """Return the inputs that Hugging Face's library is to make, as `has_segments` reads them."""
+    return [name for name in names if segments or name != "token_type_ids"]
+
+
 def _said(folder: Path, fast: dict[str, Any] | None) -> Iterator[tuple[Path, str, Any]]:
-    """Yield file, name and value of what the files say."""
-    for name in (TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME):
+    """Yield file, name and value of what the files say; a part that is none has its own name."""
+    for name in (SPECIAL_TOKENS_NAME, TOKENIZER_CONFIG_NAME):
         if (folder / name).is_file():
             for key, value in read_json(folder / name).items():
                 yield folder / name, key, value
-    parts = ("model", "normalizer", "pre_tokenizer", "truncation", "padding")
-    for part in () if fast is None else parts:
+    for part in PARTS if fast is not None else ():
         values = fast.get(part)
-        if values is None and part in parts[3:]:  # not asked for
-            continue
-        if not isinstance(values, dict):
-            raise UserError(f"{folder / FAST_TOKENIZER_NAME}: {part} is {values!r}; expected that"
-                            " of BERT")
-        for key, value in values.items():
-            yield folder / FAST_TOKENIZER_NAME, f"{part}.{key}", value
+        if isinstance(values, dict):
+            for key, value in values.items():
+                yield folder / FAST_TOKENIZER_NAME, f"{part}.{key}", value
+        elif values is not None or part not in OPTIONAL_PARTS:
+            yield folder / FAST_TOKENIZER_NAME, part, values
+
+
+def _is_refused(name: str, value: Any, only: dict[str, list[Any]]) -> bool:
+    if name in PARTS:
+        return only is ONLY_BERT
+    return name in only and value is not None and _content(value) not in only[name]
+
+
+def _content(value: Any) -> Any:
+    """Return a value, of a token with its flags the token."""
+    return value.get("content", value) if isinstance(value, dict) else value
+
+
+def check_settings(folder: Path, fast: dict[str, Any] | None, only: dict[str, list[Any]]) -> None:
+    """Raise a `UserError` for a setting of another value than the `only` ones."""
+    for file, name, value in _said(folder, fast):
+        if _is_refused(name, value, only):
+            expected = "that of BERT" if name in PARTS else repr(only[name][0])
+            raise UserError(f"{file}: {name} is {_content(value)!r}; expected {expected}")
 
 
 def _settings(folder: Path, fast: dict[str, Any] | None) -> dict[str, bool]:
     """Return the settings that are obeyed, after all others were found to be BERT's."""
+    check_settings(folder, fast, ONLY_ANY)
+    check_settings(folder, fast, ONLY_BERT)
     settings: dict[str, bool] = {}
-    said = [*_said(folder, fast)]
-    distil = any(name == "tokenizer_class" and "DistilBert" in str(value)
-                 for _, name, value in said)
-    for file, name, value in said:
-        if isinstance(value, dict) and "content" in value:  # a token with its flags
-            value = value["content"]
-        if name in ONLY and value is not None and value not in ONLY[name]:
-            raise UserError(f"{file}: {name} is {value!r}; expected {ONLY[name][0]!r}")
-        if name == "model_input_names" and "token_type_ids" not in value and not distil:
-            raise UserError(f"{file}: {name} has no token_type_ids; expected a BERT's, which tell"
-                            " the two texts of a pair apart")
+    for file, name, value in _said(folder, fast):
         is_default = value is None and name == "strip_accents"  # as for its reader: by the case
         if name not in OBEYED or (value is None and not is_default):
             continue
@@ -213,6 +272,19 @@ def _settings(folder: Path, fast: dict[str, Any] | None) -> dict[str, bool]:
             raise UserError(f"{file}: {name} is {value}, and another file of the folder says the"
                             " contrary; expected the same in all")
     return settings
+
+
+def named_tokens(folder: Path) -> dict[str, AddedToken]:
+    """Return the special tokens that are named by their role, such as `cls_token`."""
+    return {name: _as_token(value) for _, name, value in _said(folder, None)
+            if name.endswith("_token") and isinstance(value, str | dict) and value}
+
+
+def _as_token(value: str | dict[str, Any]) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return AddedToken(value["content"], **{flag: value[flag] for flag in ADDED_TOKEN_FLAGS
+                                           if flag in value})
 
 
 def _check_frame(file: Path, vocab: dict[str, int]) -> None:
@@ -229,19 +301,23 @@ def _check_frame(file: Path, vocab: dict[str, int]) -> None:
                         f" segments {pair.type_ids}; expected [CLS] [SEP] [SEP] in 0, 0, 1")
 
 
-def _added_tokens(folder: Path, fast: dict[str, Any] | None) -> dict[int, AddedToken]:
-    """Return the tokens that were added to a tokenizer, by id, in their order."""
-    config = {}
-    if (folder / TOKENIZER_CONFIG_NAME).is_file():
-        config = read_json(folder / TOKENIZER_CONFIG_NAME).get("added_tokens_decoder") or {}
-    described = {int(index): value for index, value in config.items()}
-    if fast is not None:
-        described |= {value["id"]: value for value in fast.get("added_tokens") or ()}
-    tokens = {index: AddedToken(value["content"], **{
-        flag: value[flag] for flag in ADDED_TOKEN_FLAGS if flag in value})
-        for index, value in sorted(described.items()) if value["content"] not in SPECIAL_TOKENS}
+def read_added_tokens(folder: Path, fast: dict[str, Any] | None) -> dict[int, AddedToken]:
+    """Return the tokens that were added to a tokenizer, by id, in their order; not BERT's five."""
+    try:
+        config = {}
+        if (folder / TOKENIZER_CONFIG_NAME).is_file():
+            config = read_json(folder / TOKENIZER_CONFIG_NAME).get("added_tokens_decoder") or {}
+        described = {int(index): value for index, value in config.items()}
+        if fast is not None:
+            described |= {value["id"]: value for value in fast.get("added_tokens") or ()}
+        tokens = {index: _as_token(value) for index, value in sorted(described.items())
+                  if value["content"] not in SPECIAL_TOKENS}
+        named = [*_named_tokens(folder)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its added tokens cannot be read ({error!r}); expected them as"
+                        " Hugging Face's library writes them") from error
     known = {*SPECIAL_TOKENS, *(token.content for token in tokens.values())}
-    for token in _named_tokens(folder):
+    for token in named:
         if token not in known:
             raise UserError(f"{folder}: the token {token!r} was added, but {FAST_TOKENIZER_NAME}"
                             " does not say how it is found in a text; expected it there (save the"
@@ -258,7 +334,7 @@ def _named_tokens(folder: Path) -> Iterator[str]:
             for key in ("additional_special_tokens", "extra_special_tokens"):
                 tokens = read_json(folder / name).get(key) or ()
                 for token in tokens.values() if isinstance(tokens, dict) else tokens:
-                    yield token["content"] if isinstance(token, dict) else token
+                    yield _content(token)
 
 
 def train_vocabulary(lines: Sequence[str], size: int) -> list[str]:

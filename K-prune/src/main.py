@@ -44,7 +44,7 @@ from transformer.modeling import freeze
 from transformer.own_tasks import add_data_arguments, save_task
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
-from transformer.tokenization import FAST_TOKENIZER_NAME, BertTokenizer, load_tokenizer
+from transformer.tokenization import FAST_TOKENIZER_NAME, AnyTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.output_dir = str(Path("outputs") / args.exp_name)
 
 
-def choose_tokenizer(args: argparse.Namespace, folder: Path) -> BertTokenizer:
+def choose_tokenizer(args: argparse.Namespace, folder: Path) -> AnyTokenizer:
     """Load the vocabulary of --model_name where that is a model, else that of --ckpt_dir's folder.
 
     Raises:

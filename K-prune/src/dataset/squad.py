@@ -10,7 +10,7 @@ import torch
 
 from transformer.features import Features
 from transformer.file_utils import UserError, read_json
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import AnyTokenizer
 
 SQUAD_FILES = {
     "squad": {"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
@@ -92,22 +92,24 @@ class Windows:
     """Questions with passages of their paragraphs: "[CLS] question [SEP] passage [SEP]".
 
     features: the windows as model input.
+    starts: [windows], where the passage begins in each.
     question: [windows], the place of each window's question in the list it was made from.
     pieces: for each window the character span in the paragraph of each of its word pieces,
         int [pieces of the passage, 2].
     """
 
     features: Features
+    starts: np.ndarray
     question: np.ndarray
     pieces: list[np.ndarray]
 
     def context_start(self, window: int) -> int:
-        """Return where the passage begins in a window: behind the first [SEP]."""
-        return int(self.features.first_lengths[window])
+        """Return where the passage begins in a window."""
+        return int(self.starts[window])
 
 
 def make_windows(
-    questions: list[Question], tokenizer: BertTokenizer, max_seq_length: int,
+    questions: list[Question], tokenizer: AnyTokenizer, max_seq_length: int,
     doc_stride: int = DOC_STRIDE,
 ) -> Windows:
     """Cut each paragraph into windows that overlap, each with its whole question before it.
@@ -119,29 +121,31 @@ def make_windows(
     if max_seq_length < 8 or doc_stride < 1:
         raise UserError(f"--max_seq_length {max_seq_length}, stride {doc_stride}; expected at"
                         " least 8 and 1")
-    rows, first_lengths, owners, pieces = [], [], [], []
+    rows, starts, owners, pieces = [], [], [], []
+    between = [tokenizer.sep_id] * tokenizer.separators
+    special = 2 + len(between)
     spans_of: dict[str, tuple[list[int], np.ndarray]] = {}  # each paragraph has many questions
     for number, question in enumerate(questions):
         if question.context not in spans_of:
             ids, spans = tokenizer.encode_with_spans(question.context)
             spans_of = {question.context: (ids, np.array(spans).reshape(-1, 2))}
         ids, spans = spans_of[question.context]
-        longest = min(MAX_QUESTION_LENGTH, (max_seq_length - 3) // 2)
+        longest = min(MAX_QUESTION_LENGTH, (max_seq_length - special) // 2)
         query = tokenizer.encode_batch([question.question])[0][:longest]
-        room = max_seq_length - 3 - len(query)
+        room = max_seq_length - special - len(query)
         start = 0
         while True:
             passage = ids[start : start + room]
-            rows.append(
-                [tokenizer.cls_id, *query, tokenizer.sep_id, *passage, tokenizer.sep_id])
-            first_lengths.append(len(query) + 2)
+            rows.append([tokenizer.cls_id, *query, *between, *passage, tokenizer.sep_id])
+            starts.append(1 + len(query) + len(between))
             owners.append(number)
             pieces.append(spans[start : start + room])
             if start + room >= len(ids):
                 break
             start += min(room, doc_stride)
     lengths = [len(row) for row in rows]
+    first_lengths = np.array(starts if tokenizer.segments else lengths, dtype=np.int32)
     features = Features(
         np.concatenate(rows).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]),
-        np.array(first_lengths, dtype=np.int32), torch.zeros(len(rows)), (), tokenizer.pad_id)
-    return Windows(features, np.array(owners), pieces)
+        first_lengths, torch.zeros(len(rows)), (), tokenizer.pad_id)
+    return Windows(features, np.array(starts), np.array(owners), pieces)

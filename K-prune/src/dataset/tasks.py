@@ -21,7 +21,7 @@ from transformer.file_utils import UserError
 from transformer.modeling import BertForQuestionAnswering, TinyBertForSequenceClassification
 from transformer.own_tasks import task_of
 from transformer.tasks import Task, get_task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import AnyTokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "data"
 SQUAD_LENGTH = 384
@@ -68,7 +68,7 @@ def default_length(task: Task | str) -> int:
 
 
 def load_data(
-    task: Task | str, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
+    task: Task | str, data_dir: Path | str, tokenizer: AnyTokenizer, max_seq_length: int,
     labels: tuple[str, ...], device: torch.device,
 ) -> TaskData:
     """Read a task's training and dev rows; errors name file, line and value.
@@ -92,7 +92,7 @@ def load_data(
 
 
 def _squad_data(
-    task: str, data_dir: Path | str, tokenizer: BertTokenizer, max_seq_length: int,
+    task: str, data_dir: Path | str, tokenizer: AnyTokenizer, max_seq_length: int,
     device: torch.device,
 ) -> TaskData:
     questions = read_squad(squad_path(task, data_dir, "dev"))
