@@ -44,7 +44,9 @@ from transformer.config import BertConfig, find_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
-    check_layer_heads,
+    check_layers,
+    describe_layers,
+    map_layers,
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError, read_json
@@ -197,6 +199,7 @@ def check_args(args: argparse.Namespace) -> None:
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     students = len(args.student_model)
+    args.layer_map = per_student("layer_map", args.layer_map, students)
     args.learning_rate = per_student("learning_rate", args.learning_rate, students)
     sizes = per_student("train_batch_size", args.train_batch_size, students)
     args.train_batch_size, smallest = sizes, min(sizes)
@@ -219,7 +222,7 @@ def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
     teacher.check_vocabulary(len(tokenizer), args.teacher_model)
     teacher.check_length(args.max_seq_length, args.teacher_model)
     weights_path(folder)
-    for source in args.student_model:
+    for source, chosen in zip(args.student_model, args.layer_map, strict=True):
         trained = args.continue_train or args.do_eval
         folder = fetch_model(source, weights=trained)
         if trained:
@@ -227,7 +230,7 @@ def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
         config = scratch_config(folder, None if trained else len(tokenizer))
         config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
         config.check_length(args.max_seq_length, folder)
-        check_layer_heads(teacher, config)
+        check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
     return tokenizer
 
 
@@ -265,8 +268,12 @@ def make_trainer(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
         warmup=args.warmup_proportion,
         t_total=reader.steps(args.num_train_epochs, size))
-    return StudentTrainer(student, IntermediateLoss(student, args.match_original), optimizer,
-                          device, dtype, accumulation=size // min(args.train_batch_size))
+    layer_map = map_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers,
+                           args.layer_map[number])
+    loss = IntermediateLoss(student, layer_map, args.match_original,
+                            attention_weight=0.0 if args.no_attention_loss else 1.0)
+    return StudentTrainer(student, loss, optimizer, device, dtype,
+                          accumulation=size // min(args.train_batch_size))
 
 
 @torch.no_grad()
@@ -277,7 +284,7 @@ def mean_losses(trainer: StudentTrainer, teacher: IntermediateTeacher, collate: 
     Under torchrun each process computes some of the batches.
     """
     trainer.student.eval()
-    totals = dict.fromkeys(("att_loss", "rep_loss"), torch.zeros((), device=trainer.device))
+    totals = dict.fromkeys(trainer.loss.weights, torch.zeros((), device=trainer.device))
     own = rows[distributed.rank() :: distributed.world_size()]
     for part in tqdm(own, unit="batch", disable=None):
         batch = to_device(collate(part), trainer.device)
@@ -328,9 +335,10 @@ def main(args: argparse.Namespace) -> None:
     freeze(encoder, dtype, device, pack=not args.compile)
     trainers = [make_trainer(args, number, encoder, reader, device, dtype)
                 for number in range(len(args.student_model))]
+    losses = [trainer.loss for trainer in trainers]
     teacher = IntermediateTeacher(
-        encoder, [trainer.student.config.num_hidden_layers for trainer in trainers])
-    compiled = compile_models(args.compile, device, teacher, *(x.loss for x in trainers))
+        encoder, (layer for loss in losses for layer in loss.score_layers))
+    compiled = compile_models(args.compile, device, teacher, *losses)
 
     # Output; every step_N_pytorch_model.bin is a model beside this config and vocabulary
     if not args.do_eval:
@@ -339,6 +347,7 @@ def main(args: argparse.Namespace) -> None:
         args, device, dtype, compiled=compiled, rows=reader.rows(0), steps=total_steps,
         batch=" ".join(map(str, args.train_batch_size)), teacher=teacher_size,
         students=" ".join(parameter_count(trainer.student) for trainer in trainers),
+        layer_map=describe_layers(losses),
         **({"corpus": data.name} if args.train_corpus else {})))
     if args.do_eval:
         evaluate_only(args, trainers, teacher, reader, folder.paths)

@@ -13,6 +13,9 @@ Examples:
         --student_model models/tmp_distilled_tinybert_4l_rte --data_dir data/glue_data/RTE \
         --task_name RTE --output_dir models/distilled_tinybert_4l_rte --aug_train \
         --learning_rate 3e-5 --num_train_epochs 3 --eval_step 100
+    python task_distill.py --pred_distill --joint --hard_label_weight 0.5 --soft_label_weight 0.5 \
+        --teacher_model models/final_rte_teacher --student_model models/distilled_tinybert_4l \
+        --data_dir data/glue_data/RTE --task_name RTE --output_dir models/joint_tinybert_4l_rte
     python task_distill.py --pred_distill --sweep --learning_rate 1e-5 2e-5 3e-5 \
         --train_batch_size 16 32 --teacher_model models/final_rte_teacher \
         --student_model models/tmp_distilled_tinybert_4l_rte --data_dir data/glue_data/RTE \
@@ -49,7 +52,9 @@ from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
-    check_layer_heads,
+    check_layers,
+    describe_layers,
+    map_layers,
     no_teacher,
 )
 from transformer.evaluation import (
@@ -97,11 +102,16 @@ from transformer.runtime import (
     set_seed,
     training_steps,
 )
-from transformer.tasks import Task
+from transformer.tasks import Task, original_rows
 from transformer.tokenization import BertTokenizer, load_tokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
+
+# Flags of the prediction stage's loss alone, and of those on the teacher's layers.
+PREDICTION_FLAGS = ("joint", "hard_label_weight", "soft_label_weight", "temperature_squared",
+                    "hard_labels")
+LAYER_FLAGS = ("layer_map", "no_attention_loss", "attention_loss_weight", "hidden_loss_weight")
 
 # What a setting's folder holds beside its model.
 RECORDS = ("args.json", "log.jsonl", "eval_results.json", "eval_results.txt")
@@ -145,6 +155,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="prediction stage: train every combination of the rates and batch sizes, each in a"
              " subfolder, and keep each student's best on dev in its output folder")
     add("--temperature", type=float, default=1.0, help="divides the logits of both models (t)")
+    add("--hard_label_weight", type=float, default=0.0,
+        help="prediction stage: weight of the cross-entropy with the labels (Hinton's loss)")
+    add("--soft_label_weight", type=float, default=1.0,
+        help="prediction stage: weight of the cross-entropy with the teacher's probabilities")
+    add("--temperature_squared", action="store_true",
+        help="prediction stage: multiply the teacher's term by the temperature's square, so that"
+             " its gradient keeps its size")
+    add("--hard_labels", choices=["original", "all"], default="all",
+        help="with --aug_train: whose labels count in --hard_label_weight, those of train's own"
+             " rows, or of all; an augmented row has the label of the row that it was made of")
+    add("--joint", action="store_true",
+        help="prediction stage: add the intermediate stage's losses, both stages in one")
+    add("--attention_loss_weight", type=float, default=1.0,
+        help="intermediate stage and --joint: weight of the attention loss")
+    add("--hidden_loss_weight", type=float, default=1.0,
+        help="intermediate stage and --joint: weight of the loss on hidden states and embeddings")
     add("--copy_embeddings", action="store_true",
         help="a bilstm or bigru student that is only a config.json starts from the teacher's word"
              " embeddings, where it is narrower from their principal components")
@@ -161,10 +187,32 @@ def apply_task_defaults(args: argparse.Namespace, task: Task) -> None:
         args.num_train_epochs = float(task.intermediate_epochs)
 
 
+def uses_layers(args: argparse.Namespace) -> bool:
+    """Say whether students learn from the teacher's layers: the intermediate stage, or --joint."""
+    return args.joint or not args.pred_distill
+
+
+def check_losses(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for flags of losses that the stage does not have."""
+    for flag in PREDICTION_FLAGS:
+        if flag in args.given and not args.pred_distill:
+            raise UserError(f"--{flag} is for the prediction stage; expected --pred_distill, too")
+    for flag in LAYER_FLAGS:
+        if flag in args.given and (args.do_eval or not uses_layers(args)):
+            raise UserError(f"--{flag} is for the intermediate stage and for --pred_distill"
+                            " --joint; expected one of them")
+    if not args.hard_label_weight and not args.soft_label_weight:
+        raise UserError("--hard_label_weight 0 --soft_label_weight 0: the classifier would learn"
+                        " nothing; expected one above 0")
+    if args.hard_labels == "original" and not (args.aug_train and args.hard_label_weight):
+        raise UserError("--hard_labels original: expected --aug_train and --hard_label_weight, too")
+    args.layer_map = per_student("layer_map", args.layer_map, len(args.student_model))
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for flags out of range, or that do not fit together.
 
-    Rates become a list of one a student, a batch size the number itself.
+    Rates and layer maps become a list of one a student, a batch size the number itself.
     """
     check_numbers(args, "num_train_epochs")
     if args.eval_split and not args.do_eval:
@@ -173,6 +221,7 @@ def check_args(args: argparse.Namespace) -> None:
                  "tensorboard"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
+    check_losses(args)
     args.learning_rate, sizes = as_list(args.learning_rate), as_list(args.train_batch_size)
     if args.sweep and not args.pred_distill:
         raise UserError("--sweep chooses by dev scores; expected --pred_distill, too")
@@ -214,16 +263,24 @@ def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
 
 def check_students(args: argparse.Namespace, task: Task, tokenizer: BertTokenizer,
                    labels: tuple[str, ...]) -> None:
-    """Raise a `UserError` for a student of another vocabulary, or of labels in another order."""
-    for source in args.student_model:
+    """Raise a `UserError` for a student that does not fit its teacher.
+
+    Vocabularies, labels in another order, and where students learn from layers their number.
+    """
+    for source, chosen in zip(args.student_model, args.layer_map, strict=True):
         folder = fetch_model(source, args.cache_dir or None, weights=False)
         config = read_config(path := find_config(folder))
         if isinstance(config, RecurrentConfig):
-            if not args.pred_distill:
+            if uses_layers(args):
                 raise UserError(f"{path}: a {config.model_type} has no attention scores and no"
-                                " states to learn layer by layer; expected --pred_distill")
+                                " states to learn layer by layer; expected --pred_distill without"
+                                " --joint")
             config = scratch_config(folder, len(tokenizer), RecurrentConfig)
         config.check_vocabulary(len(tokenizer), args.teacher_model, path)
+        if uses_layers(args):
+            teacher = read_config(find_config(
+                fetch_model(args.teacher_model, args.cache_dir or None, weights=False)))
+            check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
         # Of another number are those of a model without classifier, or its weights will tell.
         if has_names(config.id2label) and config.num_labels == task.num_labels \
                 and (own := match_labels(task, config, path)) != labels:
@@ -236,6 +293,7 @@ class Shared(NamedTuple):
     teacher: frozen.
     dev: the rows of each dev set.
     teacher_logits: computes those of the training rows [rows, labels], once.
+    label_mask: [rows], whether a training row's label counts; None: all do.
     """
 
     task: Task
@@ -245,6 +303,7 @@ class Shared(NamedTuple):
     train_rows: Features
     dev: dict[str, Features]
     teacher_logits: Callable[[], Tensor]
+    label_mask: Tensor | None
     device: torch.device
     dtype: torch.dtype | None
 
@@ -254,12 +313,18 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     """Read the rows, then load the fine-tuned teacher strictly."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
+    if task.is_regression and args.temperature_squared:
+        raise UserError(f"--temperature_squared: {task.name} is a regression, whose loss has no"
+                        " temperature; expected a task with classes")
     splits = evaluation_splits(task, args.data_dir)
     tokenizer, labels = read_settings(args, task, args.teacher_model)
     check_students(args, task, tokenizer, labels)
     train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
                            args.max_train_rows)
     dev = {split: load_rows(args, task, split, tokenizer, labels) for split in splits}
+    label_mask = None
+    if args.hard_labels == "original":
+        label_mask = torch.tensor(original_rows(task, args.data_dir, args.max_train_rows))
     teacher = TinyBertForSequenceClassification.from_pretrained(
         fetch_model(args.teacher_model, args.cache_dir or None), num_labels=task.num_labels)
     note_task(teacher.config, task, labels)
@@ -267,7 +332,8 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     freeze(teacher, dtype, device, pack=not args.compile)
     teacher_logits = functools.cache(lambda: predict_logits(
         teacher, train_rows, device, args.eval_batch_size, dtype))
-    return Shared(task, teacher, size, tokenizer, train_rows, dev, teacher_logits, device, dtype)
+    return Shared(task, teacher, size, tokenizer, train_rows, dev, teacher_logits, label_mask,
+                  device, dtype)
 
 
 def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Module:
@@ -284,9 +350,7 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
     else:
         student = student_class.from_pretrained(
             folder, new_head=True, num_labels=task.num_labels,
-            fit_size=None if args.pred_distill else teacher.config.hidden_size)
-    if not args.pred_distill:
-        check_layer_heads(teacher.config, student.config)
+            fit_size=teacher.config.hidden_size if uses_layers(args) else None)
     student.config.id2label = dict(teacher.config.id2label)
     student.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
     student.config.classifier_relu |= args.match_original
@@ -300,15 +364,34 @@ def make_trainer(
     """Make student `number` with its stage's loss, exactly as if it were the only one."""
     set_seed(args.seed)
     student = load_student(args, shared, args.student_model[number]).to(shared.device)
-    if args.pred_distill:
-        loss = PredictionLoss(student, args.temperature, args.match_original)
-    else:
-        loss = IntermediateLoss(student, args.match_original, is_student=True)
+    loss = prediction = PredictionLoss(
+        student, args.temperature, args.match_original, args.hard_label_weight,
+        args.soft_label_weight, args.temperature_squared) if args.pred_distill else None
+    if uses_layers(args):
+        layer_map = map_layers(shared.teacher.config.num_hidden_layers,
+                               student.config.num_hidden_layers, args.layer_map[number])
+        loss = IntermediateLoss(
+            student, layer_map, args.match_original,
+            0.0 if args.no_attention_loss else args.attention_loss_weight,
+            args.hidden_loss_weight, prediction, is_student=True)
     optimizer = BertAdam(
         param_groups(student, args.weight_decay), lr=args.learning_rate[number],
         schedule="warmup_linear" if args.pred_distill else "none",
         warmup=args.warmup_proportion, t_total=total_steps)
     return StudentTrainer(student, loss, optimizer, shared.device, shared.dtype)
+
+
+def row_targets(args: argparse.Namespace, shared: Shared) -> dict[str, Tensor]:
+    """Return what batches hold of each row beside its features, [rows, ...]."""
+    targets = {}
+    if not uses_layers(args):
+        # The teacher is frozen: its logits of a row are computed once, not every epoch.
+        targets["teacher_logits"] = (
+            shared.teacher_logits() if args.soft_label_weight
+            else torch.zeros(len(shared.train_rows), shared.task.num_labels))
+    if shared.label_mask is not None:
+        targets["label_mask"] = shared.label_mask
+    return targets
 
 
 def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
@@ -321,17 +404,20 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
     micro_batch_size = -(-args.train_batch_size // args.gradient_accumulation_steps)
     trainers = [make_trainer(args, shared, number, total_steps)
                 for number in range(len(args.student_model))]
-    teacher = no_teacher if args.pred_distill else IntermediateTeacher(
-        shared.teacher.bert, [trainer.student.config.num_hidden_layers for trainer in trainers])
-    compiled = compile_models(args.compile, device, *(trainer.loss for trainer in trainers),
-                              *([] if args.pred_distill else [teacher]))
+    losses, teacher, layers = [trainer.loss for trainer in trainers], no_teacher, {}
+    if uses_layers(args):
+        teacher = IntermediateTeacher(shared.teacher if args.joint else shared.teacher.bert,
+                                      (layer for loss in losses for layer in loss.score_layers))
+        layers = {"layer_map": describe_layers(losses)}
+    compiled = compile_models(args.compile, device, *losses,
+                              *([teacher] if uses_layers(args) else []))
 
     # Output
     check_training_disk(trainers, folder.paths, models_written=3)
     folder.start(log_start(
         args, device, shared.dtype, compiled=compiled, task=shared.task.name, rows=len(rows),
         batch=args.train_batch_size, teacher=shared.teacher_size,
-        students=" ".join(parameter_count(trainer.student) for trainer in trainers)))
+        students=" ".join(parameter_count(trainer.student) for trainer in trainers), **layers))
     outputs = [
         StudentOutput(trainer, path, shared.tokenizer,
                       Selection(shared.task) if args.pred_distill else None, shared.task,
@@ -342,12 +428,9 @@ def distil(args: argparse.Namespace, shared: Shared, folder: RunFolder,
     multiple = padding_multiple(device)
     collate = pad = padded_collate(
         rows, multiple, args.max_seq_length if args.match_original else None, args.max_seq_length)
-    if args.pred_distill:
-        # The teacher is frozen: its logits of a row are computed once, not every epoch.
-        logits = shared.teacher_logits()
-
+    if targets := row_targets(args, shared):
         def collate(rows: Sequence[int]) -> Batch:
-            return pad(rows) | {"teacher_logits": logits[rows]}
+            return pad(rows) | {name: values[rows] for name, values in targets.items()}
 
     run = TrainingRun(
         outputs, lambda first: shuffled_passes(
@@ -396,13 +479,13 @@ def sweep(args: argparse.Namespace, shared: Shared, folder: RunFolder) -> None:
         setting = copy.copy(args)
         setting.sweep, setting.data_url, setting.train_batch_size = False, "", batch_size
         setting.resume = folder.state == "resume"
-        combinations = [(source, path, rate)
-                        for source, path in zip(args.student_model, folder.paths, strict=True)
+        combinations = [(number, rate) for number in range(len(args.student_model))
                         for rate in args.learning_rate]
-        setting.student_model = [source for source, _, _ in combinations]
-        setting.learning_rate = [rate for _, _, rate in combinations]
-        setting.output_dir = [str(path / setting_name(rate, batch_size))
-                              for _, path, rate in combinations]
+        setting.student_model = [args.student_model[number] for number, _ in combinations]
+        setting.layer_map = [args.layer_map[number] for number, _ in combinations]
+        setting.learning_rate = [rate for _, rate in combinations]
+        setting.output_dir = [str(folder.paths[number] / setting_name(rate, batch_size))
+                              for number, rate in combinations]
         subfolder = RunFolder.open(setting, setting.student_model)
         if subfolder.state != "finished":
             distil(setting, shared, subfolder, folder.upload)

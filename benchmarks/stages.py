@@ -36,6 +36,7 @@ from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
+    map_layers,
     no_teacher,
 )
 from transformer.evaluation import evaluate, predict_logits
@@ -358,16 +359,19 @@ def our_general(setup: Setup, rows: int, students: int) -> Job:
     trainers = []
     for student_config in configs:
         student = TinyBertForPreTraining(student_config, fit_size=config.hidden_size)
-        trainers.append(make_trainer(setup, student, IntermediateLoss(student)))
+        layer_map = map_layers(config.num_hidden_layers, student_config.num_hidden_layers)
+        trainers.append(make_trainer(setup, student, IntermediateLoss(student, layer_map)))
     encoder = freeze(BertModel(config, add_pooler=False), dtype, device)
-    teacher = IntermediateTeacher(encoder, [c.num_hidden_layers for c in configs])
+    teacher = IntermediateTeacher(
+        encoder, (layer for trainer in trainers for layer in trainer.loss.score_layers))
     return training_job(setup, rows, trainers, teacher, setup.instances())
 
 
 def our_intermediate(setup: Setup, rows: int) -> Job:
     classifier, student = task_models(setup)
-    trainer = make_trainer(setup, student, IntermediateLoss(student, is_student=True))
-    teacher = IntermediateTeacher(classifier.bert, [student.config.num_hidden_layers])
+    layer_map = map_layers(classifier.config.num_hidden_layers, student.config.num_hidden_layers)
+    trainer = make_trainer(setup, student, IntermediateLoss(student, layer_map, is_student=True))
+    teacher = IntermediateTeacher(classifier.bert, layer_map[0])
     return training_job(setup, rows, [trainer], teacher, setup.features("train"))
 
 

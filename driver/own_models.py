@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformer.checkpoint import WEIGHT_FORMS, weights_record
 from transformer.config import BertConfig, find_config
-from transformer.distillation import check_layer_heads
+from transformer.distillation import check_layers
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
 from transformer.hub import fetch_model
 from transformer.tasks import Task, label_order
@@ -106,8 +106,8 @@ def describe_copy(depth: int, layers: int | None) -> Iterator[tuple[str, str]]:
     """Yield that the student starts as `layers` of the teacher's `depth` layers; None: half."""
     if layers is None:
         layers = max((n for n in range(1, depth // 2 + 1) if depth % n == 0), default=1)
-    if layers < 1 or depth % layers:
-        raise UserError(f"STUDENT_LAYERS={layers}: expected a number that divides the teacher's"
+    if not 1 <= layers <= depth:
+        raise UserError(f"STUDENT_LAYERS={layers}: expected a number from 1 to the teacher's"
                         f" {depth} layers")
     logger.info("student: %d of the teacher's %d layers", layers, depth)
     yield from {"STUDENT_START": "copied", "STUDENT_LAYERS": str(layers)}.items()
@@ -116,7 +116,7 @@ def describe_copy(depth: int, layers: int | None) -> Iterator[tuple[str, str]]:
 def describe_student(student: Model, teacher: Model) -> Iterator[tuple[str, str]]:
     """Yield how a student that was given starts; its layers and heads must fit the teacher's."""
     try:
-        check_layer_heads(teacher.config, student.config)
+        check_layers(teacher.config, student.config)
         if not student.is_random:
             pieces = len(load_tokenizer(teacher.folder))
             student.config.check_vocabulary(pieces, teacher.name)

@@ -136,13 +136,18 @@ def make_rows(task: Task, count: int, seed: int) -> list[list[str]]:
 
 def make_glue(folder: Path, name: str = "SST-2", rows: int = 24, dev_rows: int = 12,
               seed: int = 0, augmented: int = 0) -> Path:
-    """Write the files of one task into `folder`; returns it."""
+    """Write the files of one task into `folder`; returns it.
+
+    Every second one of the `augmented` rows, at most `rows`, is train's own.
+    """
     task = get_task(name)
-    write_tsv(folder / "train.tsv", make_rows(task, rows, seed))
+    write_tsv(folder / "train.tsv", train := make_rows(task, rows, seed))
     for place, file in enumerate(task.dev_files.values(), start=1):
         write_tsv(folder / file, make_rows(task, dev_rows, seed + place))
     if augmented:
-        write_tsv(folder / "train_aug.tsv", make_rows(task, augmented, seed + 10))
+        others = make_rows(task, augmented, seed + 10)
+        others[1::2] = train[1 : len(others) : 2]
+        write_tsv(folder / "train_aug.tsv", others)
     return folder
 
 

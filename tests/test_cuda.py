@@ -5,7 +5,7 @@ import torch
 from helpers import make_glue, make_model, random_batch, read_json, read_log, run, tiny_config
 
 import task_distill
-from transformer.distillation import IntermediateLoss, no_teacher
+from transformer.distillation import IntermediateLoss, map_layers, no_teacher
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze
 from transformer.runtime import compile_models, get_device, resolve_precision
 from transformer.training import StudentTrainer, train
@@ -58,7 +58,7 @@ def test_a_compiled_student_learns_what_an_eager_one_does(device):
     names = ("input_ids", "token_type_ids", "attention_mask")
     batch = dict(zip(names, (t.to(device) for t in random_batch(4, 16)), strict=True))
     student = TinyBertForPreTraining(tiny_config(num_hidden_layers=2), fit_size=16).to(device)
-    loss = IntermediateLoss(student)
+    loss = IntermediateLoss(student, map_layers(4, 2))
     with torch.no_grad():
         teacher_outputs = teacher(*batch.values())
         expected = loss(batch, teacher_outputs)
@@ -77,7 +77,8 @@ def test_both_stages_run_in_every_precision(tmp_path, device, precision):
     student = tmp_path / "student"
     make_model(student, TinyBertForPreTraining, seed=1, num_hidden_layers=2, hidden_size=12,
                model_arguments={"fit_size": 16})
-    for stage in ((), ("--pred_distill",)):
+    for stage in ((), ("--pred_distill",),
+                  ("--pred_distill", "--joint", "--hard_label_weight", 0.5)):
         output = tmp_path / f"out{len(stage)}"
         run(task_distill, "--teacher_model", tmp_path / "teacher", "--student_model", student,
             "--data_dir", data, "--task_name", "sst-2", "--output_dir", output,

@@ -14,8 +14,9 @@ from transformer.distillation import (
     IntermediateTeacher,
     PredictionLoss,
     attention_loss,
-    check_layer_heads,
+    check_layers,
     hidden_loss,
+    hinton_loss,
     intermediate_losses,
     map_layers,
     prediction_loss,
@@ -107,6 +108,66 @@ def test_golden_prediction_loss_and_gradients_match_to_1e_5(golden):
     check_gradients(golden, "prediction")
 
 
+# ------------------------------------------------------------------ Vooblin/distillation's numbers
+
+HINTON = json.loads((GOLDEN / "sisters_hinton_kd.json").read_text(encoding="utf-8"))
+SINGLE_STAGE = json.loads((GOLDEN / "sisters_003_losses.json").read_text(encoding="utf-8"))
+
+
+def hinton_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The golden file's student logits, teacher logits and labels."""
+    student, teacher = (torch.tensor(HINTON[f"{name}_logits"]) for name in ("student", "teacher"))
+    return student.requires_grad_(), teacher, torch.tensor(HINTON["labels"])
+
+
+@pytest.mark.parametrize("case", HINTON["cases"], ids=lambda case: f"T{case['temp']:g}")
+def test_golden_hinton_losses_and_gradients_match_to_1e_5(case):
+    student, teacher, labels = hinton_inputs()
+    temperature, a, b = case["temp"], case["a"], case["b"]
+    found = hinton_loss(student, teacher, labels, temperature, a, b)
+    assert found["hard_loss"].item() == pytest.approx(a * case["hard"], abs=1e-5)
+    assert found["soft_loss"].item() == pytest.approx(b * case["soft"], abs=1e-5)
+    total = sum(found.values())
+    total.backward()
+    assert total.item() == pytest.approx(case["total"], abs=1e-5)
+    assert (student.grad - torch.tensor(case["gradient"])).abs().max() < 1e-5
+    squared = hinton_loss(student, teacher, labels, temperature, a, b, temperature_squared=True)
+    assert sum(squared.values()).item() == pytest.approx(
+        case["total_with_T2"], rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", SINGLE_STAGE["cases"], ids=lambda case: "{}_to_{}".format(
+    case["teacher_layers"], case["student_layers"]))
+def test_golden_layer_maps_are_those_of_vooblin_distillation(case):
+    layers = case["layer_map_from_0"]
+    assert map_layers(case["teacher_layers"], case["student_layers"]) == (
+        layers, [0, *(layer + 1 for layer in layers)])
+
+
+@pytest.mark.parametrize("case", [case for case in SINGLE_STAGE["cases"] if "teacher" in case],
+                         ids=lambda case: f"{case['teacher_layers']}_layers")
+def test_golden_losses_of_the_single_stage_match_to_1e_4(case):
+    (teacher, student), logits = [
+        ([torch.tensor(case[who]["att"]).unbind(),
+          [torch.tensor(case[who]["emb"]), *torch.tensor(case[who]["hid"])]]) for who in
+        ("teacher", "student")], [torch.tensor(case[who]["logits"])
+                                  for who in ("student", "teacher")]
+    rows = case["batch"]
+    mask = torch.ones(rows, case["length"])
+    parts = [intermediate_losses(*student, *teacher, mask, match_original)
+             for match_original in (False, True)]
+    for found in parts:  # without padding both are the same
+        attention, hidden = float(found["att_loss"]), float(found["rep_loss"])
+        assert attention == pytest.approx(sum(case["attention_losses"]), abs=1e-4)
+        assert hidden == pytest.approx(
+            case["embedding_loss"] + sum(case["hidden_losses"]), abs=1e-4)
+    prediction = rows * float(soft_cross_entropy(*logits))  # there a sum over the rows
+    assert prediction == pytest.approx(case["prediction_loss"], abs=1e-4)
+    assert attention + hidden == pytest.approx(case["original"]["run_pretraining.py"], abs=1e-4)
+    assert attention + hidden + prediction == pytest.approx(
+        case["original"]["run_finetuning.py"], abs=1e-4)
+
+
 # ------------------------------------------------------------------ layers
 
 
@@ -118,8 +179,32 @@ def test_layers_are_mapped_as_in_the_paper():
     assert map_layers(5, 1) == ([4], [0, 5])
 
 
-@pytest.mark.parametrize(("teacher", "student"), [(12, 5), (4, 6), (6, 4), (12, 0), (12, -1)])
-def test_depths_that_do_not_divide_are_an_error_that_names_both(teacher, student):
+@pytest.mark.parametrize("teacher", range(1, 26))
+def test_depths_that_do_not_divide_are_spread_as_evenly_as_can_be(teacher):
+    for student in range(1, teacher + 1):
+        attention, hidden = map_layers(teacher, student)
+        steps = np.diff(hidden)
+        assert hidden[0] == 0 and hidden[-1] == teacher and len(attention) == student
+        assert steps.min() >= 1 and steps.max() - steps.min() <= 1
+        assert attention == [layer - 1 for layer in hidden[1:]]
+        if teacher % student == 0:
+            assert hidden == list(range(0, teacher + 1, teacher // student))
+
+
+def test_chosen_layers_take_the_place_of_the_rules():
+    assert map_layers(12, 3, [1, 2, 12]) == ([0, 1, 11], [0, 1, 2, 12])
+
+
+@pytest.mark.parametrize("chosen", [[2, 4], [1, 2, 3, 4], [0, 1, 2], [4, 5, 7], [1, 3, 3],
+                                    [3, 2, 1]])
+def test_chosen_layers_that_cannot_be_are_one_line_with_what_was_expected(chosen):
+    with pytest.raises(UserError, match=rf"--layer_map {' '.join(map(str, chosen))}: expected 3 "
+                                        "ascending numbers from 1 to 6"):
+        map_layers(6, 3, chosen)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(4, 6), (12, 0), (12, -1)])
+def test_a_student_without_layers_or_deeper_than_its_teacher_is_an_error(teacher, student):
     with pytest.raises(UserError, match=rf"{teacher} layers.*student {student}"):
         map_layers(teacher, student)
 
@@ -244,6 +329,25 @@ def test_numbers_of_heads_that_differ_are_an_error_that_names_both():
         intermediate_losses(*student[:2], *teacher[2:])
 
 
+def test_without_the_attention_loss_heads_may_differ():
+    student, teacher = random_layers(heads=2), random_layers(heads=3)
+    found = intermediate_losses(*student[:2], *teacher[2:], attention=False)
+    assert set(found) == {"rep_loss"}
+    alike = intermediate_losses(*student[:2], teacher[2], teacher[3], student[4], attention=False)
+    assert torch.equal(found["rep_loss"], alike["rep_loss"])
+
+
+def test_chosen_layers_are_those_that_are_compared():
+    student_scores, student_hidden, teacher_scores, teacher_hidden, mask = random_layers()
+    chosen = map_layers(4, 2, [1, 4])
+    found = intermediate_losses(student_scores, student_hidden, teacher_scores, teacher_hidden,
+                                mask, layer_map=chosen)
+    picked = intermediate_losses(
+        student_scores, student_hidden, [teacher_scores[layer] for layer in (0, 3)],
+        [teacher_hidden[layer] for layer in (0, 1, 4)], mask)
+    assert all(torch.equal(found[name], picked[name]) for name in found)
+
+
 def test_widths_that_differ_are_an_error_that_names_both():
     student = random_layers(width=5)
     teacher = random_layers(width=6)
@@ -279,6 +383,34 @@ def test_regression_learns_the_teachers_scores():
     assert float(prediction_loss(student, teacher)) == pytest.approx((1 + 4) / 2)
 
 
+def test_hinton_regression_is_squared_errors_of_label_and_teacher_without_temperature():
+    student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]])
+    found = hinton_loss(student, teacher, torch.tensor([0.0, 1.0]), 5.0, 0.5, 2.0,
+                        temperature_squared=True)
+    assert float(found["hard_loss"]) == pytest.approx(0.5 * (1 + 9) / 2)
+    assert float(found["soft_loss"]) == pytest.approx(2 * (1 + 4) / 2)
+
+
+def test_a_row_whose_label_does_not_count_has_the_soft_term_alone():
+    student, teacher, labels = hinton_inputs()
+    mask = torch.tensor([True, False, False, True, False, False])
+    found = hinton_loss(student, teacher, labels, 2.0, 1.0, 1.0, label_mask=mask)
+    alone = hinton_loss(student[mask], teacher[mask], labels[mask], 2.0, 1.0, 1.0)
+    assert found["hard_loss"].item() == pytest.approx(alone["hard_loss"].item() * 2 / 6)
+    full = hinton_loss(student, teacher, labels, 2.0, 1.0, 1.0)
+    assert torch.equal(found["soft_loss"], full["soft_loss"])
+
+
+def test_the_default_weights_leave_the_papers_loss_as_it_is():
+    student, teacher, labels = hinton_inputs()
+    batch = {"labels": labels}
+    assert PredictionLoss(torch.nn.Identity(), 3.0).losses(batch, student, teacher) == {
+        "cls_loss": soft_cross_entropy(student, teacher, 3.0)}
+    for settings in ({"hard_weight": 0.1}, {"soft_weight": 0.5}, {"temperature_squared": True}):
+        loss = PredictionLoss(torch.nn.Identity(), 3.0, **settings)
+        assert loss.losses(batch, student, teacher).keys() == {"hard_loss", "soft_loss"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_losses_are_computed_in_float32_under_autocast(dtype):
     torch.manual_seed(0)
@@ -295,8 +427,8 @@ def test_the_losses_are_computed_in_float32_under_autocast(dtype):
 # ------------------------------------------------------------------ compiling
 
 
-@pytest.mark.parametrize("prediction", [False, True])
-def test_teacher_and_losses_compile_as_whole_graphs(prediction):
+@pytest.mark.parametrize("stage", ["intermediate", "prediction", "joint"])
+def test_teacher_and_losses_compile_as_whole_graphs(stage):
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     teacher = freeze(TinyBertForSequenceClassification(tiny_config(num_labels=3)))
@@ -304,9 +436,12 @@ def test_teacher_and_losses_compile_as_whole_graphs(prediction):
         tiny_config(num_hidden_layers=2, hidden_size=12, num_labels=3, **dropout), fit_size=16)
     names = ("input_ids", "token_type_ids", "attention_mask")
     batch = dict(zip(names, random_batch(), strict=True))
-    batch["teacher_logits"] = torch.randn(3, 3)
-    teach = IntermediateTeacher(teacher.bert, [2])
-    loss = PredictionLoss(student) if prediction else IntermediateLoss(student, is_student=True)
+    batch |= {"teacher_logits": torch.randn(3, 3), "labels": torch.tensor([0, 2, 1])}
+    teach = IntermediateTeacher(teacher if stage == "joint" else teacher.bert, [1, 3])
+    loss = PredictionLoss(student, hard_weight=0.5 if stage == "joint" else 0.0)
+    if stage != "prediction":
+        loss = IntermediateLoss(student, map_layers(4, 2), is_student=True,
+                                prediction=loss if stage == "joint" else None)
     expected = loss.eval()(batch, teach(batch))
     loss.compile(backend="eager", fullgraph=True, dynamic=False)
     teach.compile(backend="eager", fullgraph=True, dynamic=False)
@@ -322,14 +457,14 @@ def test_teacher_and_losses_compile_as_whole_graphs(prediction):
 
 def test_a_student_with_fewer_heads_in_any_layer_is_refused_with_both_numbers():
     teacher = tiny_config(heads_per_layer=[2, 2, 1, 2])
-    check_layer_heads(teacher, tiny_config(num_hidden_layers=2))
-    check_layer_heads(teacher, tiny_config(heads_per_layer=[2, 2, 1, 2]))
+    check_layers(teacher, tiny_config(num_hidden_layers=2))
+    check_layers(teacher, tiny_config(heads_per_layer=[2, 2, 1, 2]))
     for heads in ([1, 2], [2, 0]):
         student = tiny_config(num_hidden_layers=2, heads_per_layer=heads)
         with pytest.raises(UserError, match=rf"teacher has 2 .* student {min(heads)}"):
-            check_layer_heads(teacher, student)
+            check_layers(teacher, student)
     with pytest.raises(UserError, match=r"teacher has 0 .* student 0"):
-        check_layer_heads(tiny_config(heads_per_layer=[0] * 4),
+        check_layers(tiny_config(heads_per_layer=[0] * 4),
                           tiny_config(heads_per_layer=[0] * 4))
 
 

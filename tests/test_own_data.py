@@ -170,7 +170,7 @@ def test_the_content_of_a_model_changes_with_its_weights(mine, base, capsys):
     ("--tasks {mine} --teacher {root}/shape", "no weights there; expected a trained BERT"),
     ("--tasks {mine} --teacher {root}/stars", "(NEW_CLASSIFIER=yes trains a new classifier)"),
     ("--tasks {mine} --teacher {base} --max_seq_length 256", "has 128 positions, for rows of 256"),
-    ("--tasks {mine} --teacher {base} --num_layers 3", "STUDENT_LAYERS=3: expected a number that"),
+    ("--tasks {mine} --teacher {base} --num_layers 5", "STUDENT_LAYERS=5: expected a number from"),
     ("--tasks {mine} --teacher {base} --student {root}/shape", "and the student 4; the attention"),
     ("--tasks {mine} --teacher {root}/ready --masked_lm yes", "has no masked-LM head"),
 ])

@@ -15,6 +15,7 @@ from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
     PredictionLoss,
+    map_layers,
     no_teacher,
 )
 from transformer.modeling import TinyBertForSequenceClassification, freeze
@@ -36,7 +37,7 @@ def distil(accumulation: int, prediction: bool, rows: int = 7, pad_to: int = 0, 
     student = TinyBertForSequenceClassification(
         tiny_config(num_hidden_layers=2, hidden_size=12, num_labels=3), fit_size=16)
     loss = (PredictionLoss(student, 1.0, False) if prediction
-            else IntermediateLoss(student, False, is_student=True))
+            else IntermediateLoss(student, map_layers(4, 2), is_student=True))
     optimizer = BertAdam(student.parameters(), lr=1e-2, schedule="none")
     ids, segments, mask = random_batch(rows, 11)
     lengths = mask.sum(1)
@@ -50,7 +51,7 @@ def distil(accumulation: int, prediction: bool, rows: int = 7, pad_to: int = 0, 
         batch = dict(zip(("input_ids", "token_type_ids", "attention_mask"), cut, strict=True))
         return batch | {"teacher_logits": teacher_logits[list(part)]}
 
-    teach = no_teacher if prediction else IntermediateTeacher(teacher.bert, [2])
+    teach = no_teacher if prediction else IntermediateTeacher(teacher.bert, [1, 3])
     size = -(-rows // accumulation)
     passes = [(collate, [micro_batches(list(range(rows)), size)])] * steps
     history = [{k: float(v) for k, v in step.losses[0].items()}
@@ -135,7 +136,7 @@ def test_a_student_may_accumulate_several_of_the_shared_steps():
 
 def test_the_teacher_gives_the_scores_that_students_learn_from_and_no_others():
     teacher = make_teacher()
-    teacher_outputs = IntermediateTeacher(freeze(teacher).bert, [1, 2])(
+    teacher_outputs = IntermediateTeacher(freeze(teacher).bert, [3, 1, 3])(
         dict(zip(("input_ids", "token_type_ids", "attention_mask"), random_batch(), strict=True)))
     needed = [scores is not None for scores in teacher_outputs.attention_scores]
     assert needed == [False, True, False, True]

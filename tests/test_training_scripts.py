@@ -52,13 +52,16 @@ TIMES = ("rows_per_second", "waiting")  # of a log's line, they differ from run 
 
 # ------------------------------------------------------------------ claims of every script
 
+JOINT = ("--pred_distill", "--joint", "--aug_train", "--hard_label_weight", 0.5,
+         "--hard_labels", "original")
 SETUPS = {
     "general": (GeneralSetup, ()),
     "intermediate": (TaskSetup, ()),
     "prediction": (TaskSetup, ("--pred_distill",)),
+    "joint": (partial(TaskSetup, augmented=24), JOINT),
     "finetune": (FinetuneSetup, ("--new_classifier",)),
 }
-DISTILLATION = ["general", "intermediate", "prediction"]
+DISTILLATION = ["general", "intermediate", "prediction", "joint"]
 
 
 @pytest.fixture(params=SETUPS)
@@ -207,15 +210,46 @@ def test_equal_widths_start_from_the_identity(setup):
     assert torch.equal(weights(output)["fit_dense.weight"], torch.eye(16))
 
 
-@pytest.mark.parametrize("setup", ["general", "intermediate"], indirect=True)
+@pytest.mark.parametrize("setup", ["general", "intermediate", "joint"], indirect=True)
 @pytest.mark.parametrize(("changes", "contains"), [
-    ({"num_hidden_layers": 3}, ["4 layers", "student 3"]),
-    ({"num_attention_heads": 4}, ["2 attention heads", "student 4"]),
+    ({"num_hidden_layers": 5}, ["4 layers", "student 5"]),
+    ({"num_attention_heads": 4}, ["2 attention heads", "student 4", "--no_attention_loss"]),
     ({"vocab_size": 400}, ["student/config.json: vocab_size is 400", "word pieces"]),
 ])
 def test_sizes_that_disagree_are_named_with_both_numbers(setup, capsys, changes, contains):
     make_model(setup.trained, BertModel, **{"num_hidden_layers": 2, **changes})
-    setup.expect_error(capsys, contains=contains)
+    (setup.teacher / "pytorch_model.bin").write_bytes(b"not read before that")
+    setup.expect_error(capsys, *setup.flags, contains=contains)
+
+
+@pytest.mark.parametrize("setup", ["general", "intermediate", "joint"], indirect=True)
+def test_the_layers_that_students_learn_from_are_logged_and_can_be_chosen(setup, capsys, caplog):
+    make_model(setup.root / "deep", TinyBertForPreTraining, num_hidden_layers=3, hidden_size=12,
+               model_arguments={"fit_size": 16})
+    outputs, more = [setup.root / "a", setup.root / "b"], ("--num_train_epochs", 1, *setup.flags)
+    students = ("--student_model", setup.trained, setup.root / "deep", "--output_dir", *outputs)
+    setup.expect_error(capsys, *more, *students, "--layer_map", 1, 4,
+                       contains=["--layer_map 1 4: expected 3 ascending numbers from 1 to 4"])
+    with caplog.at_level(logging.INFO):
+        setup.run("a", *more, *students)
+        assert "layer_map 2 4, 2 3 4" in caplog.text
+    chosen = ("--layer_map", 1, 4, "--layer_map", 1, 2, 3)
+    setup.run("a", *more, *students, *chosen, "--overwrite_output_dir")
+    assert read_json(outputs[0] / "args.json")["layer_map"] == "1 4, 1 2 3"
+    alone = setup.run("alone", *more, "--layer_map", 1, 4)
+    same = setup.run("same", *more, "--layer_map", 2, 4)
+    plain = setup.run("plain", *more)
+    assert same_weights(weights(outputs[0]), weights(alone))
+    assert same_weights(weights(plain), weights(same))
+    assert not same_weights(weights(plain), weights(alone))
+
+
+@pytest.mark.parametrize("setup", ["general", "intermediate", "joint"], indirect=True)
+def test_heads_that_differ_do_not_matter_without_the_attention_loss(setup):
+    make_model(setup.trained, BertModel, num_hidden_layers=2, num_attention_heads=4)
+    output = setup.run("out", "--no_attention_loss", "--num_train_epochs", 1, *setup.flags)
+    losses = read_json(output / "eval_results.json")["losses"]
+    assert "rep_loss" in losses and "att_loss" not in losses
 
 
 @pytest.mark.parametrize(("setup", "flag"), [
@@ -380,8 +414,9 @@ def general(root: Path, dropout: dict, students: int = 2, rows: int = 1500) -> C
         "--num_train_epochs", 3, "--eval_step", 7, *COMMON], outputs=students)
 
 
-def task(root: Path, dropout: dict, more: tuple = (), rows: int = 400) -> Case:
-    make_glue(root / "SST-2", rows=rows, dev_rows=24)
+def task(root: Path, dropout: dict, more: tuple = (), rows: int = 400,
+         augmented: int = 0) -> Case:
+    make_glue(root / "SST-2", rows=rows, dev_rows=24, augmented=augmented)
     make_model(root / "teacher", labels=("0", "1"))
     make_model(root / "student", TinyBertForPreTraining, seed=1, num_hidden_layers=2,
                hidden_size=12, model_arguments={"fit_size": 16}, **dropout)
@@ -403,8 +438,8 @@ def prediction(root: Path, dropout: dict, rows: int = 400) -> Case:
 
 
 def sweep(root: Path, dropout: dict) -> Case:
-    return task(root, dropout, ("--pred_distill", "--sweep", "--learning_rate", 1e-3, 1e-2,
-                                "--train_batch_size", 8, 16), rows=160)
+    return task(root, dropout, (*JOINT, "--sweep", "--learning_rate", 1e-3, 1e-2,
+                                "--train_batch_size", 8, 16), rows=160, augmented=160)
 
 
 def finetune(root: Path, dropout: dict, rows: int = 400) -> Case:
@@ -664,6 +699,7 @@ SMALLER = {
     "one general": partial(general, rows=400, students=1),
     "intermediate": partial(task, rows=60),
     "prediction": partial(task, rows=60, more=("--pred_distill",)),
+    "joint": partial(task, rows=60, augmented=60, more=JOINT),
     "accumulating": partial(task, rows=60, more=("--gradient_accumulation_steps", 2)),
     "finetune": partial(finetune, rows=60),
 }

@@ -575,9 +575,9 @@ class TinyBertForPreTraining(_FittedModel):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None, score_layers: Collection[int] | None = None,
     ) -> PretrainingStudentOutput:
-        output = self.bert(input_ids, token_type_ids, attention_mask)
+        output = self.bert(input_ids, token_type_ids, attention_mask, score_layers)
         return PretrainingStudentOutput(
             output.attention_scores, self.fit_hidden(output.hidden_states))
 

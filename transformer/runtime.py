@@ -220,6 +220,11 @@ def add_distillation_arguments(parser: argparse.ArgumentParser, eval_batch_size:
         help="the original's losses: padding counts, batches padded to max_seq_length; in the"
              " prediction stage soft cross-entropy divided by the number of labels, ReLU before the"
              " classifier")
+    add("--layer_map", type=int, nargs="+", action="append", default=None, metavar="LAYER",
+        help="layers of the teacher, from 1, that the student's learn from, one for each of them,"
+             " such as 3 6 9 12; once for all students, or once for each; not given: evenly spread")
+    add("--no_attention_loss", action="store_true",
+        help="learn hidden states alone, as from a teacher with another number of attention heads")
 
 
 def add_eval_split_argument(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +249,8 @@ SMALLEST_VALUES = {
     "steps": 1, "epochs_to_generate": 1, "max_predictions_per_seq": 0, "M": 1, "N": 0,
     "max_varied_rows": 0, "batch_tokens": 0, "lam_pred": 0, "lam_rep": 0, "mu": 0, "num_tokens": 1,
     "gpu": 0, "batches": 1, "threads": 1, "repeats": 1, "rows": 1,
-    "attempts": 1, "retry_delay": 0, "timeout": 0.001, "seed": -(2**63),
+    "attempts": 1, "retry_delay": 0, "timeout": 0.001, "seed": -(2**63), "hard_label_weight": 0,
+    "soft_label_weight": 0, "attention_loss_weight": 0, "hidden_loss_weight": 0,
 }
 # What no machine can do, or no clock.
 LARGEST_VALUES = {"num_workers": 256, "retry_delay": 1e6, "timeout": 1e6, "seed": 2**63 - 1}

@@ -484,6 +484,24 @@ def load_examples(
     return list(iterate_examples(task, data_dir, split, max_rows))
 
 
+def original_rows(
+    task: str | Task, data_dir: Path | str, max_rows: int | None = None
+) -> list[bool]:
+    """Say of each augmented row (the first `max_rows`) whether it is one of train, text and label.
+
+    The others were made of those; one that equals another row of train counts as that.
+    """
+    originals = {hash(example[1:]) for example in iterate_examples(task, data_dir, "train")}
+    found = [hash(example[1:]) in originals
+             for example in iterate_examples(task, data_dir, "aug", max_rows or None)]
+    path = split_paths(task, data_dir, "aug")[0]
+    if not any(found):
+        raise UserError(f"{path}: no row of it is one of train; expected the file that"
+                        " data_augmentation.py makes, which has them all")
+    logger.info("%s: %d of %d rows are train's own", path, sum(found), len(found))
+    return found
+
+
 def task_rows(task: str | Task, data_dir: Path | str, split: str = "train") -> TaskRows:
     """Read all cells of a split, checked as by `load_examples` (see `TaskRows`)."""
     task = get_task(task)
