@@ -30,9 +30,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from transformer.checkpoint import load_state, save_config, weights_record
+from transformer.checkpoint import load_state, save_config, stored_state, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.data_layout import TASK_NAME
+from transformer.families import FAMILIES
 from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
@@ -268,15 +269,17 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     if methods and source.pipeline != "text-classification":
         raise UserError(f"{folder}: --onnx and --int8 take classifiers; this model is for"
                         f" {source.pipeline}")
+    if methods:
+        source.model.config.check_own_layers(source.folder, "leave out --onnx and --int8")
     if "int8-static" in source.graphs:
         methods = [method for method in methods if method != "int8-dynamic"]
     model = pad(source.model) if args.padded else source.model
     config = model.config
-    if config.model_type not in ("bert", "pruned_bert", *LAYERS):
+    if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
         raise UserError(f"{find_config(source.folder)}: {config.model_type} is a head that no other"
                         " program computes; for ONNX Runtime use quantize.py --format onnx")
 
-    if config.model_type != "bert":
+    if config.is_pruned or config.model_type in LAYERS:
         kind = config.model_type if config.model_type in LAYERS else "pruned, without --padded"
         logger.warning("%s: %s: only this package reads the weights, --onnx is for all others",
                        source.folder, kind)
@@ -286,8 +289,9 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     stored = copy.deepcopy(model).to(source.dtype)
     save_config(stored, output_dir, source.tokenizer)
     left_out = ("cls.predictions.decoder.", *model.only_distillation)  # the word embeddings again
-    state = {key: tensor.contiguous() for key, tensor in stored.state_dict().items()
+    state = {key: tensor for key, tensor in stored.state_dict().items()
              if not key.startswith(left_out)}
+    state = {key: tensor.contiguous() for key, tensor in stored_state(state, config).items()}
     with atomic_path(output_dir / SAFE_WEIGHTS_NAME) as temporary:
         temporary.write_bytes(save(state, metadata={"format": "pt"}))
     graphs = write_graphs(source, methods, output_dir) if methods or source.graphs else {}
@@ -303,7 +307,8 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     facts = {
         **vars(args), "name": (args.push_to_hub or output_dir.resolve().name).rpartition("/")[2],
         "place": args.push_to_hub or ".", "pipeline": source.pipeline, "notes": notes,
-        "model_type": config.model_type, "length": config.max_position_embeddings, "onnx": files,
+        "model_type": config.model_type, "family": config.family,
+        "length": config.max_position_embeddings, "onnx": files,
         "parameters": source.model.parameter_total,
         "tags": ["onnx", "transformers.js"] if files else [],
     }

@@ -78,6 +78,9 @@ def check_complete(state: dict[str, torch.Tensor], folder: Path) -> None:
 
 def repair(folder: Path) -> str | None:
     """Repair one folder in place; return what head it has, None if it has none."""
+    if (family := BertConfig.from_json_file(path := find_config(folder)).family) != "bert":
+        raise UserError(f"{path}: model_type is {family!r}; expected a BERT, whose names are"
+                        " repaired here")
     check_complete(load_state(folder), folder)
     lock_folder(folder)
     for path in weights_paths(folder):

@@ -227,7 +227,8 @@ def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
         folder = fetch_model(source, weights=trained)
         if trained:
             weights_path(folder)
-        config = scratch_config(folder, None if trained else len(tokenizer))
+        config = scratch_config(
+            folder, None if trained else len(tokenizer), teacher=teacher)
         config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
         config.check_length(args.max_seq_length, folder)
         check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
@@ -261,7 +262,7 @@ def make_trainer(
         student = TinyBertForPreTraining.from_pretrained(folder, fit_size=fit_size)
     else:
         student = TinyBertForPreTraining.from_scratch(
-            folder, len(reader.tokenizer), fit_size=fit_size)
+            folder, len(reader.tokenizer), teacher.config, fit_size=fit_size)
     student.to(device)
     size = args.train_batch_size[number]
     optimizer = BertAdam(

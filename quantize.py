@@ -153,6 +153,8 @@ def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
     weights_path(folder)  # an ONNX model cannot be quantized again
     config = read_config(path := find_config(folder))
     check_method(args.method, config, path)
+    if args.format == "onnx":
+        config.check_own_layers(folder, "expected --format torch")
     labels = () if task is None else match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)

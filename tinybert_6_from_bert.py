@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 
-from transformer.checkpoint import dtype_name, load_state, load_weights, write_tensors
+from transformer import families
+from transformer.checkpoint import (
+    dtype_name,
+    load_state,
+    load_weights,
+    stored_state,
+    write_tensors,
+)
 from transformer.config import BertConfig, find_config
 from transformer.distillation import map_layers
 from transformer.file_utils import CONFIG_NAME, WEIGHTS_NAME, UserError, atomic_path, write_json
@@ -90,6 +97,7 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
                  overwrite: bool) -> None:
     """Write the student of one model: weights, config, vocabulary."""
     config = BertConfig.from_json_file(find_config(bert_model))
+    config.check_own_layers(bert_model, "there is none to choose")
     kept = layers_to_keep(keep_layers, config.num_hidden_layers, num_layers)
     state = load_state(bert_model)
     # Strictly, so that nothing is missing and nothing left over.
@@ -100,11 +108,12 @@ def make_student(bert_model: Path, output_dir: Path, num_layers: int, keep_layer
     architecture = ("BertForSequenceClassification" if "classifier.weight" in state
                     else "BertForMaskedLM" if "cls.predictions.bias" in state else "BertModel")
     write_json(output_dir / CONFIG_NAME, {
-        "architectures": [architecture], **config.to_dict(),
+        "architectures": [families.architecture(config.model_type, architecture)],
+        **config.to_dict(),
         "dtype": dtype_name(next(iter(state.values())))})
     tokenizer.save_vocabulary(output_dir, config.max_position_embeddings)
     with atomic_path(output_dir / WEIGHTS_NAME) as temporary:
-        write_tensors(copy_layers(state, kept), temporary)
+        write_tensors(stored_state(copy_layers(state, kept), config), temporary)
     logger.info("%s: layers %s of %s", output_dir, ", ".join(map(str, kept)), bert_model)
 
 

@@ -7,17 +7,26 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from helpers import random_batch, read_json, tiny_config, write_vocab
+from helpers import (
+    error_line,
+    random_batch,
+    read_json,
+    tiny_config,
+    write_vocab,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+import fix_teacher_layers
 from transformer.checkpoint import save_pretrained
-from transformer.config import BertConfig
+from transformer.config import BertConfig, reads
 from transformer.families import FAMILIES, our_key, their_key
 from transformer.file_utils import UserError
 from transformer.modeling import (
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertModel,
     TinyBertForPreTraining,
@@ -313,3 +322,184 @@ def test_a_general_student_of_a_family_comes_back_with_its_map(tmp_path, shape):
         tmp_path / "b", new_head=True, num_labels=5)
     save_pretrained(classifier, tmp_path / "c")
     assert load_theirs(tmp_path / "c").config.num_labels == 5
+
+
+# ------------------------------------------------------------------ read or refused
+
+
+def change_weights(folder: Path, change) -> None:
+    """Apply `change` to the weights in a folder that Hugging Face wrote."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def without(part: str):
+    return lambda state: {key: value for key, value in state.items() if part not in key}
+
+
+def refusal(folder: Path, **arguments) -> str:
+    """Return the one line with which a classifier is refused."""
+    with pytest.raises(UserError) as error:
+        TinyBertForSequenceClassification.from_pretrained(folder, **arguments)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("shape", "part", "told"), [
+    ("roberta", "encoder.layer.2.", "bert.encoder.layer.2."),
+    ("electra", "encoder.layer.3.output.dense.bias", "bert.encoder.layer.3.output.dense.bias"),
+    ("electra, narrow embeddings", "embeddings_project", "bert.embeddings.project.weight"),
+    ("albert, two groups", "layer_groups.1.", "bert.encoder.layer.1."),
+    ("albert", "albert.pooler", "bert.pooler.dense."),
+    ("distilbert", "q_lin", "attention.self.query"),
+    ("distilbert", "pre_classifier", "bert.pooler.dense."),
+    ("roberta", "classifier.dense", "bert.pooler.dense."),
+    ("roberta", "classifier.out_proj", "classifier.weight"),
+    *((shape, "classifier", "classifier.weight") for shape in ("roberta", "electra", "albert")),
+])
+def test_what_is_missing_is_named(tmp_path, shape, part, told):
+    their_model(tmp_path, shape)
+    change_weights(tmp_path, without(part))
+    message = refusal(tmp_path)
+    assert "Missing from it" in message and told in message
+
+
+@pytest.mark.parametrize(("shape", "fields", "told"), [
+    ("albert", {"inner_group_num": 2}, "inner_group_num is 2, which changes"),
+    ("albert", {"num_hidden_groups": 5}, "num_hidden_groups is 5; expected at most"),
+    ("albert", {"num_hidden_groups": 0}, "num_hidden_groups is 0; expected a whole number"),
+    ("roberta", {"model_type": "deberta"}, "model_type is 'deberta'; expected 'bert' or a rel"),
+    ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type is"),
+    ("electra", {"position_embedding_type": "relative_key_query"}, "position_embedding_type is"),
+    ("roberta", {"is_decoder": True}, "is_decoder is"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id is None; expected"),
+    ("roberta", {"pad_token_id": -1}, "pad_token_id is -1; expected"),
+    ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings is 2; expected more"),
+    ("roberta", {"max_position_embeddings": "2"}, "max_position_embeddings is '2'; expected"),
+    ("electra", {"embedding_size": 0}, "embedding_size is 0; expected a whole number from 1"),
+    ("distilbert", {"activation": "softplus"}, "hidden_act is 'softplus'; expected one of"),
+    ("electra", {"embedding_size": 5}, "Missing from it: [bert.embeddings.project."),
+    ("roberta", {"max_position_embeddings": 50}, "position_embeddings.weight is [38, 16]"),
+    ("distilbert", {"architectures": ["DistilBertForMultipleChoice"]}, "architectures is"),
+])
+def test_a_model_that_computes_something_else_is_refused_in_one_line(
+        tmp_path, shape, fields, told):
+    their_model(tmp_path, shape)
+    change_config(tmp_path, **fields)
+    assert told in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [
+    {"embedding_size": 7, "num_hidden_groups": 2}, {"classifier_dropout": 0.4},
+    {"summary_type": "mean", "summary_use_proj": False}, {"gap_size": 3, "net_structure_type": 1},
+    {"position_embedding_type": "absolute"}, {"use_cache": False}, {"bos_token_id": 7},
+    {"tie_word_embeddings": False}], ids=lambda fields: next(iter(fields)))
+@torch.no_grad()
+def test_fields_that_change_nothing_are_read_and_kept(tmp_path, fields):
+    theirs = their_model(tmp_path / "a", "roberta")
+    change_config(tmp_path / "a", **fields)
+    ours = TinyBertForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    inputs = batch_of(theirs.config)
+    close(ours(*inputs).logits, theirs(**their_inputs(theirs.config, *inputs)).logits)
+    save_pretrained(ours, tmp_path / "b")
+    written = read_json(tmp_path / "b" / "config.json")
+    assert fields.get("bos_token_id", 0) == written["bos_token_id"]
+    close(load_theirs(tmp_path / "b")(**their_inputs(theirs.config, *inputs)).logits,
+          ours(*inputs).logits)
+
+
+@pytest.mark.parametrize(("shape", "kind", "told"), [
+    ("roberta", "TokenClassification", "expected classifier.out_proj."),
+    ("electra", "TokenClassification", "expected classifier.out_proj."),
+    ("albert", "TokenClassification", "bert.pooler.dense."),
+    ("distilbert", "TokenClassification", "bert.pooler.dense."),
+    ("roberta", "MultipleChoice", "architectures is ['RobertaForMultipleChoice']"),
+    ("albert", "MultipleChoice", "architectures is ['AlbertForMultipleChoice']")])
+def test_classifiers_of_other_things_than_rows_are_refused(tmp_path, shape, kind, told):
+    their_model(tmp_path, shape, kind)
+    for arguments in ({}, {"new_head": True, "num_labels": 2}):
+        assert told in refusal(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("shape", ["roberta", "electra, narrow embeddings", "albert",
+                                   "distilbert"])
+@torch.no_grad()
+def test_old_names_and_a_wrapper_are_read(tmp_path, shape):
+    theirs = their_model(tmp_path, shape)
+    change_weights(tmp_path, lambda state: {
+        "module." + key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "layer_norm.bias", "layer_norm.beta"): value for key, value in state.items()})
+    ours = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    inputs = batch_of(theirs.config)
+    close(ours(*inputs).logits, theirs(**their_inputs(theirs.config, *inputs)).logits)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [
+    *((shape, kind) for shape in ("roberta", "albert", "distilbert", "electra, narrow embeddings")
+      for kind in ("MaskedLM", "")),
+    ("electra", "PreTraining"), ("albert", "PreTraining")])
+@torch.no_grad()
+def test_the_encoder_of_a_pre_trained_model_is_read_without_its_heads(tmp_path, shape, kind):
+    theirs = their_model(tmp_path, shape, kind)
+    inputs = batch_of(theirs.config)
+    found = BertModel.from_pretrained(tmp_path).eval()(*inputs).hidden_states
+    expected = theirs(**their_inputs(theirs.config, *inputs),
+                      output_hidden_states=True).hidden_states
+    for mine, other in zip(found, expected, strict=True):
+        close(mine[inputs[2].bool()], other[inputs[2].bool()])
+
+
+@pytest.mark.parametrize("shape", ["roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("kind", ["MaskedLM", ""])
+def test_a_new_classifier_brings_a_new_pooler_where_the_family_has_it_there(
+        tmp_path, shape, kind, caplog):
+    their_model(tmp_path, shape, kind)
+    with caplog.at_level("INFO"):
+        model = TinyBertForSequenceClassification.from_pretrained(
+            tmp_path, new_head=True, num_labels=3)
+    assert "newly initialised: bert.pooler.dense.bias" in caplog.text.replace("weight", "bias")
+    assert not model.bert.pooler.dense.bias.any()  # RobertaModel's own has other ones
+    assert kind == "" or "not needed and not read" in caplog.text
+    assert "classifier" in refusal(tmp_path)  # where nobody asked for a new one
+
+
+def test_no_masked_lm_head_of_a_relative_is_taken_for_berts(tmp_path, capsys):
+    their_model(tmp_path, "roberta", "MaskedLM")
+    with pytest.raises(UserError, match=r"model_type is 'roberta', whose masked-LM head"):
+        BertForMaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: model_type is 'roberta'"):
+        BertForMaskedLM.from_scratch(tmp_path)
+    message = error_line(capsys, fix_teacher_layers, "--models", tmp_path)
+    assert "model_type is 'roberta'; expected a BERT" in message
+
+
+def test_which_folders_our_bert_computes(tmp_path):
+    for values, expected in (
+            ({}, True), ({"model_type": "bert"}, True), ({"model_type": "pruned_bert"}, True),
+            ({"model_type": "albert"}, True), ({"model_type": "camembert"}, True),
+            ({"model_type": "albert", "inner_group_num": 2}, False),
+            ({"model_type": "mobilebert"}, False), ({"model_type": "deberta-v2"}, False)):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert reads(tmp_path) is expected
+
+
+@pytest.mark.parametrize("changes", [
+    {"family": "electra"}, {"family": "albert"}, {"family": "roberta", "embedding_size": 8},
+    {"family": "roberta", "num_hidden_groups": 1}, {"family": "distilbert", "pooler_act": "relu"},
+    {"family": "mobilebert"}, {"num_hidden_groups": 2, "heads_per_layer": [1] * 4}])
+def test_a_config_that_its_family_cannot_hold_is_refused(changes):
+    with pytest.raises(UserError):
+        tiny_config(**changes)
+
+
+@torch.no_grad()
+def test_a_bert_of_shared_layers_comes_back_and_no_other_program_takes_it_for_one(tmp_path):
+    """`num_hidden_groups` in the config.json of an ordinary student."""
+    model = TinyBertForSequenceClassification(tiny_config(num_hidden_groups=2)).eval()
+    assert len(model.bert.encoder.layer) == 2
+    save_pretrained(model, tmp_path, write_vocab(tmp_path))
+    again = TinyBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    output, inputs = model(*random_batch()), random_batch()
+    assert len(output.attention_scores) == 4 and torch.equal(again(*inputs).logits, output.logits)
+    with pytest.raises(ValueError, match="shared_layer_bert"):
+        transformers.AutoConfig.from_pretrained(tmp_path)

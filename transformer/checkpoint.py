@@ -301,6 +301,7 @@ def stored_state(
     """Return a model's weights as its files hold them: a relative of BERT's under its names."""
     if config.model_type not in families.FAMILIES:
         return state
+    state = {canonical_key(key): tensor for key, tensor in state.items()}
     return families.their_state(config.model_type, state, config.pad_token_id)
 
 

@@ -307,8 +307,7 @@ class BertConfig:
         """Build a config from the fields of a `config.json`, of BERT or of a relative."""
         values = families.our_config(values)
         names = {item.name for item in fields(cls)} - {"other"}
-        if values.get("model_type") == "bert" and "family" not in values:
-            names -= {"embedding_size"}  # which no reader of a BERT looks at
+        names -= families.foreign_fields(values)
         other = {name: value for name, value in values.items() if name not in {*names, *DERIVED}}
         labels = join_labels(values.get("id2label"), values.get("label2id"))
         known = {name: values[name] for name in names & values.keys()}

@@ -162,6 +162,14 @@ def our_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return ours
 
 
+def foreign_fields(values: Mapping[str, Any]) -> set[str]:
+    """Return which fields of ours no reader of such a `config.json` looks at."""
+    name = values.get("model_type")
+    if name in FAMILIES:
+        return {*SHAPES} - {*FAMILIES[name].shapes}
+    return {"embedding_size"} if name == "bert" and "family" not in values else set()
+
+
 def their_config(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of `config.json` of a family, from those of a BERT; undoes `our_config`."""
     family, values = FAMILIES[name], dict(values)
@@ -195,7 +203,7 @@ def architecture(model_type: str, bert_class: str) -> str:
     """Return the Hugging Face class of a model type that is to it what `bert_class` is to BERT."""
     if model_type not in FAMILIES:
         return bert_class
-    return bert_class.replace("Bert", FAMILIES[model_type].architecture, 1)
+    return re.sub("bert", FAMILIES[model_type].architecture, bert_class, count=1, flags=re.I)
 
 
 def pooler_in_head(name: str) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from transformer.config import BertConfig
+from transformer.config import OWN_TYPES, BertConfig
+from transformer.families import architecture
 from transformer.file_utils import UserError, read_json
 from transformer.own_tasks import stored_task
 from transformer.run_folder import RESULTS_NAME
@@ -55,7 +56,7 @@ print(session.run(["logits"], {{name: np.array([ids]) for name, ids in inputs.it
 ```"""
 OWN_CODE = ("{}: `python predict.py --model FOLDER`, of the code that made it, reads the weights,"
             " and no other program does.")
-KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # others are BERTs
+KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # others are BERTs or relatives
 
 
 @dataclass
@@ -210,11 +211,11 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
                 metric_name=name, metric_value=value))
     return ModelCardData(
         license=facts["license"] or None, language=facts["language"] or None,
-        library_name="transformers" if facts["model_type"] == "bert" else None,
+        library_name=None if facts["model_type"] in (*KINDS, *OWN_TYPES) else "transformers",
         pipeline_tag=facts["pipeline"], base_model=facts["base_model"] or None,
         datasets=[dataset] if dataset else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=[facts["model_type"] if facts["model_type"] in KINDS else "bert", "tinybert",
+        tags=[facts["model_type"] if facts["model_type"] in KINDS else facts["family"], "tinybert",
               *dict.fromkeys(found.tags), *facts["tags"]],
         eval_results=results or None, model_name=facts["name"] if results else None)
 
@@ -231,7 +232,7 @@ def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
                                else texts[0],
         "fill-mask": '"a charming [MASK]"', "feature-extraction": texts[0]}
     options = ", top_k=None, truncation=True" * (facts["pipeline"] == "text-classification")
-    if facts["model_type"] != "bert":
+    if facts["model_type"] in (*KINDS, *OWN_TYPES):
         parts = [OWN_CODE.format("It is no Transformer" if facts["model_type"] in KINDS else
                                  "Its layers have unequal shapes")]
     else:
@@ -263,14 +264,15 @@ def model_card(found: History, config: BertConfig, facts: Mapping[str, Any]) -> 
     Args:
         found: what the records beside the model say.
         config: the exported model's.
-        facts: name, place (hub id or "."), pipeline, model_type, parameters, length, onnx (files),
-            notes (sentences), tags; license, language, base_model and dataset as given, or "".
+        facts: name, place (hub id or "."), pipeline, model_type, family, parameters, length, onnx
+            (files), notes (sentences), tags; license, language, base_model and dataset as given,
+            or "".
     """
     names = [*config.id2label.values()]
     labels = (", ".join(f"`{name}`" for name in names) if len(names) <= LISTED_CLASSES
               else f"{len(names)}, in `config.json`")
     purpose = f" for {found.task.folder}" if found.task else ""
-    kind = KINDS.get(facts["model_type"], "BERT")
+    kind = KINDS.get(facts["model_type"], architecture(facts["family"], "BERT"))
     shape = (f"A {kind}{purpose}: {config.num_hidden_layers} layers, {config.hidden_size} wide,"
              f" {facts['parameters'] / 1e6:.1f} million parameters.")
     if facts["pipeline"] == "text-classification":

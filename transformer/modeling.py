@@ -327,18 +327,22 @@ class MaskedLMOutput(NamedTuple):
     loss: Tensor | None
 
 
-def scratch_config(config_dir: Path | str, pieces: int | None = None,
-                   config_class: type[BertConfig] = BertConfig) -> BertConfig:
+def scratch_config(
+    config_dir: Path | str, pieces: int | None = None,
+    config_class: type[BertConfig] = BertConfig, teacher: BertConfig | None = None,
+) -> BertConfig:
     """Read the `config.json` of a directory for a model with random weights.
 
     Where the directory holds no weights, a vocab_size that is missing or does not fit a vocabulary
-    of `pieces` word pieces gives way to it.
+    of `pieces` word pieces gives way to it, and to what else its `teacher` has of one.
     """
     path = find_config(config_dir)
     config, stated = config_class.from_json_file(path), "vocab_size" in read_json(path)
     if pieces is None or has_weights(path.parent) or (
             stated and config.fits_vocabulary(pieces)):
         return config
+    if teacher is not None:
+        config.take_vocabulary(teacher)
     return dataclasses.replace(config, vocab_size=pieces)
 
 
@@ -376,18 +380,20 @@ class BertPreTrainedModel(nn.Module):
 
     @classmethod
     def from_scratch(
-        cls, config_dir: Path | str, pieces: int | None = None, **kwargs: Any
+        cls, config_dir: Path | str, pieces: int | None = None,
+        teacher: BertConfig | None = None, **kwargs: Any,
     ) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory.
 
-        `pieces` is that of `scratch_config`; what gives way to it is logged.
+        `pieces` and `teacher` are those of `scratch_config`; what gives way to them is logged.
         """
-        config = scratch_config(config_dir, pieces, cls.config_class)
+        config = scratch_config(config_dir, pieces, cls.config_class, teacher)
         cls.check_family(config, path := find_config(config_dir))
         stated = read_json(path).get("vocab_size", "missing")
         if pieces is not None and stated != config.vocab_size:
-            logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d", path, stated,
-                        config.vocab_size)
+            logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d (pad_token_id"
+                        " %s, type_vocab_size %d)", path, stated, config.vocab_size,
+                        config.pad_token_id, config.type_vocab_size)
         return cls(config, **kwargs)
 
     @classmethod

@@ -158,15 +158,20 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
     shape = graph.add("Shape", "shape", "input_ids")
     length = graph.add("Gather", "length", shape, graph.scalar(1))
     numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
+    # A model of one type of segments reads none.
+    types = "token_type_ids" if len(part.token_type_embeddings.weight) > 1 else graph.scalar(0)
     positions, segments = (
         graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
         for name, embedding, index in (
             ("positions", part.position_embeddings, numbers),
-            ("segments", part.token_type_embeddings, "token_type_ids")))
+            ("segments", part.token_type_embeddings, types)))
     words = add_words(graph, part.word_embeddings)
     total = graph.add("Add", "embeddings.part", words, positions)
     total = graph.add("Add", "embeddings.sum", total, segments)
-    return graph.layer_norm("embeddings", total, part.LayerNorm)
+    if part.project is None:
+        return graph.layer_norm("embeddings", total, part.LayerNorm)
+    narrow = graph.layer_norm("embeddings.narrow", total, part.LayerNorm)
+    return graph.linear("embeddings", narrow, part.project)
 
 
 def add_mask(graph: Graph) -> str:
