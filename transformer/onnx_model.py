@@ -158,8 +158,9 @@ def add_embeddings(graph: Graph, part: nn.Module) -> str:
     shape = graph.add("Shape", "shape", "input_ids")
     length = graph.add("Gather", "length", shape, graph.scalar(1))
     numbers = graph.add("Range", "positions.range", graph.scalar(0), length, graph.scalar(1))
-    # A model of one type of segments reads none.
-    types = "token_type_ids" if len(part.token_type_embeddings.weight) > 1 else graph.scalar(0)
+    types = "token_type_ids"
+    if len(part.token_type_embeddings.weight) == 1:  # a model that reads none
+        types = graph.add("Mul", "segments.none", types, graph.scalar(0))
     positions, segments = (
         graph.add("Gather", name, graph.weight(f"{name}.weight", embedding.weight), index)
         for name, embedding, index in (
