@@ -111,7 +111,8 @@ def longest_input(folder: Path, config: BertConfig) -> int:
 
 def check_pairs(rows: list[Row], name: str, config: BertConfig, task: Task | None) -> None:
     """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse."""
-    why = ("has one type of segments" if config.type_vocab_size == 1 else
+    is_told_one = config.type_vocab_size == 1 and config.family == "bert"  # by its tokenizer
+    why = ("has one type of segments" if is_told_one else
            f"was trained on {task.name}" if task is not None and task.text_b is None else "")
     for row in rows:
         if why and row.text_b is not None:

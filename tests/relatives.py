@@ -47,6 +47,10 @@ def their_model(folder: Path, shape: str, kind: str = "SequenceClassification", 
                 parameter.add_(0.1 * torch.randn_like(parameter))
     write_vocab(folder)
     model.save_pretrained(folder)
+    if SHAPES[shape][0] in ("roberta", "distilbert"):  # whose tokenizers make no segments
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(
+            {**read_json(path), "model_input_names": ["input_ids", "attention_mask"]}))
     return model.eval()
 
 

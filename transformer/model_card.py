@@ -56,7 +56,7 @@ print(session.run(["logits"], {{name: np.array([ids]) for name, ids in inputs.it
 ```"""
 OWN_CODE = ("{}: `python predict.py --model FOLDER`, of the code that made it, reads the weights,"
             " and no other program does.")
-KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # others are BERTs or relatives
+KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # or BERTs
 
 
 @dataclass
