@@ -17,7 +17,7 @@ from transformer.checkpoint import load_state, save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
 from transformer.table_files import read_tsv, write_tsv
-from transformer.tasks import GLUE_TASKS, get_task, load_examples
+from transformer.tasks import GLUE_TASKS, get_task, load_examples, original_rows
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
 from transformer.words import WordFinder, english_words, is_replacement
 
@@ -413,6 +413,7 @@ def test_every_task_of_glue_is_augmented(script, task):
     assert len(examples) > 2
     assert examples[0].text_a == "the old cat sleeps"
     assert {example.label for example in examples} == {label}
+    assert original_rows(task, output.parent) == [True, *[False] * (len(examples) - 1)]
     assert read_tsv(output)[: len(rows)] == rows
 
 

@@ -20,7 +20,7 @@ from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM
 from transformer.own_tasks import find_task
 from transformer.table_files import iterate_table, write_tsv
-from transformer.tasks import load_examples
+from transformer.tasks import Task, load_examples, original_rows
 from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
 from transformer.words import IDEOGRAPHS, NEGATION_CHARACTERS, WordFinder, is_ideographic
 
@@ -91,6 +91,16 @@ def write_csv(path: Path, rows: list[list[str]]) -> Path:
 def flags(model_dir, vector_file) -> list:
     return ["--pretrained_bert_model", model_dir, "--glove_embs", vector_file,
             "--precision", "fp32", "--no_cuda", "--N", 4]
+
+
+def expect_originals(task: Task, folder: Path) -> None:
+    """Fail unless exactly those augmented rows count as train's that stand there."""
+    train, augmented = ([example[1:] for example in load_examples(task, folder, split)]
+                        for split in ("train", "aug"))
+    found = original_rows(task, folder)
+    assert found == [row in train for row in augmented]
+    assert len(train) <= sum(found) < len(found)
+    assert original_rows(task, folder, max_rows=5) == found[:5]
 
 
 def cells(path: Path, form: str) -> list[list[str]]:
@@ -170,6 +180,7 @@ def test_a_csv_is_augmented_in_its_format_with_its_other_columns(tmp_path, flags
         assert all('"的",\n了' in new[2] for new in mine)
     task = find_task(None, tmp_path)
     assert len(load_examples(task, tmp_path, "aug")) == len(written) - 1
+    expect_originals(task, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "aug", "form"), [
@@ -198,6 +209,7 @@ def test_train_aug_has_the_format_of_train(tmp_path, flags, name, aug, form):
     changed = {(example.text_a in dict((a, b) for a, b, _ in pairs),
                 example.text_b in dict((b, a) for a, b, _ in pairs)) for example in examples}
     assert changed == {(True, True), (False, True), (True, False)}
+    expect_originals(task, tmp_path)
 
 
 def test_texts_of_folders_and_files_of_the_chinese_fork_are_augmented(tmp_path, flags):
@@ -209,6 +221,7 @@ def test_texts_of_folders_and_files_of_the_chinese_fork_are_augmented(tmp_path, 
     task = find_task(None, tmp_path / "folders", dev_share=0.2)
     assert {example.label for example in load_examples(task, tmp_path / "folders", "aug")} == {
         "neg", "pos"}
+    expect_originals(task, tmp_path / "folders")
     fork = tmp_path / "fork"
     fork.mkdir()
     lines = [f"{text}\t{label}\n" for text, label in make_reviews(12)]
@@ -217,6 +230,7 @@ def test_texts_of_folders_and_files_of_the_chinese_fork_are_augmented(tmp_path, 
     run(data_augmentation, *flags, "--data_dir", fork)
     written = (fork / "train_aug.txt").read_text().splitlines(keepends=True)
     assert len(load_examples(find_task(None, fork), fork, "aug")) == len(written) > 30
+    expect_originals(find_task(None, fork), fork)
 
 
 def test_rows_that_are_set_aside_never_get_in(tmp_path, flags):
@@ -232,6 +246,7 @@ def test_rows_that_are_set_aside_never_get_in(tmp_path, flags):
     augmented = {example.text_a for example in load_examples(task, path, "aug")}
     assert kept < augmented and len(kept) < 60
     assert not augmented & ({*texts} - kept)
+    expect_originals(task, path)
 
 
 def test_processes_shards_and_kills_do_not_change_the_bytes(tmp_path, flags):

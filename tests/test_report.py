@@ -362,9 +362,19 @@ def test_loss_curves_are_logarithmic_from_a_decade_on_and_have_the_legend_outsid
     assert {title: axes.get_yscale() for title, axes in panels.items()} == {
         "General, attention": "log", "General, hidden states": "log", "CoLA, logits": "linear"}
     assert [len(line.get_xdata()) for line in panels["General, attention"].lines] == [10, 5]
+    assert panels["CoLA, logits"].lines[0].get_ydata().tolist() == [1 / i for i in range(1, 10)]
     [legend] = figures["loss_curves.png"].legends
     assert {text.get_text() for text in legend.get_texts()} == {"tinybert_4l", "tinybert_6l"}
     assert not any(axes.get_legend() or overlap(legend, axes) for axes in panels.values())
+
+
+def test_the_curve_of_hintons_loss_is_that_of_its_terms_sum(run, figures):
+    log = [{"step": i, "epoch": i / 4, "hard_loss": 1.0 / i, "soft_loss": 2.0 / i,
+            "att_loss": 5.0} for i in (1, 2, 4)]
+    run.student("distilled_tinybert_6l_cola", "cola", {"mcc": 0.4}, log=log)
+    run.report()
+    panels = {axes.get_title(): axes for axes in figures["loss_curves.png"].axes}
+    assert panels["CoLA, logits"].lines[0].get_ydata().tolist() == [3.0, 1.5, 0.75]
 
 
 def overlap(legend, axes) -> bool:

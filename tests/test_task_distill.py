@@ -105,6 +105,116 @@ def test_the_prediction_stage_of_a_smart_start_keeps_the_classifier(sst2):
     assert same_weights(weights(sst2.teacher), weights(output))
 
 
+# ------------------------------------------------------------------ Hinton's loss
+
+HINTON = ("--pred_distill", "--hard_label_weight", 0.25, "--soft_label_weight", 0.5)
+
+
+@pytest.mark.parametrize("name", ["STS-B", "SST-2"])
+def test_hintons_terms_stand_by_name_in_log_and_results_weighted(tmp_path, name):
+    setup = TaskSetup(tmp_path, name)
+    still = ("--pred_distill", "--learning_rate", 0, "--num_train_epochs", 1)
+    [plain] = read_log(setup.run("plain", *still))
+    [hard] = read_log(setup.run("hard", *still, "--hard_label_weight", 1))
+    output = setup.run("out", *still, *HINTON[1:])
+    [both] = read_log(output)
+    assert "hard_loss" not in plain and "cls_loss" not in both
+    assert hard["soft_loss"] == pytest.approx(plain["cls_loss"])
+    assert both["soft_loss"] == pytest.approx(0.5 * hard["soft_loss"])
+    assert both["hard_loss"] == pytest.approx(0.25 * hard["hard_loss"])
+    assert read_json(output / "eval_results.json")["losses"] == {
+        name: both[name] for name in ("hard_loss", "soft_loss")}
+
+
+@pytest.mark.parametrize("name", ["STS-B", "SST-2"])
+def test_with_the_labels_alone_the_student_learns_them_whatever_the_teacher_says(tmp_path, name):
+    setup = TaskSetup(tmp_path, name, rows=16)
+    more = ("--pred_distill", "--hard_label_weight", 1, "--soft_label_weight", 0,
+            "--num_train_epochs", 60, "--learning_rate", 3e-3, "--eval_step", 400)
+    output = setup.run("out", *more)
+    make_model(setup.teacher, seed=5, labels=setup.task.labels or ("LABEL_0",))
+    assert same_weights(weights(setup.run("other", *more)), weights(output))
+    logits = dev_logits(output / "last", setup)
+    gold = [float(e.label) for e in load_examples(setup.task, setup.data, "train")]
+    assert np.corrcoef(gold, logits[:, -1] - (logits[:, 0] if len(logits[0]) > 1 else 0))[0, 1] > .8
+
+
+def test_with_original_the_labels_of_augmented_rows_do_not_matter(tmp_path):
+    setup = TaskSetup(tmp_path, rows=24, augmented=24)
+    more = (*HINTON, "--aug_train", "--num_train_epochs", 1, "--learning_rate", 1e-2)
+
+    def train(name: str, *flags) -> dict[str, torch.Tensor]:
+        return weights(setup.run(name, *more, *flags) / "last")
+
+    original, every = train("original", "--hard_labels", "original"), train("every")
+    assert same_weights(train("cached", "--hard_labels", "original"), original)
+    path = setup.data / "train_aug.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for place in range(2, len(lines), 2):  # every second row is not train's
+        lines[place] = lines[place][:-1] + str(1 - int(lines[place][-1]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert same_weights(train("flipped", "--hard_labels", "original"), original)
+    assert not same_weights(train("flipped_every"), every)
+
+
+def test_augmented_rows_of_another_task_have_no_original(tmp_path, capsys):
+    setup = TaskSetup(tmp_path, rows=8, augmented=8)
+    path = setup.data / "train_aug.tsv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::2]))
+    setup.expect_error(capsys, *HINTON, "--aug_train", "--hard_labels", "original",
+                       contains=["train_aug.tsv: no row of it is one of train"])
+
+
+@pytest.mark.parametrize(("flags", "contains"), [
+    (HINTON[1:], "--hard_label_weight is for the prediction stage; expected --pred_distill"),
+    (("--joint",), "--joint is for the prediction stage; expected --pred_distill"),
+    (("--do_eval", "--temperature_squared"), "--temperature_squared is for the prediction stage"),
+    (("--pred_distill", "--layer_map", 2, 4), "--layer_map is for the intermediate stage and for"),
+    (("--do_eval", "--no_attention_loss"), "--no_attention_loss is for the intermediate stage"),
+    (("--pred_distill", "--soft_label_weight", 0), "expected one above 0"),
+    (("--pred_distill", "--hard_label_weight", -1), "--hard_label_weight -1.0; expected a finite"),
+    ((*HINTON, "--hard_labels", "original"), "expected --aug_train and --hard_label_weight"),
+    (("--layer_map", 2, 4, "--layer_map", 1, 2), "--layer_map: 2 values for 1 students"),
+    (("--layer_map", 0, 4), "--layer_map 0 4: expected 2 ascending numbers from 1 to 4"),
+])
+def test_flags_of_losses_that_do_not_fit_together_are_one_line(sst2, capsys, flags, contains):
+    sst2.expect_error(capsys, *flags, contains=[contains])
+
+
+def test_a_regression_has_no_temperature_to_square(tmp_path, capsys):
+    TaskSetup(tmp_path, "STS-B").expect_error(
+        capsys, *HINTON, "--temperature_squared", contains=["sts-b is a regression"])
+
+
+# ------------------------------------------------------------------ both stages in one
+
+
+def test_the_joint_stage_has_the_losses_of_both_stages_weighted(rte):
+    still = ("--learning_rate", 0, "--num_train_epochs", 1, "--eval_step", 1)
+    [layers, *_], [logits, *_] = (read_log(rte.run(f"out{len(more)}", *still, *more))
+                                  for more in ((), ("--pred_distill",)))
+    output = rte.run("joint", *still, "--pred_distill", "--joint", "--attention_loss_weight", 0.5,
+                     "--hidden_loss_weight", 2)
+    [both, *_] = read_log(output)
+    assert both["cls_loss"] == pytest.approx(logits["cls_loss"])
+    assert both["att_loss"] == pytest.approx(0.5 * layers["att_loss"])
+    assert both["rep_loss"] == pytest.approx(2 * layers["rep_loss"])
+    assert read_json(output / "eval_results.json")["losses"].keys() == {
+        "cls_loss", "att_loss", "rep_loss"}
+
+
+def test_the_joint_stage_lowers_all_losses_and_keeps_the_best_and_the_last(rte):
+    output = rte.run("out", "--pred_distill", "--joint", "--num_train_epochs", 20,
+                     "--learning_rate", 1e-2, "--eval_step", 3)
+    assert {p.name for p in output.iterdir()} == FILES | {"last"}
+    log = read_log(output)
+    for name in ("cls_loss", "att_loss", "rep_loss"):
+        assert log[-1][name] < log[0][name]
+    result = read_json(output / "eval_results.json")
+    assert result["best"]["acc"] == max(line["metrics"]["acc"] for line in log)
+    assert not any(name.startswith("fit_dense") for name in weights(output))
+
+
 # ------------------------------------------------------------------ the teacher
 
 
@@ -221,6 +331,19 @@ def test_a_sweep_trains_every_setting_as_if_alone_and_keeps_each_students_best(s
                          source, "--learning_rate", 1e-2, "--train_batch_size", 16)
         assert same_weights(weights(alone), weights(output / "lr0.01_batch16"))
         assert {p.name for p in output.iterdir() if p.is_file()} == FILES - {"log.jsonl"}
+
+
+def test_a_sweep_of_joint_stages_keeps_each_students_layer_map(sst2):
+    make_model(sst2.root / "b", TinyBertForPreTraining, seed=2, num_hidden_layers=4,
+               model_arguments={"fit_size": 16})
+    outputs = [sst2.root / "swept_a", sst2.root / "swept_b"]
+    sst2.run("swept_a", *SWEEP, "--joint", "--student_model", sst2.student, sst2.root / "b",
+             "--output_dir", *outputs, "--layer_map", 1, 4, "--layer_map", 1, 2, 3, 4)
+    start = read_json(outputs[1] / "lr0.01_batch16" / "args.json")
+    assert start["layer_map"] == "1 4, 1 4, 1 2 3 4, 1 2 3 4"
+    alone = sst2.run("alone", *SWEEP[2:], "--pred_distill", "--joint", "--layer_map", 1, 4,
+                     "--learning_rate", 1e-2, "--train_batch_size", 16)
+    assert same_weights(weights(alone), weights(outputs[0] / "lr0.01_batch16"))
 
 
 def test_the_best_of_a_sweep_is_the_folders_model(sst2):

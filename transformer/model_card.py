@@ -30,6 +30,7 @@ LISTED_CLASSES = 20  # of more, a card has neither names nor counts
 OWN_TEXTS = {"": ("a text of yours", "and a second one"),
              "zh": ("在这里写一句话", "这里写第二句话")}
 FLAGS = ("num_train_epochs", "learning_rate", "train_batch_size", "max_seq_length", "temperature",
+         "hard_label_weight", "soft_label_weight", "temperature_squared", "no_attention_loss",
          "warmup_proportion", "weight_decay", "aug_train", "match_original", "num_tokens",
          "constraint", "seed")
 
@@ -164,7 +165,10 @@ def training(record: Mapping[str, Any]) -> str:
     start = f", starting from {public_name(record['student'])}" if "student" in record else ""
     if "teacher_model" not in arguments:
         return f"Trained without distillation{start}"
-    what = "its logits" if arguments.get("pred_distill") else "its hidden states and attention"
+    layers = "hidden states" + " and attention" * (not arguments.get("no_attention_loss"))
+    what = f"its {layers}"
+    if arguments.get("pred_distill"):
+        what = f"its logits, {layers}" if arguments.get("joint") else "its logits"
     general = " on text without labels" if "pregenerated_data" in arguments else ""
     return f"Distilled from {public_name(arguments['teacher_model'])} ({what}){general}{start}"
 

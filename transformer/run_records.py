@@ -30,11 +30,11 @@ ENGINE_NAME = {"torch": "PyTorch", "onnx": "ONNX"}
 # The metric of each task's column, as in the paper's tables; accuracy elsewhere.
 SHOWN_METRIC = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "sts-b": "spearmanr"}
 # The panels of loss_curves.png, of general and of task distillation: kind of the runs, losses that
-# are added up, title.
+# are added up where a run has them, title.
 CURVES = (
     [("general", ["att_loss"], "attention"), ("general", ["rep_loss"], "hidden states")],
     [("intermediate", ["att_loss", "rep_loss"], "attention + hidden states"),
-     ("student", ["cls_loss"], "logits")],
+     ("student", ["cls_loss", "hard_loss", "soft_loss"], "logits")],
 )
 
 
@@ -271,12 +271,21 @@ def read_log(model: Model) -> list[dict[str, Any]]:
     path = model.folder / model.results.get("chosen", "") / "log.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     log = [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
-    shown = [loss for row in CURVES for kind, losses, _ in row if kind == model.kind
-             for loss in losses]
+    panels = [losses for row in CURVES for kind, losses, _ in row if kind == model.kind]
     with naming(path):
         for record in log:
-            sum(float(record[name]) for name in ("step", "epoch", *shown))
+            float(record["step"]) + float(record["epoch"])
+            for losses in panels:
+                total_loss(record, losses)
     return log
+
+
+def total_loss(record: dict[str, Any], losses: list[str]) -> float:
+    """Add up those of the losses that a log's record has; one at least."""
+    found = [float(record[loss]) for loss in losses if loss in record]
+    if not found:
+        raise KeyError(losses[0])
+    return sum(found)
 
 
 def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float], list[float]]:
@@ -288,4 +297,4 @@ def loss_curve(log: list[dict[str, Any]], losses: list[str]) -> tuple[list[float
              for before, record in zip([{"step": 0}, *log[:-1]], log, strict=True)]
     whole = log[:-1] if len(log) > 1 and steps[-1] < steps[0] else log
     return ([record["epoch"] for record in whole],
-            [sum(record[loss] for loss in losses) for record in whole])
+            [total_loss(record, losses) for record in whole])
