@@ -235,6 +235,16 @@ def test_files_of_the_tasks_own_format_are_read(tmp_path, ask, suffix):
     assert [line["sentence"] for line in lines] == texts
 
 
+@pytest.mark.parametrize("value", [5, ["a", "b"], True])
+def test_a_value_that_is_no_text_is_refused_in_every_format_of_rows(tmp_path, capsys, value):
+    model = own_model(tmp_path / "model", REVIEWS)
+    content = json.dumps({"评论": value}, ensure_ascii=False)
+    for name, text in (("a.jsonl", content), ("a.json", f"[{content}]")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        message = error_line(capsys, predict, "--model", model, "--input_file", tmp_path / name)
+        assert f"{name}, line 1: " in message and "expected a JSON object with one text" in message
+
+
 def test_a_model_without_names_of_labels_answers_with_its_tasks(tmp_path, ask):
     make_model(tmp_path / "model", labels=("LABEL_0", "LABEL_1"))
     save_task(REVIEWS, tmp_path / "model")
@@ -339,6 +349,8 @@ REFUSED = {
     "two texts too many": (b'{"text": "a", "sentence": "b"}', "(--columns names others)"),
     "a missing key": (b'{"text": "a"}', "one text or two under body", "--columns", "body"),
     "three names": (b"a", "--columns 1 2 3; expected one or two", "--columns", "1", "2", "3"),
+    "two columns of one name": (b"sentence\tsentence\na\tb", "two columns are called 'sentence'",
+                                "--columns", "sentence"),
     "column 0": (b"a", "--columns 0; expected one or two, from 1", "--columns", "0"),
 }
 

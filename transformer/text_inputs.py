@@ -154,7 +154,9 @@ class TextInputs:
         """Yield (number from 1, values by name) of the rows of a file that is no text of lines."""
         rows = iterate_table(self.path, self.by_suffix)
         _, names = next(rows, (0, []))
-        yield from ((number, dict(zip(names, cells, strict=True))) for number, cells in rows)
+        for number, cells in rows:
+            values = (json.loads(cell) if isinstance(cell, NoText) else cell for cell in cells)
+            yield number, dict(zip(names, values, strict=True))
 
     def format_of(self, where: str, first: str) -> str:
         """Return the format of a text by the flag, its suffix, or its first line."""
@@ -205,8 +207,7 @@ class TextInputs:
         texts = [values.get(key) for key in keys]
         if len(texts) == 2 and values.get(keys[1], "") is None:
             texts.pop()
-        if not texts or not all(
-                isinstance(each, str) and not isinstance(each, NoText) for each in texts):
+        if not texts or not all(isinstance(each, str) for each in texts):
             shown = json.dumps(values, ensure_ascii=False, default=str)[:60]
             raise UserError(f"{where}: {shown!r}; expected {self.expected_keys}")
         return list(map(cell_of, texts))
@@ -218,6 +219,9 @@ class TextInputs:
         if unknown := [name for name in names if name not in first]:
             raise UserError(f"{where}: no column {unknown[0]!r} in {shown_row(first)}; expected"
                             " --columns with names of a header, or numbers from 1")
+        if twice := [name for name in names or known if first.count(name) > 1]:
+            raise UserError(f"{where}: two columns are called {twice[0]!r}; expected one, or"
+                            " --columns with numbers from 1")
         if known or names:
             self.header = first
             logger.info("%s: a header; what is read: %s", where, ", ".join(self.wanted or known))
