@@ -234,6 +234,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss(setup):
     (("--learning_rate", 1e-3, 1e-4), ["--learning_rate: 2 values for 1 students"]),
     (("--precision", "fp16"), ["float16 needs a GPU"]),
     (("--pregenerated_data", "no/such"), ["no/such"]),
+    (("--pregenerated_data", __file__), ["a file; expected what", "--train_corpus"]),
     (("--teacher_model", "no/such"), ["no/such"]),
     (("--student_model", "no/such"), ["no/such"]),
     (("--max_seq_length", 8), ["16 tokens", "8"]),

@@ -197,6 +197,7 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     ("--task {csv} --teacher {csv}", "data.csv: is a file; expected a model's folder, URL or"),
     ("--task RTE --teacher models/base", "RTE: no such folder or file; expected texts and labels"),
     ("--task no/where --teacher models/base", "no/where: no such folder or file"),
+    ("--task profiles/tasks/imdb.json --teacher b", "imdb.json: describes a task; expected the"),
     ("--task a.csv --teacher b --vectors no.txt", "--vectors no.txt: no such file; expected one"),
     ("STUDENT_LAYERS=x --task a.csv --teacher b", "STUDENT_LAYERS=x: expected a number"),
     ("DEV_SHARE=2 --task a.csv --teacher b", "DEV_SHARE=2: expected a share below 1"),

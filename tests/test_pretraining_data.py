@@ -520,6 +520,16 @@ def test_labels_restore_the_original_and_whole_words_are_masked_or_not_at_all(
             assert (position in positions) == (position - 1 in positions)
 
 
+def test_an_ideograph_is_a_word_of_its_own_also_where_whole_words_are_masked(tmp_path):
+    golden = read_json(GOLDEN / "chinese_fork_data.json")
+    tokenizer = write_vocab(tmp_path, golden["vocab"])
+    text = next(line for line in golden["corpus_lines"] if line.startswith("今天"))
+    ids = [tokenizer.cls_id, *tokenizer.encode_batch([text])[0], tokenizer.sep_id]
+    one, other = (mask_tokens(ids, Masking(tokenizer, 0.3, 20, whole), Random(1))
+                  for whole in (True, False))
+    assert one == other and len(one[1]) > 1
+
+
 def test_masked_tokens_are_80_percent_mask_and_10_percent_kept(tokenizer):
     ids = [2, *([10] * 20_000), 3]
     masked, positions, _ = mask_tokens(ids, Masking(tokenizer, 0.5, 10**6, False), Random(0))

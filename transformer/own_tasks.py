@@ -230,8 +230,9 @@ def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any
         if not path.is_file():
             raise UserError(f"--task_name {path}: no such file; expected a description of a task")
     if folder.is_file() and _is_description(folder):
-        raise UserError(f"{folder}: describes a task; expected the folder of its data, with this"
-                        f" file in it as {TASK_NAME} (or --task_name {folder} beside --data_dir)")
+        expected = (folder.parent if folder.name == TASK_NAME else
+                    f"the folder of its data, with this file in it as {TASK_NAME}")
+        raise UserError(f"{folder}: describes a task; expected {expected}")
     settings = _checked(read_json(path), path) if path.is_file() else {}
     if task_name is not None and plain_name(settings.get("name", task_name)) != plain_name(
             task_name):
