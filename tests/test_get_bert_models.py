@@ -304,11 +304,11 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub_server, tmp_path, mo
 
 CALLS = {
     "predict": "--model {}", "quantize": "--method fp16 --model {}",
-    "task_distill": "--task_name SST-2 --data_dir d --student_model s --teacher_model {}",
-    "task_distill ": "--task_name SST-2 --data_dir d --do_eval --student_model {}",
+    "task_distill": "--task_name SST-2 --data_dir glue --student_model s --teacher_model {}",
+    "task_distill ": "--task_name SST-2 --data_dir glue --do_eval --student_model {}",
     "general_distill": "--pregenerated_data d --student_model s --teacher_model {}",
-    "finetune_teacher": "--task_name SST-2 --data_dir d --bert_model {}",
-    "finetune_teacher ": "--task_name SST-2 --data_dir d --from_scratch --bert_model {}",
+    "finetune_teacher": "--task_name SST-2 --data_dir glue --bert_model {}",
+    "finetune_teacher ": "--task_name SST-2 --data_dir glue --from_scratch --bert_model {}",
     "data_augmentation": "--glue_dir d --task_name x --compose_vectors t --glove_embs v "
                          "--pretrained_bert_model {}",
     "pregenerate_training_data": "--train_corpus corpus.txt --bert_model {}",
@@ -326,6 +326,7 @@ def test_every_script_takes_a_hub_id_for_a_model(hub_server, tmp_path, monkeypat
     for folder in ("K-prune/src", "benchmarks"):
         monkeypatch.syspath_prepend(REPO / folder)
     (tmp_path / "corpus.txt").write_text("a cat\n")
+    make_glue(tmp_path / "glue")
     flags = CALLS[script].format("me/absent@v1").split()
     output = [] if script in ("data_augmentation", "predict") else ["--output_dir", "out"]
     module = importlib.import_module(script.strip())

@@ -95,9 +95,9 @@ def _squad_data(
     task: str, data_dir: Path | str, tokenizer: AnyTokenizer, max_seq_length: int,
     device: torch.device,
 ) -> TaskData:
-    questions = read_squad(squad_path(task, data_dir, "dev"))
-    train = make_windows(
-        read_squad(squad_path(task, data_dir, "train")), tokenizer, max_seq_length)
+    train_path, dev_path = (squad_path(task, data_dir, split) for split in ("train", "dev"))
+    train = make_windows(read_squad(train_path), tokenizer, max_seq_length)
+    questions = read_squad(dev_path)
     windows = make_windows(questions, tokenizer, max_seq_length)
     return TaskData(train.features, lambda model: {"dev": evaluate_squad(
         model, questions, windows, device, EVAL_BATCH, unanswerable=task == "squad_v2")})
