@@ -26,6 +26,7 @@ from helpers import (
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertForQuestionAnswering, model_inputs
+from transformer.tokenization import BertTokenizer
 
 sys.path.insert(0, str(REPO / "K-prune" / "src"))
 kprune_main = importlib.import_module("main")
@@ -232,7 +233,7 @@ def test_a_model_that_has_learned_to_answer_keeps_answering_after_pruning(tmp_pa
     save_pretrained(model, tmp_path / "model", write_vocab(tmp_path / "model"))
     for seed, split in enumerate(("train", "dev")):
         make_squad(tmp_path / "data" / f"{split}-v1.1.json", 64, seed)
-    tokenizer = kprune_main.BertTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "model")
     questions = read_squad(tmp_path / "data" / "train-v1.1.json")
     windows = make_windows(questions, tokenizer, 64)
     batch = windows.features.collate(range(64))
