@@ -165,12 +165,22 @@ def predict_logits(
         for indices in tqdm(own, desc="predict", unit="batch", leave=False, disable=None):
             inputs = [tensor.to(device) for tensor in model_inputs(collate(indices))]
             outputs.append(model(*inputs, score_layers=())[0].float())  # [batch, labels]
-        own_logits = torch.cat(outputs).cpu() if own else torch.empty(0, 0)
-    labels = distributed.largest(own_logits.shape[1])
-    logits = torch.zeros(len(features), labels)
-    if own:
-        logits[torch.from_numpy(np.concatenate(own))] = own_logits
-    return distributed.sum_over_ranks(logits)  # each row comes from one process
+    return merge_rows(own, outputs, len(features))
+
+
+def merge_rows(
+    rows: Sequence[np.ndarray], logits: Sequence[torch.Tensor], count: int
+) -> torch.Tensor:
+    """Return the logits of all `count` rows in order, from those that each process computed.
+
+    `rows` are the numbers of the rows of each of this process's batches, `logits` what came out.
+    """
+    own = torch.cat(list(logits)).cpu() if rows else torch.empty(0, 0)
+    labels = distributed.largest(own.shape[1])
+    merged = torch.zeros(count, labels)
+    if rows:
+        merged[torch.from_numpy(np.concatenate(rows))] = own
+    return distributed.sum_over_ranks(merged)  # each row comes from one process
 
 
 def evaluation_splits(
