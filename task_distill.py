@@ -67,14 +67,11 @@ from transformer.evaluation import (
     write_results,
 )
 from transformer.features import Features, load_features
-from transformer.file_utils import UserError, atomic_path, read_json
+from transformer.file_utils import TOKENIZER_FILES, UserError, atomic_path, read_json
 from transformer.hub import fetch_model
-from transformer.inference import load_classifier, match_labels, note_task
-from transformer.modeling import (
-    TinyBertForSequenceClassification,
-    freeze,
-    scratch_config,
-)
+from transformer.hugging_face import predict_examples
+from transformer.inference import load_classifier, match_labels, read_classifier
+from transformer.modeling import freeze, scratch_config
 from transformer.optimization import BertAdam, param_groups
 from transformer.own_tasks import add_data_arguments, task_of
 from transformer.recurrent import (
@@ -102,8 +99,9 @@ from transformer.runtime import (
     set_seed,
     training_steps,
 )
-from transformer.tasks import Task, original_rows
-from transformer.tokenization import BertTokenizer, load_tokenizer
+from transformer.tasks import Task, iterate_examples, original_rows
+from transformer.teachers import Teacher, in_order, mean_logits
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -124,8 +122,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_data_arguments(parser)
-    add("--teacher_model", default=None, type=str,
-        help="fine-tuned teacher: folder, URL or hub id; not needed with --do_eval")
+    add("--teacher_model", default=None, type=str, nargs="+",
+        help="fine-tuned teacher: folder, URL or hub id; not needed with --do_eval. With"
+             " --pred_distill any classifier that the package transformers reads; of several the"
+             " probabilities are averaged")
+    add("--teacher_weights", default=None, type=float, nargs="+",
+        help="weight of each of several teachers; not given: all the same")
     add("--student_model", default=None, type=str, required=True, nargs="+",
         help="student to start from or to evaluate: folder, URL or hub id; several students"
              " share the teacher's pass")
@@ -209,19 +211,33 @@ def check_losses(args: argparse.Namespace) -> None:
     args.layer_map = per_student("layer_map", args.layer_map, len(args.student_model))
 
 
+def check_teachers(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for several teachers where the stage takes one, or for their weights."""
+    teachers = as_list(args.teacher_model)
+    if len(teachers) > 1 and uses_layers(args) and not args.do_eval:
+        raise UserError(f"--teacher_model: {len(teachers)} teachers; expected one, whose layers"
+                        " are learned from, or --pred_distill without --joint")
+    if args.teacher_weights and len(args.teacher_weights) != len(teachers):
+        raise UserError(f"--teacher_weights: {len(args.teacher_weights)} weights for"
+                        f" {len(teachers)} teachers; expected one each")
+    args.teacher_model = teachers[0] if len(teachers) == 1 else teachers
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UserError` for flags out of range, or that do not fit together.
 
-    Rates and layer maps become a list of one a student, a batch size the number itself.
+    Rates and layer maps become a list of one a student, a batch size and a teacher the value
+    itself.
     """
-    check_numbers(args, "num_train_epochs")
+    check_numbers(args, "num_train_epochs", "teacher_weights")
     if args.eval_split and not args.do_eval:
         raise UserError("--eval_split is for --do_eval; training selects on the dev set")
     for flag in ("aug_train", "pred_distill", "copy_embeddings", "compile", "resume", "sweep",
-                 "tensorboard"):
+                 "tensorboard", "teacher_weights"):
         if args.do_eval and getattr(args, flag):
             raise UserError(f"--{flag} is for training; leave it out with --do_eval")
     check_losses(args)
+    check_teachers(args)
     args.learning_rate, sizes = as_list(args.learning_rate), as_list(args.train_batch_size)
     if args.sweep and not args.pred_distill:
         raise UserError("--sweep chooses by dev scores; expected --pred_distill, too")
@@ -233,73 +249,99 @@ def check_args(args: argparse.Namespace) -> None:
             "learning_rate", args.learning_rate, len(args.student_model))
 
 
-def load_rows(args: argparse.Namespace, task: Task, split: str, tokenizer: BertTokenizer,
+def load_rows(args: argparse.Namespace, task: Task, split: str, tokenizer: AnyTokenizer,
               labels: tuple[str, ...], max_rows: int = 0) -> Features:
     return load_features(task, args.data_dir, split, tokenizer, args.max_seq_length, labels,
                          max_rows, cache=True)
 
 
-def check_fit(args: argparse.Namespace, config: BertConfig, tokenizer: BertTokenizer,
-              vocabulary: Path | str) -> None:
-    """Raise a `UserError` unless the vocabulary and the rows' length fit the model."""
-    config.check_vocabulary(len(tokenizer), vocabulary)
-    config.check_length(args.max_seq_length, "the model")
+def model_settings(args: argparse.Namespace, source: str) -> Path:
+    """Return the folder of a model, which may lack its weights."""
+    return fetch_model(source, args.cache_dir or None, weights=False)
 
 
-def read_settings(args: argparse.Namespace, task: Task, source: str) -> tuple[
-        BertTokenizer, tuple[str, ...]]:
-    """Read a classifier's vocabulary and its labels in the order of its outputs; no weights.
+def student_config(path: Path, tokenizer: AnyTokenizer) -> BertConfig:
+    """Read a student's `config.json`; a recurrent one may leave the vocabulary's size open."""
+    config = read_config(path)
+    if isinstance(config, RecurrentConfig):
+        return scratch_config(path.parent, len(tokenizer), RecurrentConfig)
+    return config
+
+
+def check_layer_maps(args: argparse.Namespace, teacher: BertConfig) -> None:
+    """Raise a `UserError` for a student that cannot learn from the teacher's layers."""
+    for source, chosen in zip(args.student_model, args.layer_map, strict=True):
+        config = read_config(path := find_config(model_settings(args, source)))
+        if isinstance(config, RecurrentConfig):
+            raise UserError(f"{path}: a {config.model_type} has no attention scores and no states"
+                            " to learn layer by layer; expected --pred_distill without --joint")
+        check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
+
+
+def choose_tokenizer(args: argparse.Namespace, teacher: Teacher) -> AnyTokenizer:
+    """Return the students' tokenizer: their own, or where its pieces are the same the teacher's.
 
     Raises:
-        UserError: labels, vocabulary or the rows' length do not fit the model.
+        UserError: other pieces than those of the teacher whose layers or embeddings are read;
+            students whose pieces differ, or that do not fit their tokenizer.
     """
-    folder = fetch_model(source, args.cache_dir or None, weights=False)
-    config = read_config(path := find_config(folder))
-    labels = match_labels(task, config, path)
-    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
-    check_fit(args, config, tokenizer, folder)
-    return tokenizer, labels
+    found: AnyTokenizer | None = None
+    for source in args.student_model:
+        path = find_config(model_settings(args, source))
+        has_own = any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])
+        origin = source if has_own else teacher.source
+        own = load_tokenizer(model_settings(args, origin), args.do_lower_case or None)
+        if teacher.is_ours and own.vocab == teacher.tokenizer.vocab:
+            own, origin = teacher.tokenizer, teacher.source
+        student_config(path, own).check_vocabulary(len(own), origin, path)
+        if own is not teacher.tokenizer and (uses_layers(args) or args.copy_embeddings):
+            raise UserError(f"{source}: its vocabulary has other pieces than that of"
+                            f" {teacher.source}; expected the same, or --pred_distill alone, which"
+                            " takes any")
+        if found is not None and own.vocab != found.vocab:
+            raise UserError(f"{source}: its vocabulary has other pieces than that of"
+                            f" {args.student_model[0]}; expected a call of its own")
+        found = found or own
+    return found
 
 
-def check_students(args: argparse.Namespace, task: Task, tokenizer: BertTokenizer,
-                   labels: tuple[str, ...]) -> None:
-    """Raise a `UserError` for a student that does not fit its teacher.
+def choose_labels(args: argparse.Namespace, task: Task, teacher: Teacher) -> tuple[
+        tuple[str, ...], dict[int, str]]:
+    """Return the task's labels in the order of the students' outputs, and their names there.
 
-    Vocabularies, labels in another order, and where students learn from layers their number.
+    They are the teacher's, or where its logits alone are read those of students that have names.
     """
-    for source, chosen in zip(args.student_model, args.layer_map, strict=True):
-        folder = fetch_model(source, args.cache_dir or None, weights=False)
-        config = read_config(path := find_config(folder))
-        if isinstance(config, RecurrentConfig):
-            if uses_layers(args):
-                raise UserError(f"{path}: a {config.model_type} has no attention scores and no"
-                                " states to learn layer by layer; expected --pred_distill without"
-                                " --joint")
-            config = scratch_config(folder, len(tokenizer), RecurrentConfig)
-        config.check_vocabulary(len(tokenizer), args.teacher_model, path)
-        if uses_layers(args):
-            teacher = read_config(find_config(
-                fetch_model(args.teacher_model, args.cache_dir or None, weights=False)))
-            check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
+    labels, names, is_students = teacher.labels, teacher.config.id2label, False
+    for source in args.student_model:
+        path = find_config(model_settings(args, source))
+        config = read_config(path)
         # Of another number are those of a model without classifier, or its weights will tell.
-        if has_names(config.id2label) and config.num_labels == task.num_labels \
-                and (own := match_labels(task, config, path)) != labels:
-            raise UserError(f"{source}: its labels are ordered {own}, the teacher's {labels}")
+        if not has_names(config.id2label) or config.num_labels != task.num_labels:
+            continue
+        if (own := match_labels(task, config, path)) != labels:
+            if is_students or uses_layers(args):
+                whose = args.student_model[0] if is_students else "the teacher's"
+                raise UserError(f"{source}: its labels are ordered {own}, {whose} {labels}")
+            labels, names = own, config.id2label
+        is_students = True
+    return labels, names if task.is_glue or not labels else dict(enumerate(labels))
 
 
 class Shared(NamedTuple):
     """What all students of a call learn from.
 
-    teacher: frozen.
-    dev: the rows of each dev set.
+    teacher: frozen, for those who learn from its layers; else None.
+    id2label: the names of the outputs.
+    tokenizer: the students'; `train_rows` and `dev`, the rows of each dev set, are encoded by it.
     teacher_logits: computes those of the training rows [rows, labels], once.
     label_mask: [rows], whether a training row's label counts; None: all do.
     """
 
     task: Task
-    teacher: nn.Module
+    teacher: nn.Module | None
     teacher_size: str
-    tokenizer: BertTokenizer
+    id2label: dict[int, str]
+    tokenizer: AnyTokenizer
     train_rows: Features
     dev: dict[str, Features]
     teacher_logits: Callable[[], Tensor]
@@ -310,30 +352,49 @@ class Shared(NamedTuple):
 
 def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
                 dtype: torch.dtype | None) -> Shared:
-    """Read the rows, then load the fine-tuned teacher strictly."""
+    """Read the rows, then load the fine-tuned teachers strictly."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
     if task.is_regression and args.temperature_squared:
         raise UserError(f"--temperature_squared: {task.name} is a regression, whose loss has no"
                         " temperature; expected a task with classes")
     splits = evaluation_splits(task, args.data_dir)
-    tokenizer, labels = read_settings(args, task, args.teacher_model)
-    check_students(args, task, tokenizer, labels)
-    train_rows = load_rows(args, task, "aug" if args.aug_train else "train", tokenizer, labels,
-                           args.max_train_rows)
+    teachers = [Teacher.read(source, model_settings(args, source), task, args.max_seq_length,
+                             args.do_lower_case or None, needs_layers=uses_layers(args))
+                for source in as_list(args.teacher_model)]
+    if uses_layers(args):
+        check_layer_maps(args, teachers[0].config)
+    tokenizer = choose_tokenizer(args, teachers[0])
+    labels, names = choose_labels(args, task, teachers[0])
+    split = "aug" if args.aug_train else "train"
+    train_rows = load_rows(args, task, split, tokenizer, labels, args.max_train_rows)
     dev = {split: load_rows(args, task, split, tokenizer, labels) for split in splits}
     label_mask = None
     if args.hard_labels == "original":
         label_mask = torch.tensor(original_rows(task, args.data_dir, args.max_train_rows))
-    teacher = TinyBertForSequenceClassification.from_pretrained(
-        fetch_model(args.teacher_model, args.cache_dir or None), num_labels=task.num_labels)
-    note_task(teacher.config, task, labels)
-    size = parameter_count(teacher)
-    freeze(teacher, dtype, device, pack=not args.compile)
-    teacher_logits = functools.cache(lambda: predict_logits(
-        teacher, train_rows, device, args.eval_batch_size, dtype))
-    return Shared(task, teacher, size, tokenizer, train_rows, dev, teacher_logits, label_mask,
-                  device, dtype)
+    for teacher in teachers:
+        teacher.load(fetch_model(teacher.source, args.cache_dir or None), task, device, dtype,
+                     pack=not args.compile)
+
+    def logits_of(teacher: Teacher) -> Tensor:
+        if not teacher.is_ours:
+            examples = iterate_examples(task, args.data_dir, split, args.max_train_rows or None)
+            return predict_examples(
+                teacher.model, teacher.tokenizer, examples, len(train_rows), args.max_seq_length,
+                args.eval_batch_size, device, teacher.source)
+        rows = train_rows if teacher.tokenizer is tokenizer else load_rows(
+            args, task, split, teacher.tokenizer, labels, args.max_train_rows)
+        return predict_logits(teacher.model, rows, device, args.eval_batch_size, dtype)
+
+    @functools.cache
+    def teacher_logits() -> Tensor:
+        return mean_logits([in_order(logits_of(teacher), teacher.labels, labels)
+                            for teacher in teachers],
+                           args.teacher_weights or [1.0] * len(teachers), args.temperature)
+
+    return Shared(task, teachers[0].model if uses_layers(args) else None,
+                  " ".join(teacher.size for teacher in teachers), names, tokenizer, train_rows, dev,
+                  teacher_logits, label_mask, device, dtype)
 
 
 def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Module:
@@ -346,15 +407,16 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
         student = student_class.from_scratch(
             folder, len(shared.tokenizer), num_labels=task.num_labels)
         if args.copy_embeddings:
-            copy_embeddings(student, fetch_model(args.teacher_model, args.cache_dir or None))
+            source = as_list(args.teacher_model)[0]
+            copy_embeddings(student, fetch_model(source, args.cache_dir or None))
     else:
         student = student_class.from_pretrained(
             folder, new_head=True, num_labels=task.num_labels,
             fit_size=teacher.config.hidden_size if uses_layers(args) else None)
-    student.config.id2label = dict(teacher.config.id2label)
+    student.config.id2label = dict(shared.id2label)
     student.config.other["finetuning_task"] = task.name  # as Hugging Face's run_glue
     student.config.classifier_relu |= args.match_original
-    check_fit(args, student.config, shared.tokenizer, args.teacher_model)
+    student.config.check_length(args.max_seq_length, "the model")
     return student
 
 
@@ -521,7 +583,8 @@ def evaluate_only(args: argparse.Namespace, task: Task, device: torch.device,
     """Measure each student, PyTorch or ONNX, on splits of the task; write the results."""
     first, *others = evaluation_splits(task, args.data_dir, args.eval_split)
     for source, path in zip(args.student_model, args.output_dir, strict=True):
-        tokenizer, labels = read_settings(args, task, source)
+        _, tokenizer, labels = read_classifier(
+            model_settings(args, source), task, args.max_seq_length, args.do_lower_case or None)
         rows = {split: load_rows(args, task, split, tokenizer, labels)
                 for split in (first, *others)}
         student = load_classifier(

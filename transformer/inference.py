@@ -13,6 +13,7 @@ from transformer.modeling import SequenceClassifier
 from transformer.own_tasks import stored_task
 from transformer.recurrent import classifier_class, read_config
 from transformer.tasks import Task, label_order
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformer.onnx_model import OnnxClassifier
@@ -42,6 +43,22 @@ def match_labels(task: Task, config: BertConfig, path: Path) -> tuple[str, ...]:
         return label_order(task, config.id2label)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_classifier(
+    folder: Path, task: Task, max_seq_length: int, do_lower_case: bool | None = None
+) -> tuple[BertConfig, AnyTokenizer, tuple[str, ...]]:
+    """Read a classifier's configuration, tokenizer and labels (see `match_labels`); no weights.
+
+    Raises:
+        UserError: labels, vocabulary or rows of `max_seq_length` word pieces do not fit the model.
+    """
+    config = read_config(path := find_config(folder))
+    labels = match_labels(task, config, path)
+    tokenizer = load_tokenizer(folder, do_lower_case)
+    config.check_vocabulary(len(tokenizer), folder)
+    config.check_length(max_seq_length, "the model")
+    return config, tokenizer, labels
 
 
 def warn_of_seen_rows(task: Task, folder: Path) -> None:

@@ -17,6 +17,7 @@ from transformer.families import architecture
 from transformer.file_utils import UserError, read_json
 from transformer.own_tasks import stored_task
 from transformer.run_folder import RESULTS_NAME
+from transformer.runtime import as_list
 from transformer.tables import markdown_table
 from transformer.tasks import Task, get_task
 
@@ -170,7 +171,12 @@ def training(record: Mapping[str, Any]) -> str:
     if arguments.get("pred_distill"):
         what = f"its logits, {layers}" if arguments.get("joint") else "its logits"
     general = " on text without labels" if "pregenerated_data" in arguments else ""
-    return f"Distilled from {public_name(arguments['teacher_model'])} ({what}){general}{start}"
+    teachers = [public_name(teacher) for teacher in as_list(arguments["teacher_model"])]
+    if len(teachers) > 1:
+        what = "the mean of their predictions"
+        if weights := arguments.get("teacher_weights"):
+            what += f", weights {':'.join(f'{weight:g}' for weight in weights)}"
+    return f"Distilled from {' and '.join(teachers)} ({what}){general}{start}"
 
 
 def details(record: Mapping[str, Any], folder: Path) -> str:

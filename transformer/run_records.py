@@ -13,6 +13,7 @@ from transformer.evaluation import majority_baseline
 from transformer.file_utils import ONNX_NAME, UserError, parse_json, read_json
 from transformer.own_tasks import find_task, stored_task
 from transformer.run_folder import ARGUMENTS_NAME, RESULTS_NAME
+from transformer.runtime import as_list
 from transformer.tasks import GLUE_TASKS, Task, get_task, load_examples
 
 logger = logging.getLogger(__name__)
@@ -136,9 +137,9 @@ def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:
     """
     models = {folder.name: model for folder in folders_below(models_dir)
               if (model := read_model(folder))}
-    depth = max((layers(models_dir / Path(model.record["arguments"]["teacher_model"]).name)
-                 for model in models.values() if model.kind in ("intermediate", "student")),
-                default=0)
+    depth = max((layers(models_dir / Path(teacher).name)
+                 for model in models.values() if model.kind in ("intermediate", "student")
+                 for teacher in as_list(model.record["arguments"]["teacher_model"])), default=0)
     for model in models.values():
         if model.kind == "teacher" and layers(model.folder) < depth:
             general = model.source in models and models[model.source].kind == "general"

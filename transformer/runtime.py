@@ -251,6 +251,7 @@ SMALLEST_VALUES = {
     "gpu": 0, "batches": 1, "threads": 1, "repeats": 1, "rows": 1,
     "attempts": 1, "retry_delay": 0, "timeout": 0.001, "seed": -(2**63), "hard_label_weight": 0,
     "soft_label_weight": 0, "attention_loss_weight": 0, "hidden_loss_weight": 0,
+    "teacher_weights": 0,
 }
 # What no machine can do, or no clock.
 LARGEST_VALUES = {"num_workers": 256, "retry_delay": 1e6, "timeout": 1e6, "seed": 2**63 - 1}
