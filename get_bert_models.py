@@ -7,11 +7,12 @@ Example:
 
 Writes `models/bert-base-uncased` with its masked-LM head (data augmentation needs it) and
 `models/bert-base-uncased-{rte,sst2,cola,mrpc}` with their classifiers and label names, each as
-`config.json`, `pytorch_model.bin`, `vocab.txt` and `tokenizer_config.json`. A model is named by
-its id on the Hugging Face hub (`ID` or `ID@REVISION`), by a folder, by the address of one (http,
-https or s3), or as `package:NAME`, an installed Python package that carries it. Loading is
-strict: a model without the head that is asked for is an error, never a random head. A folder
-that is complete is skipped.
+`config.json`, `pytorch_model.bin`, `tokenizer_config.json` and `vocab.txt` or, of a RoBERTa or
+ALBERT, `tokenizer.json`. Relatives of BERT stay what they are; of their base models the body is
+saved, which distillation reads. A model is named by its id on the Hugging Face hub (`ID` or
+`ID@REVISION`), by a folder, by the address of one (http, https or s3), or as `package:NAME`, an
+installed Python package that carries it. Loading is strict: a model without the head that is
+asked for is an error, never a random head. A folder that is complete is skipped.
 
 Models of the hub are fetched into the hub's own cache, all files from one commit; its library
 obeys HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. `--base_url` names a mirror of the hub.
@@ -27,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from transformer.checkpoint import save_pretrained
+from transformer.config import BertConfig, find_config
 from transformer.file_utils import (
     UnreachableError,
     UserError,
@@ -95,6 +97,16 @@ def parse_teachers(teachers: str, tasks: str) -> dict[str, str]:
 # ------------------------------------------------------------------ saving a model
 
 
+def load_base(source: Path, masked_lm: bool) -> nn.Module:
+    """Load the base model; with its masked-LM head, where asked for, if it is a BERT."""
+    family = BertConfig.from_json_file(find_config(source)).family
+    if masked_lm and family != "bert":
+        logger.info("%s: %s; its masked-LM head is left out, which only a BERT's augmentation"
+                    " needs", source, family)
+        masked_lm = False
+    return (BertForMaskedLM if masked_lm else BertModel).from_pretrained(source)
+
+
 def load_teacher(source: Path, task: str) -> TinyBertForSequenceClassification:
     """Load a teacher with its classifier, whose size must be the task's."""
     model = TinyBertForSequenceClassification.from_pretrained(
@@ -154,10 +166,9 @@ def main(args: argparse.Namespace) -> None:
     teachers = {} if args.base_only else parse_teachers(args.teachers, args.tasks)
     target, overwrite = args.output_dir / args.base_name, args.overwrite_output_dir
     settings = {"base_url": args.base_url, **download_settings(args)}
-    base_class = BertModel if args.no_mlm_head else BertForMaskedLM
+    load = partial(load_base, masked_lm=not args.no_mlm_head)
     with file_lock(target):  # of two calls at once the second finds all there
-        save_model(args.base_model, target, overwrite, base_class.from_pretrained,
-                   args.fallback_model, **settings)
+        save_model(args.base_model, target, overwrite, load, args.fallback_model, **settings)
         for task, model in teachers.items():
             save_model(model, target.with_name(f"{target.name}-{task}"), overwrite,
                        partial(load_teacher, task=task), **settings)

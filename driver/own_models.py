@@ -76,7 +76,8 @@ def describe_teacher(args: argparse.Namespace, task: Task,
     pieces = len(load_tokenizer(teacher.folder))
     teacher.config.check_vocabulary(pieces, teacher.name)
     heads = str(read_json(teacher.folder / CONFIG_NAME).get("architectures") or "")
-    if args.masked_lm == "yes" and heads and not re.search("MaskedLM|PreTraining", heads):
+    if args.masked_lm == "yes" and heads and not (
+            re.search("MaskedLM|PreTraining", heads) and teacher.config.family == "bert"):
         raise UserError(f"--vectors: {teacher.name} has no masked-LM head ({heads}); expected"
                         " AUGMENTATION_MODEL=FOLDER_OR_HUB_ID, a BERT that has one")
     is_ready = "SequenceClassification" in heads and args.new_classifier != "yes"
