@@ -109,15 +109,12 @@ def longest_input(folder: Path, config: BertConfig) -> int:
     return int(limit) if is_limit else config.max_position_embeddings
 
 
-def check_pairs(rows: list[Row], name: str, config: BertConfig, task: Task | None) -> None:
+def check_pairs(rows: list[Row], name: str, task: Task | None) -> None:
     """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse."""
-    is_told_one = config.type_vocab_size == 1 and config.family == "bert"  # by its tokenizer
-    why = ("has one type of segments" if is_told_one else
-           f"was trained on {task.name}" if task is not None and task.text_b is None else "")
     for row in rows:
-        if why and row.text_b is not None:
-            raise UserError(f"{name}, line {row.line}: two texts; the model takes one, it {why}"
-                            " (--columns chooses)")
+        if task is not None and task.text_b is None and row.text_b is not None:
+            raise UserError(f"{name}, line {row.line}: two texts; the model takes one, it was"
+                            f" trained on {task.name} (--columns chooses)")
     if task is not None and task.text_b is not None and rows[0].text_b is None:
         logger.warning("%s, line %d: one text; the model was trained on pairs (%s)",
                        name, rows[0].line, task.name)
@@ -261,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
         if args.format == "tsv":
             yield header(kind, names)
         for rows in inputs.rows(stream):
-            check_pairs(rows, inputs.name, config, task)
+            check_pairs(rows, inputs.name, task)
             logits = predict(model, tokenizer, rows, longest, args.batch_size, device, dtype)
             yield from (format_line(each, args.format, width)
                         for each in predictions(rows, logits, kind, names))
