@@ -165,8 +165,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="prediction stage: multiply the teacher's term by the temperature's square, so that"
              " its gradient keeps its size")
     add("--hard_labels", choices=["original", "all"], default="all",
-        help="with --aug_train: whose labels count in --hard_label_weight, those of train's own"
-             " rows, or of all; an augmented row has the label of the row that it was made of")
+        help="with --aug_train: whose labels count in --hard_label_weight's term, a mean over all"
+             " rows: those of train's own rows, or of all; an augmented row has the label of the"
+             " one that it was made of")
     add("--joint", action="store_true",
         help="prediction stage: add the intermediate stage's losses, both stages in one")
     add("--attention_loss_weight", type=float, default=1.0,

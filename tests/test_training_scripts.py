@@ -557,8 +557,10 @@ def test_resume_with_other_arguments_names_those_that_differ_and_changes_nothing
     [folder] = stopped.folders("other")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     message = error_line(capsys, stopped.module, *stopped.arguments(
-        "other", "--resume", "--learning_rate", "0.5", "--seed", "7"))
-    assert "--learning_rate [0.5] (was [0.001]), --seed 7 (was 42)" in message
+        "other", "--resume", "--learning_rate", "0.5", "--seed", "7", "--layer_map", "1", "4",
+        "--hidden_loss_weight", "2"))
+    assert ("--hidden_loss_weight 2.0 (was 1.0), --layer_map [[1, 4]] (was [None]), --learning_rate"
+            " [0.5] (was [0.001]), --seed 7 (was 42)") in message
     assert "train_batch_size" not in message
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
