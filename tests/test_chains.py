@@ -1,0 +1,137 @@
+"""Each family from its teacher to the exported student, by the scripts alone."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from helpers import (
+    PIECES,
+    config_folder,
+    make_glue,
+    make_model,
+    read_json,
+    run,
+    same_weights,
+    weights,
+)
+from relatives import their_model
+from test_teachers import library_model
+from tiny_tokenizers import LINES, byte_bpe, unigram
+
+import export_model
+import finetune_teacher
+import general_distill
+import predict
+import task_distill
+from transformer.modeling import BertForMaskedLM
+from transformer.tokenization import load_tokenizer
+
+COMMON = ("--train_batch_size", 8, "--num_train_epochs", 1, "--precision", "fp32", "--no_cuda",
+          "--max_seq_length", 48)
+PAIRS = [("The film was good.", "we saw an awful book"), ("it was a POOR one", "a lovely story"),
+         ("a happy film: great!", "the ugly film was sad, it was")]
+SEGMENTS = ["input_ids", "token_type_ids", "attention_mask"]
+BASES = {
+    "roberta": (byte_bpe, {"tokenizer_class": "RobertaTokenizer"}, 360),
+    "electra": (None, {}, len(PIECES)),
+    "albert": (unigram, {"tokenizer_class": "AlbertTokenizer", "model_input_names": SEGMENTS}, 120),
+    "distilbert": (None, {}, len(PIECES)),
+}
+
+
+def make_base(folder: Path, name: str) -> Path:
+    """Save a random pre-trained model of a family, with a tokenizer of the kind that it has."""
+    make, settings, pieces = BASES[name]
+    their_model(folder, name, "", vocab_size=pieces, max_position_embeddings=66,
+                pad_token_id=1 if name == "roberta" else 0)
+    if make is not None:
+        for file in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+            (folder / file).unlink()
+        make(folder, {**settings, "model_max_length": 64})
+    return folder
+
+
+def stage(script, root: Path, output: str, *arguments) -> Path:
+    run(script, *arguments, "--output_dir", root / output, *COMMON)
+    return root / output
+
+
+def general_student(root: Path, teacher: Path) -> Path:
+    """Distil sentences into a BERT of two narrow layers."""
+    config_folder(root / "shape", num_hidden_layers=2, hidden_size=12)
+    (root / "sentences.txt").write_text("\n".join(LINES), encoding="utf-8")
+    return stage(general_distill, root, "general", "--train_corpus", root / "sentences.txt",
+                 "--teacher_model", teacher, "--student_model", root / "shape")
+
+
+def predicted(folder: Path) -> list[dict[str, float]]:
+    """What predict.py says of each pair."""
+    rows = folder.parent / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"sentence1": a, "sentence2": b}) + "\n" for a, b in PAIRS))
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as printed:
+        run(predict, "--model", folder, "--input_file", rows, "--format", "jsonl", "--no_cuda",
+            "--precision", "fp32", "--max_seq_length", 48)
+        printed.seek(0)
+        return [json.loads(line)["probabilities"] for line in printed]
+
+
+def check_export(folder: Path) -> None:
+    """Pipeline, ONNX graph and predict.py agree on every pair; int8 is near."""
+    expected = predicted(folder)
+    labels = [*read_json(folder / "config.json")["id2label"].values()]
+    values = [[row[label] for label in labels] for row in expected]
+    assert np.ptp(values, axis=0).min() > 1e-4  # rows differ
+    classify = transformers.pipeline("text-classification", str(folder), top_k=None, device="cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for (first, second), row in zip(PAIRS, expected, strict=True):
+        found = classify({"text": first, "text_pair": second})
+        assert {each["label"]: each["score"] for each in found} == pytest.approx(row, abs=1e-5)
+        encoded = tokenizer(first, second)
+        inputs = {name: np.array([encoded.get(name, np.zeros_like(encoded["input_ids"]))])
+                  for name in SEGMENTS}
+        for graph, tolerance in (("model", 1e-5), ("model_quantized", 0.05)):
+            session = onnxruntime.InferenceSession(folder / "onnx" / f"{graph}.onnx")
+            logits = torch.from_numpy(session.run(["logits"], inputs)[0][0])
+            probabilities = dict(zip(labels, logits.softmax(dim=-1).tolist(), strict=True))
+            assert probabilities == pytest.approx(row, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_relative_teaches_and_its_student_is_a_bert_with_its_vocabulary(tmp_path, name):
+    base, data = make_base(tmp_path / "base", name), make_glue(tmp_path / "data", "RTE")
+    task = ("--task_name", "RTE", "--data_dir", data)
+    teacher = stage(finetune_teacher, tmp_path, "teacher", *task, "--bert_model", base,
+                    "--new_classifier", "--learning_rate", 1e-2)
+    student = general_student(tmp_path, base)
+    for output, flags in (("first", ()), ("second", ("--pred_distill", "--learning_rate", 1e-2))):
+        student = stage(task_distill, tmp_path, output, *task, "--teacher_model", teacher,
+                        "--student_model", student, *flags)
+    run(export_model, "--model", student, "--output_dir", tmp_path / "out", "--onnx", "--int8")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["vocab_size"] == len(load_tokenizer(base))
+    file = "vocab.txt" if BASES[name][0] is None else "tokenizer.json"
+    assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
+    check_export(tmp_path / "out")
+
+
+def test_a_mobilebert_teaches_by_its_logits_and_the_student_stays_as_it_was(tmp_path):
+    make_model(tmp_path / "bert", BertForMaskedLM)
+    task = ("--task_name", "RTE", "--data_dir", make_glue(tmp_path / "data", "RTE"))
+    library_model(tmp_path / "teacher", ("entailment", "not_entailment"), "mobilebert")
+    student = stage(task_distill, tmp_path, "student", *task, "--teacher_model",
+                    tmp_path / "teacher", "--student_model",
+                    general_student(tmp_path, tmp_path / "bert"), "--pred_distill",
+                    "--learning_rate", 1e-2)
+    assert not same_weights(weights(student), weights(tmp_path / "general"))
+    run(export_model, "--model", student, "--output_dir", tmp_path / "out", "--onnx", "--int8")
+    assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == len(PIECES)
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (
+        tmp_path / "bert" / "vocab.txt").read_bytes()
+    check_export(tmp_path / "out")
