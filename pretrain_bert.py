@@ -178,6 +178,8 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
         if not Path(vocabulary).is_file():
             vocabulary = fetch_model(vocabulary, weights=False)
         tokenizer = load_tokenizer(vocabulary)
+        if not isinstance(tokenizer, BertTokenizer):
+            raise UserError(f"{tokenizer.file}: no BERT's vocabulary; expected one (vocab.txt)")
     if args.config is not None:
         config = BertConfig.from_json_file(path := find_config(source))
         BertForMaskedLM.check_family(config, path)

