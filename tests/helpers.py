@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,27 @@ def make_model(folder: Path, model_class=TinyBertForSequenceClassification, seed
                 parameter.add_(0.1 * torch.randn_like(parameter))
     save_pretrained(model, folder, write_vocab(folder), finished=model_arguments is None)
     return model.eval()
+
+
+def make_masked_lm(folder: Path, pieces: list[str], positions: int) -> Path:
+    """Save a BERT of two layers with these word pieces, whose random head proposes any of them."""
+    tokenizer = write_vocab(folder, [*SPECIAL, *pieces])
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=positions, initializer_range=0.5,
+    )
+    save_pretrained(BertForMaskedLM(config), folder, tokenizer)
+    return folder
+
+
+def random_vectors(path: Path, words: list[str]) -> Path:
+    """Write word vectors of six random numbers each."""
+    generator = np.random.default_rng(0)
+    path.write_text("".join(
+        f"{word} {' '.join(f'{x:.4f}' for x in generator.standard_normal(6))}\n"
+        for word in words), encoding="utf-8")
+    return path
 
 
 def config_folder(folder: Path, **changes) -> Path:

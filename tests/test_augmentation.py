@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, SHARED, error_line, run, write_vocab
+from helpers import GOLDEN, SHARED, error_line, make_masked_lm, random_vectors, run
 
 import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex
@@ -18,7 +18,7 @@ from transformer.file_utils import UserError
 from transformer.modeling import BertConfig, BertForMaskedLM, BertModel
 from transformer.table_files import read_tsv, write_tsv
 from transformer.tasks import GLUE_TASKS, get_task, load_examples, original_rows
-from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
+from transformer.tokenization import BertTokenizer
 from transformer.words import WordFinder, english_words, is_replacement
 
 WORD_LIST = """
@@ -38,24 +38,12 @@ def write_vectors(path: Path, *lines: str) -> Path:
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     """A tiny BERT with random weights and a vocabulary of its own, saved with its head."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = write_vocab(folder, [*SPECIAL_TOKENS, *PIECES, *WORDS])
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=40, initializer_range=0.5,
-    )
-    save_pretrained(BertForMaskedLM(config), folder, tokenizer)
-    return folder
+    return make_masked_lm(tmp_path_factory.mktemp("model"), [*PIECES, *WORDS], 40)
 
 
 @pytest.fixture(scope="module")
 def vector_file(tmp_path_factory) -> Path:
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("vectors") / "glove.txt"
-    return write_vectors(path, *(
-        f"{word} {' '.join(f'{x:.4f}' for x in generator.standard_normal(6))}"
-        for word in [*WORDS, *RARE]))
+    return random_vectors(tmp_path_factory.mktemp("vectors") / "glove.txt", [*WORDS, *RARE])
 
 
 @pytest.fixture

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import SHARED, error_line, run, write_vocab
+from helpers import SHARED, error_line, make_masked_lm, random_vectors, run
 from kill import Process, run_with_kills, script, torchrun
 
 import data_augmentation
 from transformer.augmentation import DataAugmentor, GloveIndex, compose_vectors
-from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
-from transformer.modeling import BertConfig, BertForMaskedLM
+from transformer.modeling import BertForMaskedLM
 from transformer.own_tasks import find_task
 from transformer.table_files import iterate_table, write_tsv
 from transformer.tasks import Task, load_examples, original_rows
-from transformer.tokenization import SPECIAL_TOKENS, BertTokenizer
+from transformer.tokenization import BertTokenizer
 from transformer.words import IDEOGRAPHS, NEGATION_CHARACTERS, WordFinder, is_ideographic
 
 GOOD = ["好吃", "新鲜", "热情", "干净", "便宜", "满意", "美味可口"]
@@ -38,24 +36,12 @@ CHARACTERS = sorted({character for word in WORDS for character in word
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     """A tiny Chinese BERT with random weights."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = write_vocab(folder, [*SPECIAL_TOKENS, *MARKS, *LATIN, *CHARACTERS])
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5,
-    )
-    save_pretrained(BertForMaskedLM(config), folder, tokenizer)
-    return folder
+    return make_masked_lm(tmp_path_factory.mktemp("model"), [*MARKS, *LATIN, *CHARACTERS], 64)
 
 
 @pytest.fixture(scope="module")
 def vector_file(tmp_path_factory) -> Path:
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("vectors") / "vectors.txt"
-    path.write_text("".join(
-        f"{word} {' '.join(f'{x:.4f}' for x in generator.standard_normal(6))}\n" for word in WORDS))
-    return path
+    return random_vectors(tmp_path_factory.mktemp("vectors") / "vectors.txt", WORDS)
 
 
 @pytest.fixture
