@@ -42,7 +42,12 @@ from transformer.runtime import (
 from transformer.tables import display_width, pad
 from transformer.tasks import Example, Task, label_order
 from transformer.text_inputs import TEXT_FORMS, Row, TextInputs
-from transformer.tokenization import AnyTokenizer, load_tokenizer, truncate_pair
+from transformer.tokenization import (
+    AnyTokenizer,
+    BertTokenizer,
+    load_tokenizer,
+    truncate_pair,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +114,27 @@ def longest_input(folder: Path, config: BertConfig) -> int:
     return int(limit) if is_limit else config.max_position_embeddings
 
 
-def check_pairs(rows: list[Row], name: str, task: Task | None) -> None:
-    """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse."""
+def takes_one_text(config: BertConfig, tokenizer: AnyTokenizer, task: Task | None) -> str:
+    """Say why a model takes single texts alone; "" where it takes pairs.
+
+    Without a known task a BERT of one type of segments does, as its relatives that have none do
+    not, nor the students with their tokenizers.
+    """
+    if task is not None:
+        return f"was trained on {task.name}" if task.text_b is None else ""
+    is_bert = config.family == "bert" and isinstance(tokenizer, BertTokenizer)
+    return "has one type of segments" if is_bert and config.type_vocab_size == 1 else ""
+
+
+def check_pairs(rows: list[Row], name: str, why: str, task: Task | None) -> None:
+    """Raise a `UserError` for a pair where the model takes single texts; warn of the reverse.
+
+    `why` is that of `takes_one_text`.
+    """
     for row in rows:
-        if task is not None and task.text_b is None and row.text_b is not None:
-            raise UserError(f"{name}, line {row.line}: two texts; the model takes one, it was"
-                            f" trained on {task.name} (--columns chooses)")
+        if why and row.text_b is not None:
+            raise UserError(f"{name}, line {row.line}: two texts; the model takes one, it {why}"
+                            " (--columns chooses)")
     if task is not None and task.text_b is not None and rows[0].text_b is None:
         logger.warning("%s, line %d: one text; the model was trained on pairs (%s)",
                        name, rows[0].line, task.name)
@@ -251,6 +271,7 @@ def main(args: argparse.Namespace) -> None:
     names = list(config.id2label.values())
     if task is not None and not task.is_glue:
         names = list(label_order(task, config.id2label)) or names
+    one_text = takes_one_text(config, tokenizer, task)
     inputs = TextInputs(args.input_file, args.input_format, args.columns, task, names)
     width = max(LABEL_WIDTH, *(display_width(one_line(name)) for name in names))
 
@@ -258,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
         if args.format == "tsv":
             yield header(kind, names)
         for rows in inputs.rows(stream):
-            check_pairs(rows, inputs.name, task)
+            check_pairs(rows, inputs.name, one_text, task)
             logits = predict(model, tokenizer, rows, longest, args.batch_size, device, dtype)
             yield from (format_line(each, args.format, width)
                         for each in predictions(rows, logits, kind, names))

@@ -64,6 +64,8 @@ def describe_models(args: argparse.Namespace, task: Task) -> Iterator[tuple[str,
     if args.student:
         yield from describe_student(read_model(args.student, "student", length), teacher)
     else:
+        teacher.config.check_own_layers(
+            teacher.folder, "expected --student FOLDER_OR_HUB_ID, a shape for one to start from")
         yield from describe_copy(teacher.config.num_hidden_layers, args.num_layers)
     yield "LENGTH", str(length)
 

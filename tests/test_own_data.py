@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import BAD, GOOD, config_folder, error_line, make_model, run
+from relatives import their_model
 from test_reproduction import drive, dry_run, given, is_script
 
 from driver import checks, copy_task, own_data
@@ -173,6 +174,8 @@ def test_the_content_of_a_model_changes_with_its_weights(mine, base, capsys):
     ("--tasks {mine} --teacher {base} --num_layers 5", "STUDENT_LAYERS=5: expected a number from"),
     ("--tasks {mine} --teacher {base} --student {root}/shape", "and the student 4; the attention"),
     ("--tasks {mine} --teacher {root}/ready --masked_lm yes", "has no masked-LM head"),
+    ("--tasks {mine} --teacher {root}/electra --masked_lm yes", "has no masked-LM head"),
+    ("--tasks {mine} --teacher {root}/albert", "layers share their weights; expected --student"),
 ])
 def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message):
     write_csv(tmp_path / "other" / "mine" / "train.csv", 40)
@@ -180,6 +183,8 @@ def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message)
     config_folder(tmp_path / "shape", num_hidden_layers=2, num_attention_heads=4)
     make_model(tmp_path / "stars", labels=("1", "2", "3"))
     make_model(tmp_path / "ready", labels=LABELS)
+    for family in ("albert", "electra"):
+        their_model(tmp_path / family, family, "MaskedLM", max_position_embeddings=140)
     words = arguments.format(root=tmp_path, mine=mine, base=base).split()
     assert message in error_line(capsys, own_data, *words)
 

@@ -362,8 +362,9 @@ def test_what_is_not_clear_is_refused(model, capsys, monkeypatch, name):
     assert expected in error_line(capsys, predict, "--model", model, *flags)
 
 
-def test_a_model_of_single_texts_is_given_no_pairs(tmp_path, capsys, monkeypatch):
-    make_model(tmp_path / "model", finetuning_task="sst2")
+@pytest.mark.parametrize("known", [{"finetuning_task": "sst2"}, {"type_vocab_size": 1}])
+def test_a_model_of_single_texts_is_given_no_pairs(tmp_path, capsys, monkeypatch, known):
+    make_model(tmp_path / "model", **known)
     for text in (b"a film\tbad", b'{"text": "a film", "text_pair": "bad"}'):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert "line 1: two texts; the model takes one" in error_line(
