@@ -184,7 +184,8 @@ def check_heads(teacher_heads: int, student_heads: int) -> None:
     if student_heads != teacher_heads or not teacher_heads:
         raise UserError(
             f"the teacher has {teacher_heads} attention heads and the student {student_heads};"
-            " the attention loss needs the same number, --no_attention_loss leaves it out"
+            " the attention loss needs the same number; --no_attention_loss of the distillation"
+            " scripts leaves it out"
         )
 
 
