@@ -215,6 +215,9 @@ def test_do_eval_measures_the_losses_and_trains_nothing(setup):
         results.append(read_json(output / "eval_results.json")["losses"])
     assert set(results[0]) == {"att_loss", "rep_loss"}
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+    output = setup.run("hidden", "--do_eval", "--no_attention_loss")
+    assert read_json(output / "eval_results.json")["losses"] == {
+        "rep_loss": pytest.approx(results[0]["rep_loss"], rel=1e-4)}
 
 
 def test_a_student_equal_to_its_teacher_has_no_loss(setup):
