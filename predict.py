@@ -257,10 +257,9 @@ def main(args: argparse.Namespace) -> None:
     device = get_device(args.no_cuda)
     dtype = resolve_precision(args.precision, device)
     folder = fetch_model(args.model, args.cache_dir or None)
-    task = stored_task(folder)
+    task, tokenizer = stored_task(folder), load_tokenizer(folder, args.do_lower_case or None)
     model = load_classifier(folder, device=device)
     config = model.config
-    tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)
     longest = args.max_seq_length or longest_input(folder, config)
     config.check_length(longest, "the model")

@@ -295,6 +295,7 @@ def test_a_file_of_another_use_is_one_clear_line(roberta, values, message):
     ({"truncation_side": "left"}, "truncation_side is 'left'"),
     ({"split_special_tokens": True}, "split_special_tokens is True"),
     ({"additional_special_tokens": ["<x>"]}, "'<x>' was added, but"),
+    ({"add_prefix_space": True}, "add_prefix_space is True, and tokenizer.json says the contrary"),
 ])
 def test_settings_that_change_the_ids_are_refused_by_their_name(roberta, values, message):
     settings(roberta, **values)
@@ -320,16 +321,17 @@ def load_ids(folder: Path) -> dict[str, int]:
 
 
 def test_a_tokenizer_without_a_token_for_padding_is_refused(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"^": 0, "$": 1, "a": 2, "?": 3}, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel({"^": 0, ";": 1, "a": 2, "?": 3}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("^ $A $", "^ $A $ $B $", [
-        ("^", 0), ("$", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing("^ $A ;", "^ $A ; $B ;", [
+        ("^", 0), (";", 1)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="no token for padding; expected a pad_token"):
         load_tokenizer(tmp_path)
     settings(tmp_path, pad_token="?")
     found = load_tokenizer(tmp_path)
     assert (found.pad_id, found.unk_id, found.mask_id) == (3, 3, -1)
+    assert encoded(tmp_path, [("a b", None)], 9)[0][0] == [0, 2, 3, 1]
     with pytest.raises(UserError, match="no token for masks"):
         Masking(found, 0.15, 20, False)
 

@@ -27,6 +27,7 @@ from transformer.tokenizer_files import (
     INPUT_NAMES,
     ONLY_ANY,
     SPECIAL_TOKENS_NAME,
+    check_prefix_space,
     check_settings,
     has_segments,
     input_names,
@@ -78,6 +79,7 @@ class FileTokenizer:
                       if (folder / name).is_file()}
         content = read_json(self.file)
         check_settings(folder, content, ONLY_ANY)
+        check_prefix_space(folder, content)
         try:
             self._fast = Tokenizer.from_buffer(self.files[FAST_TOKENIZER_NAME])
         except Exception as error:  # of the library, which raises no other class
@@ -131,26 +133,21 @@ class FileTokenizer:
                             f" {folder / TOKENIZER_CONFIG_NAME}")
         return found
 
-    def _add_tokens(
-        self, added: Mapping[int, AddedToken], named: Iterable[AddedToken]
-    ) -> None:
+    def _add_tokens(self, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
         """Have the tokens that other files name found in texts, too, as Hugging Face's library."""
-        for index, token in added.items():
-            self._add(token)
-            if (got := self._fast.token_to_id(token.content)) != index:
-                raise UserError(f"{self.file}: the added token {token.content!r} has id {got};"
-                                f" expected {index}, as {TOKENIZER_CONFIG_NAME} says")
         roles = [AddedToken(token, special=True, normalized=False)
                  for token in self._roles().values()]
-        for token in (*named, *roles):
-            if self._fast.token_to_id(token.content) is not None:
-                self._add(token)
-
-    def _add(self, token: AddedToken) -> None:
-        known = self._fast.get_added_tokens_decoder().values()
-        if not any(each.content == token.content for each in known):
-            add = self._fast.add_special_tokens if token.special else self._fast.add_tokens
-            add([token])
+        known = {each.content for each in self._fast.get_added_tokens_decoder().values()}
+        for index, token in [*added.items(), *((None, token) for token in (*named, *roles))]:
+            own = self._fast.token_to_id(token.content)
+            if token.content not in known and (own, index) != (None, None):
+                add = self._fast.add_special_tokens if token.special else self._fast.add_tokens
+                add([token])
+                known.add(token.content)
+                own = self._fast.token_to_id(token.content)
+            if index not in (None, own):
+                raise UserError(f"{self.file}: the added token {token.content!r} has id {own};"
+                                f" expected {index}, as {TOKENIZER_CONFIG_NAME} says")
 
     def _roles(self) -> dict[str, str]:
         """Return the special tokens that there are, by the names of Hugging Face's settings."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformer import distributed
 from transformer.file_utils import (
     CONFIG_NAME,
+    OTHER_VOCABULARIES,
     TOKENIZER_FILES,
     UserError,
     read_json,
@@ -44,8 +45,8 @@ WEIGHTS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model
                     "model*.onnx_data", "onnx", "openvino")
 # What a reader would take for a part of a model, or of the run that made it.
 MODEL_PATTERNS = (
-    *WEIGHTS_PATTERNS, CONFIG_NAME, *TOKENIZER_FILES, "quantization.json", "kprune.json",
-    "task.json",
+    *WEIGHTS_PATTERNS, CONFIG_NAME, *TOKENIZER_FILES, *OTHER_VOCABULARIES, "quantization.json",
+    "kprune.json", "task.json",
     ARGUMENTS_NAME, RESULTS_NAME, "eval_results.txt", "log.jsonl", EVENTS_FOLDER, STATE_FOLDER,
     "last", "lr*_batch*", "generation_config.json", "training_args.bin", "trainer_state.json",
     "modules.json", "sentence_bert_config.json", "chat_template.jinja")

@@ -272,6 +272,20 @@ def _settings(folder: Path, fast: dict[str, Any] | None) -> dict[str, bool]:
     return settings
 
 
+def check_prefix_space(folder: Path, fast: dict[str, Any]) -> None:
+    """Raise a `UserError` where two files contradict each other about a text's first space.
+
+    Then one version of Hugging Face's library obeys the one, another the other.
+    """
+    file = folder / TOKENIZER_CONFIG_NAME
+    said = read_json(file).get("add_prefix_space") if file.is_file() else None
+    splitter = fast.get("pre_tokenizer") or {}
+    for part in splitter.get("pretokenizers") or [splitter]:
+        if said is not None and part.get("add_prefix_space", said) != said:
+            raise UserError(f"{file}: add_prefix_space is {said}, and {FAST_TOKENIZER_NAME} says"
+                            " the contrary; expected the same in both")
+
+
 def named_tokens(folder: Path) -> dict[str, AddedToken]:
     """Return the special tokens that are named by their role, such as `cls_token`."""
     return {name: _as_token(value) for _, name, value in _said(folder, None)
