@@ -50,7 +50,7 @@ from transformer.distillation import (
 )
 from transformer.evaluation import write_results
 from transformer.file_utils import WEIGHTS_NAME, UserError, read_json
-from transformer.hub import fetch_model
+from transformer.hub import fetch_model, has_vocabulary
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze, scratch_config
 from transformer.optimization import BertAdam, param_groups
 from transformer.pregeneration import (
@@ -230,6 +230,9 @@ def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
         config = scratch_config(
             folder, None if trained else len(tokenizer), teacher=teacher)
         config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
+        if trained and has_vocabulary(folder) and load_tokenizer(folder).vocab != tokenizer.vocab:
+            raise UserError(f"{folder}: its vocabulary has other pieces than that of"
+                            f" {args.teacher_model}; expected the same")
         config.check_length(args.max_seq_length, folder)
         check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
     return tokenizer

@@ -13,6 +13,7 @@ from helpers import (
     GOLDEN,
     GOOD,
     NEUTRAL,
+    PIECES,
     GeneralSetup,
     config_folder,
     error_line,
@@ -461,3 +462,10 @@ def test_a_student_with_weights_of_another_vocabulary_is_named(setup, capsys, fl
                vocab_size=400)
     setup.expect_error(capsys, *flags, contains=[
         f"{setup.student}/config.json: vocab_size is 400; expected ", str(setup.teacher)])
+
+
+def test_a_trained_student_of_other_pieces_is_named_though_they_are_as_many(setup, capsys):
+    make_model(setup.student, TinyBertForPreTraining, num_hidden_layers=2, hidden_size=12)
+    write_vocab(setup.student, [*PIECES[:-1], ";"])
+    setup.expect_error(capsys, "--continue_train", contains=[
+        f"{setup.student}: its vocabulary has other pieces than that of {setup.teacher}"])
