@@ -1,6 +1,7 @@
 """Tiny models, vocabularies, GLUE folders and corpora that the tests of the scripts share."""
 
 import fcntl
+import importlib
 import json
 import os
 import random
@@ -205,6 +206,12 @@ def make_pregenerated(folder: Path, rows: int = 10, epochs: int = 1, max_length:
 def run(module, *arguments) -> None:
     """Run a script in this process, as its command line would."""
     run_script(module.main, module.get_args_parser(), [str(a) for a in arguments])
+
+
+def kprune_script() -> ModuleType:
+    """Import K-prune's main.py; its other modules can be imported from then on."""
+    sys.path.insert(0, str(REPO / "K-prune" / "src"))
+    return importlib.import_module("main")
 
 
 def run_process(script: str, *arguments) -> subprocess.CompletedProcess:

@@ -1,9 +1,7 @@
 """Relatives of BERT in the scripts: each takes them without new flags, or refuses in one line."""
 
-import importlib
 import io
 import json
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -11,9 +9,9 @@ import pytest
 import torch
 import transformers
 from helpers import (
-    REPO,
     config_folder,
     error_line,
+    kprune_script,
     make_glue,
     make_pregenerated,
     random_batch,
@@ -45,8 +43,7 @@ from transformer.modeling import (
     freeze,
 )
 
-sys.path.insert(0, str(REPO / "K-prune" / "src"))
-kprune_main = importlib.import_module("main")
+kprune_main = kprune_script()
 
 FAMILIES = ["roberta", "electra, narrow embeddings", "albert", "distilbert"]
 OWN_LAYERS = [shape for shape in FAMILIES if shape != "albert"]

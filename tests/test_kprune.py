@@ -4,7 +4,6 @@ import ast
 import copy
 import importlib
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from helpers import (
     REPO,
     ScriptSetup,
     error_line,
+    kprune_script,
     make_glue,
     make_model,
     random_batch,
@@ -43,8 +43,7 @@ from transformer.modeling import (
 from transformer.tasks import get_task
 from transformer.tokenization import BertTokenizer
 
-sys.path.insert(0, str(REPO / "K-prune" / "src"))
-kprune_main = importlib.import_module("main")
+kprune_main = kprune_script()
 prune = importlib.import_module("prune")
 from dataset.sample import draw_sample, sample_batches  # noqa: E402
 from utils.checkpoint import load_model  # noqa: E402

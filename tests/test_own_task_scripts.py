@@ -1,10 +1,8 @@
 """Tasks of a user's own through the scripts that train, prune, quantize and measure."""
 
 import csv
-import importlib
 import json
 import random
-import sys
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from helpers import (
     BAD,
     GOOD,
     NEUTRAL,
-    REPO,
     error_line,
+    kprune_script,
     make_glue,
     make_model,
     read_json,
@@ -30,8 +28,7 @@ import task_distill
 from transformer.modeling import BertForMaskedLM, TinyBertForPreTraining
 from transformer.own_tasks import find_task
 
-sys.path.insert(0, str(REPO / "K-prune" / "src"))
-kprune_main = importlib.import_module("main")
+kprune_main = kprune_script()
 
 MOODS = ("中性", "正面", "负面")
 INTENTS = tuple(f"意图{number}" for number in range(119))

@@ -442,6 +442,15 @@ def test_a_description_in_the_place_of_data_is_told_from_rows(tmp_path):
     assert find_task(None, put(tmp_path, "rows.json", GOOD_JSON) / "rows.json").num_labels == 2
 
 
+def test_a_file_beside_the_description_of_other_files_is_refused(tmp_path):
+    put(tmp_path, "train.tsv", GOOD)
+    put(tmp_path, "other.tsv", GOOD)
+    put(tmp_path, "task.json", '{"name": "mine", "files": {"train": "train.tsv"}}')
+    assert find_task(None, tmp_path / "train.tsv") == find_task(None, tmp_path)
+    with pytest.raises(UserError, match=r"other.tsv: .*task.json describes other files, train.tsv"):
+        find_task(None, tmp_path / "other.tsv")
+
+
 def test_a_name_that_is_none_is_refused_for_a_folder_of_glue(tmp_path):
     with pytest.raises(UserError, match="unknown task 'RTEE'"):
         find_task("RTEE", put(tmp_path / "RTE", "train.tsv", "index\tsentence1\n"))

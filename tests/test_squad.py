@@ -1,9 +1,7 @@
 """SQuAD: reading, windows, answers, metrics, and K-prune on it end to end."""
 
-import importlib
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ from helpers import (
     BAD,
     GOOD,
     NEUTRAL,
-    REPO,
     error_line,
+    kprune_script,
     make_model,
     random_batch,
     read_json,
@@ -28,8 +26,7 @@ from transformer.file_utils import UserError
 from transformer.modeling import BertForQuestionAnswering, model_inputs
 from transformer.tokenization import BertTokenizer
 
-sys.path.insert(0, str(REPO / "K-prune" / "src"))
-kprune_main = importlib.import_module("main")
+kprune_main = kprune_script()
 from dataset.squad import Question, make_windows, read_squad  # noqa: E402
 from evaluate.squad import best_span, decode, exact_match, f1, squad_metrics  # noqa: E402
 

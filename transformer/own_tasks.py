@@ -234,6 +234,10 @@ def _read_settings(task_name: str | None, data_dir: Path | str) -> dict[str, Any
                     f"the folder of its data, with this file in it as {TASK_NAME}")
         raise UserError(f"{folder}: describes a task; expected {expected}")
     settings = _checked(read_json(path), path) if path.is_file() else {}
+    files = settings.get("files", {})
+    if folder.is_file() and files and folder.name not in files.values():
+        raise UserError(f"{folder}: {path} describes other files, {', '.join(files.values())};"
+                        f" expected the folder {folder.parent}, or this file somewhere else")
     if task_name is not None and plain_name(settings.get("name", task_name)) != plain_name(
             task_name):
         raise UserError(f"--task_name {task_name}: {path} describes {settings['name']!r}")

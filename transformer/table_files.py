@@ -72,7 +72,9 @@ def iterate_tsv(path: Path | str) -> Iterator[tuple[int, list[str]]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected tab-separated text")
-    for number, line in table_lines(path):
+    for number, line in text_lines(path):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         yield number, line.removesuffix("\n").rstrip("\r").split("\t")
 
 
