@@ -410,6 +410,27 @@ def test_no_masked_lm_head_of_a_relative_is_taken_for_berts(tmp_path, capsys):
     assert "model_type is 'roberta'; expected a BERT" in message
 
 
+def test_a_weight_under_two_names_is_refused(tmp_path):
+    their_model(tmp_path, "electra")
+    key = "embeddings.LayerNorm.weight"
+    change_weights(tmp_path, lambda state: {**state, key: state[f"electra.{key}"] + 1})
+    assert "embeddings.LayerNorm.weight twice" in refusal(tmp_path)
+
+
+@each_family
+@torch.no_grad()
+def test_the_originals_relu_head_makes_a_model_that_only_we_read(tmp_path, shape):
+    their_model(tmp_path / "a", shape)
+    model = TinyBertForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    model.config.classifier_relu = True
+    save_pretrained(model, tmp_path / "b")
+    with pytest.raises(ValueError, match="_bert"):
+        transformers.AutoConfig.from_pretrained(tmp_path / "b")
+    again = TinyBertForSequenceClassification.from_pretrained(tmp_path / "b").eval()
+    assert again.config.to_dict() == model.config.to_dict()
+    assert torch.equal(again(*random_batch()).logits, model(*random_batch()).logits)
+
+
 def test_which_folders_our_bert_computes(tmp_path):
     for values, expected in (
             ({}, True), ({"model_type": "bert"}, True), ({"model_type": "pruned_bert"}, True),

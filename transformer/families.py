@@ -266,8 +266,13 @@ def our_state(name: str, state: Mapping[str, Tensor], pad_token_id: int) -> dict
     unread = family.heads
     if family.head_pooler and has_own:  # the encoder's own is not used
         unread = (*unread, "pooler.", f"{family.prefix}pooler.")
-    ours = {our_key(name, key): tensor for key, tensor in state.items()
-            if not key.startswith(unread)}
+    ours: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key.startswith(unread):
+            continue
+        if (ours_name := our_key(name, key)) in ours:
+            raise UserError(f"holds {key} twice, with the name of its encoder and without")
+        ours[ours_name] = tensor
     if family.padded_positions and POSITIONS in ours:
         ours[POSITIONS] = ours[POSITIONS][pad_token_id + 1 :]
     if name == "distilbert" and WORDS in ours:
