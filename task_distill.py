@@ -67,8 +67,8 @@ from transformer.evaluation import (
     write_results,
 )
 from transformer.features import Features, load_features
-from transformer.file_utils import TOKENIZER_FILES, UserError, atomic_path, read_json
-from transformer.hub import fetch_model
+from transformer.file_utils import UserError, atomic_path, read_json
+from transformer.hub import fetch_model, has_vocabulary
 from transformer.hugging_face import predict_examples
 from transformer.inference import load_classifier, match_labels, read_classifier
 from transformer.modeling import freeze, scratch_config
@@ -289,8 +289,7 @@ def choose_tokenizer(args: argparse.Namespace, teacher: Teacher) -> AnyTokenizer
     found: AnyTokenizer | None = None
     for source in args.student_model:
         path = find_config(model_settings(args, source))
-        has_own = any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])
-        origin = source if has_own else teacher.source
+        origin = source if has_vocabulary(path.parent) else teacher.source
         own = load_tokenizer(model_settings(args, origin), args.do_lower_case or None)
         if teacher.is_ours and own.vocab == teacher.tokenizer.vocab:
             own, origin = teacher.tokenizer, teacher.source

@@ -21,6 +21,8 @@ from helpers import (
     weights,
 )
 from relatives import their_model
+from test_own_data import write_csv
+from test_reproduction import dry_run, given
 from test_teachers import library_model
 from tiny_tokenizers import LINES, byte_bpe, unigram
 
@@ -29,6 +31,7 @@ import finetune_teacher
 import general_distill
 import predict
 import task_distill
+from driver import checks
 from transformer.modeling import BertForMaskedLM
 from transformer.tokenization import load_tokenizer
 
@@ -135,3 +138,21 @@ def test_a_mobilebert_teaches_by_its_logits_and_the_student_stays_as_it_was(tmp_
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == (
         tmp_path / "bert" / "vocab.txt").read_bytes()
     check_export(tmp_path / "out")
+
+
+def test_the_profile_of_roberta_plans_its_own_layers_or_a_small_bert_as_the_student(tmp_path):
+    for split, first in (("train", 0), ("dev", 40)):
+        write_csv(tmp_path / "mine" / f"{split}.csv", 40, first)
+    make_base(tmp_path / "roberta", "roberta")
+    config_folder(tmp_path / "shape", num_hidden_layers=2)
+    settings = {"MAX_SEQ_LENGTH": "48", "MODELS_DIR": "m", "RESULTS_DIR": "r", "WORK_DIR": "w"}
+    call = ("--profile", "roberta", "--task", str(tmp_path / "mine"), "--teacher",
+            str(tmp_path / "roberta"))
+    for student, script in (((), "tinybert_6_from_bert.py"),
+                            (("--student", str(tmp_path / "shape")), "general_distill.py")):
+        commands = dry_run(*call, *student, **settings)
+        assert not list(checks.problems(commands))
+        (teacher,) = (given(c) for c in commands if c[1] == "finetune_teacher.py")
+        assert teacher["learning_rate"] == 2e-5 and teacher["new_classifier"]
+        assert script in [command[1] for command in commands]
+        assert not any("--do_lower_case" in command for command in commands)

@@ -24,7 +24,7 @@ DOCUMENTS = [
 ]  # fmt: skip
 # What the reader or the hub brings, and folders that only runs make.
 BROUGHT = ["data/enwiki-20251101-pages-articles-multistream.xml.bz2", "data/squad", "data/mine",
-           "data/my_vectors.txt", "models/my_bert",
+           "data/my_vectors.txt", "models/my_bert", "models/my_deberta", "FacebookAI/roberta-base",
            "google-bert/bert-base-uncased", "data/snips", "sentence-transformers/all-MiniLM-L6-v2",
            "waimai_10k.csv"]
 RUN_FOLDERS = {"data", "models", "results"}
