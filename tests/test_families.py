@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from helpers import error_line, random_batch, read_json, tiny_config, write_vocab
+from helpers import error_line, random_batch, read_json, run, tiny_config, write_vocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relatives import SHAPES, batch_of, change_config, their_config, their_inputs, their_model
@@ -400,14 +400,22 @@ def test_a_new_classifier_brings_a_new_pooler_where_the_family_has_it_there(
     assert "classifier" in refusal(tmp_path)  # where nobody asked for a new one
 
 
-def test_no_masked_lm_head_of_a_relative_is_taken_for_berts(tmp_path, capsys):
+def test_no_masked_lm_head_of_a_relative_is_taken_for_berts(tmp_path):
     their_model(tmp_path, "roberta", "MaskedLM")
     with pytest.raises(UserError, match=r"model_type is 'roberta', whose masked-LM head"):
         BertForMaskedLM.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: model_type is 'roberta'"):
         BertForMaskedLM.from_scratch(tmp_path)
-    message = error_line(capsys, fix_teacher_layers, "--models", tmp_path)
-    assert "model_type is 'roberta'; expected a BERT" in message
+
+
+@pytest.mark.parametrize("kind", ["MaskedLM", "", "SequenceClassification"])
+def test_repairing_names_checks_a_relative_and_leaves_it_as_it_is(tmp_path, capsys, kind):
+    their_model(tmp_path, "roberta", kind)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run(fix_teacher_layers, "--models", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    change_weights(tmp_path, without("encoder.layer.2."))
+    assert "bert.encoder.layer.2." in error_line(capsys, fix_teacher_layers, "--models", tmp_path)
 
 
 def test_a_weight_under_two_names_is_refused(tmp_path):
