@@ -19,6 +19,7 @@ import general_distill
 import get_bert_models
 import predict
 import pregenerate_training_data
+import quantize
 from transformer.checkpoint import save_pretrained
 from transformer.corpus import EpochSettings, Masking
 from transformer.features import encode_examples, load_features
@@ -595,6 +596,25 @@ def test_predict_answers_as_the_pipeline_of_the_same_folder(make, tmp_path, caps
         expected = {each["label"]: each["score"] for each in pipeline(
             text, truncation=True, max_length=32)}
         assert line["probabilities"] == pytest.approx(expected, abs=1e-5), (a, b)
+
+
+@pytest.mark.parametrize("of", ["roberta", "albert"])
+def test_a_quantized_folder_has_the_tokenizer_and_the_frame_of_its_model(
+        of, request, tmp_path, capsys):
+    folder = student_of(request.getfixturevalue(of), initializer_range=0.5)
+    run(quantize, "--model", folder, "--output_dir", tmp_path / "onnx", "--method", "fp32",
+        "--format", "onnx")
+    (tmp_path / "rows.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in zip(
+        LINES, LINES[1:4], strict=False)), encoding="utf-8")
+    answers = []
+    for model in (folder, tmp_path / "onnx"):
+        capsys.readouterr()
+        run(predict, "--model", model, "--input_file", tmp_path / "rows.tsv", "--format", "jsonl",
+            "--precision", "fp32", "--no_cuda")
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        answers.append([line["probabilities"]["LABEL_0"] for line in lines])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-5) and len({*answers[0]}) == 3
+    assert auto(tmp_path / "onnx")(*LINES[:2]) == auto(folder)(*LINES[:2])
 
 
 def test_get_bert_models_keeps_a_relative_what_it_is(tmp_path):

@@ -20,11 +20,12 @@ from helpers import (
     tiny_config,
     write_vocab,
 )
+from tiny_tokenizers import LINES, byte_bpe, unigram
 
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import UserError
 from transformer.modeling import BertForQuestionAnswering, model_inputs
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import BertTokenizer, load_tokenizer
 
 kprune_main = kprune_script()
 from dataset.squad import Question, make_windows, read_squad  # noqa: E402
@@ -122,6 +123,23 @@ def test_windows_overlap_cover_the_paragraph_and_carry_the_question(tokenizer):
     assert starts == sorted(set(starts)) and starts[0] == 0
     assert windows.pieces[-1][-1][1] == len(context)
     assert len(windows.features) == 1 + -(-(len(ids) - 14) // 5)
+
+
+@pytest.mark.parametrize("make", [byte_bpe, unigram])
+def test_windows_of_other_tokenizers_are_those_of_autotokenizer(tmp_path, make):
+    tokenizer = load_tokenizer(make(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = " ".join(LINES[:3])
+    windows = make_windows([Question("1", "Was it good?", text, ())], tokenizer, 36, 5)
+    asked = theirs("Was it good?", text, max_length=36, truncation="only_second",
+                   return_overflowing_tokens=True, return_offsets_mapping=True, padding=False,
+                   stride=36 - windows.context_start(0) - 1 - 5)
+    assert len(asked["input_ids"]) == len(windows.question) > 1
+    for window, ids in enumerate(asked["input_ids"]):
+        batch, start = windows.features.collate([window]), windows.context_start(window)
+        assert batch["input_ids"][0].tolist() == ids
+        assert [*map(tuple, windows.pieces[window])] == asked["offset_mapping"][window][start:-1]
+        assert bool(batch["token_type_ids"].any()) == tokenizer.segments
 
 
 def test_the_answer_is_cut_from_the_text_of_the_best_window_with_its_capitals(tokenizer):
