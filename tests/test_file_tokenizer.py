@@ -11,7 +11,7 @@ import torch
 from helpers import PIECES, config_folder, error_line, make_model, run, write_vocab
 from huggingface_hub import constants
 from server import publish
-from tiny_tokenizers import LINES, byte_bpe, unigram
+from tiny_tokenizers import LINES, byte_bpe, unigram, xlm_unigram
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import data_augmentation
@@ -47,6 +47,8 @@ KINDS = {
                                           "model_input_names": ["input_ids", "attention_mask"]}),
     "albert of old": (unigram, None),
     "albert": (unigram, {"tokenizer_class": "AlbertTokenizer", "pad_token": "<pad>"}),
+    "xlm-roberta": (xlm_unigram, {"tokenizer_class": "XLMRobertaTokenizerFast"}),
+    "xlm-roberta, general class": (xlm_unigram, {"tokenizer_class": "TokenizersBackend", **NAMES}),
 }
 
 

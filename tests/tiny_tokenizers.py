@@ -55,18 +55,36 @@ def byte_bpe(folder: Path, settings: dict | None = None, model_type: str = "robe
 
 def unigram(folder: Path, settings: dict | None = None, model_type: str = "albert") -> Path:
     """Write a tokenizer as ALBERT's; returns the folder."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([
+    tokenizer = _train_unigram(ALBERT_TOKENS, normalizers.Sequence([
         normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.NFKD(),
         normalizers.StripAccents(), normalizers.Lowercase(),
-        normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    tokenizer.train_from_iterator(LINES, trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=[*ALBERT_TOKENS[:4], _mask("[MASK]")], unk_token="<unk>",
-        show_progress=False))
-    tokenizer.decoder = decoders.Metaspace()
+        normalizers.Replace(Regex(" {2,}"), " ")]))
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
     return _write(folder, tokenizer, model_type, settings)
+
+
+def xlm_unigram(
+    folder: Path, settings: dict | None = None, model_type: str = "xlm-roberta"
+) -> Path:
+    """Write a tokenizer as XLM-RoBERTa's, but for its normalizer; returns the folder."""
+    tokenizer = _train_unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], None)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> </s> $B </s>",
+        [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")])
+    return _write(folder, tokenizer, model_type, settings)
+
+
+def _train_unigram(tokens: list[str], normalizer: normalizers.Normalizer | None) -> Tokenizer:
+    """Train on `LINES`, with these special tokens, the last of them for masks."""
+    tokenizer = Tokenizer(models.Unigram())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.train_from_iterator(LINES, trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=[*tokens[:-1], _mask(tokens[-1])], unk_token="<unk>",
+        show_progress=False))
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
