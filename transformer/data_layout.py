@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,8 +188,8 @@ def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping
     shown = [cell[:40] for cell in first[:12]]
     if names is None:
         raise refusal(f"{path}, line 1: {len(first)} columns {shown}; expected a header with known"
-                       " names, or without one a text, perhaps another, and a label.", settings,
-                       data_dir, **_guess(rows))
+                       " names, or without one a text, perhaps another, and a label (else"
+                       ' "columns" names them).', settings, data_dir, **_guess(rows))
     later = {row[-1].strip() for row in rows[1:] if len(row) == len(first)}
     digits = [sum(row[column].strip().isdecimal() for row in rows if len(row) == len(first))
               for column in range(len(first) - 1)]
@@ -195,7 +197,8 @@ def _without_header(rows: Sequence[Sequence[str]], path: Path, settings: Mapping
             label.replace(".", "").isdecimal() for label in later) and later) or (
             2 * max(digits) > len(rows)):
         raise refusal(f"{path}, line 1: {shown}; is it a header, and which columns are the texts"
-                       " and the label?", settings, data_dir, **_guess(rows))
+                       ' and the label? (If it is none, "columns" names them.)', settings,
+                       data_dir, **_guess(rows))
     return {"columns": names, "text_a": names[0], "text_b": names[1] if len(names) == 3 else None,
             "label": "label"}
 
@@ -252,11 +255,13 @@ def check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mappi
     if [*counts["train"]] == [*task.labels[:1]]:
         raise UserError(f"{data_dir}: all rows have the label {task.labels[0]!r}; expected two or"
                         " more")
-    plain = Counter(map(plain_label, task.labels))
-    if alike := [label for label in task.labels if plain[plain_label(label)] > 1]:
-        raise refusal(f"{data_dir}: the labels {', '.join(map(repr, alike[:4]))} differ in case or"
-                       " spaces only; expected one spelling, or aliases.", settings, data_dir,
-                       aliases={alike[0]: alike[1]})
+    meanings = Counter(map(_meaning, task.labels))
+    if alike := [label for label in task.labels if meanings[_meaning(label)] > 1]:
+        alike = [label for label in alike if _meaning(label) == _meaning(alike[0])]
+        raise refusal(f"{data_dir}: the labels {', '.join(map(repr, alike[:4]))} differ in case,"
+                       " spaces or zeros only; expected one spelling, or aliases.", settings,
+                       data_dir, labels=[label for label in task.labels if label not in alike[1:]],
+                       aliases=dict.fromkeys(alike[1:], alike[0]))
     anywhere = counts["train"] + counts.get("dev", Counter())
     if lacking := [label for label in task.labels if not anywhere[label]]:
         found = shown_labels([*counts["train"]])
@@ -274,6 +279,12 @@ def check_labels(task: Task, counts: Mapping[str, Counter[str]], settings: Mappi
             raise refusal(f"{data_dir}: the folder {missing[0]!r} of train has no counterpart in"
                           f" {split}; are its texts without labels?", settings, data_dir,
                           labels=[*filter(counter.get, task.labels)], skip_labels=missing)
+
+
+def _meaning(label: str) -> str | Decimal:
+    """Return what is the same of two labels that are spelled differently, such as 1 and 1.0."""
+    is_number = re.fullmatch(r"[+-]?\d+(\.\d*)?", label)
+    return Decimal(label) if is_number else plain_label(label)
 
 
 def refusal(message: str, settings: Mapping[str, Any], data_dir: Path, **more: Any) -> UserError:

@@ -368,6 +368,9 @@ def _describe(settings: dict[str, Any], data_dir: Path) -> Task:
             split: file for split, file in settings["files"].items() if split != "test"}
     is_scored = settings.get("labels", [] if "range" in settings else None) == []
     counts = {split: count_labels(task, data_dir, split, is_scored) for split in splits}
+    if is_scored and len(counts["train"]) == 1:
+        raise UserError(f"{data_dir}: all rows have the score {[*counts['train']][0]}; expected"
+                        " several")
     _check_first_row(task, data_dir, counts["train"], settings)
     spelled = dict(map(_stripped, settings.get("aliases", {}).items()))
     for counter in counts.values():

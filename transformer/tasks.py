@@ -1,6 +1,7 @@
 """Classification and regression tasks: what their files look like, their rows, their labels."""
 
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,9 +288,10 @@ def _check_label(task: Task, label: str) -> str | None:
     if not task.is_regression:
         return None if label in task.spellings else f"one of {', '.join(task.labels)}"
     low, high = task.range
-    bounds = f"from {low:g} to {high:g}"
+    bounds = f"from {low:g} to {high:g}" if math.isfinite(high - low) else "that is finite"
     try:
-        return None if low <= float(label) <= high else f"a score {bounds}"
+        fits = low <= float(label) <= high and math.isfinite(float(label))
+        return None if fits else f"a score {bounds}"
     except ValueError:
         return f"a score, a number {bounds}"
 
