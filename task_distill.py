@@ -47,7 +47,7 @@ from transformer.batching import (
     shuffled_passes,
 )
 from transformer.checkpoint import has_weights
-from transformer.config import BertConfig, find_config, has_names
+from transformer.config import BertConfig, find_config
 from transformer.distillation import (
     IntermediateLoss,
     IntermediateTeacher,
@@ -68,10 +68,10 @@ from transformer.evaluation import (
 )
 from transformer.features import Features, load_features
 from transformer.file_utils import UserError, atomic_path, read_json
-from transformer.hub import fetch_model, has_vocabulary
+from transformer.hub import fetch_model
 from transformer.hugging_face import predict_examples
-from transformer.inference import load_classifier, match_labels, read_classifier
-from transformer.modeling import freeze, scratch_config
+from transformer.inference import load_classifier, read_classifier
+from transformer.modeling import freeze
 from transformer.optimization import BertAdam, param_groups
 from transformer.own_tasks import add_data_arguments, task_of
 from transformer.recurrent import (
@@ -100,8 +100,8 @@ from transformer.runtime import (
     training_steps,
 )
 from transformer.tasks import Task, iterate_examples, original_rows
-from transformer.teachers import Teacher, in_order, mean_logits
-from transformer.tokenization import AnyTokenizer, load_tokenizer
+from transformer.teachers import Teacher, choose_labels, choose_tokenizer, in_order, mean_logits
+from transformer.tokenization import AnyTokenizer
 from transformer.training import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -261,14 +261,6 @@ def model_settings(args: argparse.Namespace, source: str) -> Path:
     return fetch_model(source, args.cache_dir or None, weights=False)
 
 
-def student_config(path: Path, tokenizer: AnyTokenizer) -> BertConfig:
-    """Read a student's `config.json`; a recurrent one may leave the vocabulary's size open."""
-    config = read_config(path)
-    if isinstance(config, RecurrentConfig):
-        return scratch_config(path.parent, len(tokenizer), RecurrentConfig)
-    return config
-
-
 def check_layer_maps(args: argparse.Namespace, teacher: BertConfig) -> None:
     """Raise a `UserError` for a student that cannot learn from the teacher's layers."""
     for source, chosen in zip(args.student_model, args.layer_map, strict=True):
@@ -277,54 +269,6 @@ def check_layer_maps(args: argparse.Namespace, teacher: BertConfig) -> None:
             raise UserError(f"{path}: a {config.model_type} has no attention scores and no states"
                             " to learn layer by layer; expected --pred_distill without --joint")
         check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
-
-
-def choose_tokenizer(args: argparse.Namespace, teacher: Teacher) -> AnyTokenizer:
-    """Return the students' tokenizer: their own, or where its pieces are the same the teacher's.
-
-    Raises:
-        UserError: other pieces than those of the teacher whose layers or embeddings are read;
-            students whose pieces differ, or that do not fit their tokenizer.
-    """
-    found: AnyTokenizer | None = None
-    for source in args.student_model:
-        path = find_config(model_settings(args, source))
-        origin = source if has_vocabulary(path.parent) else teacher.source
-        own = load_tokenizer(model_settings(args, origin), args.do_lower_case or None)
-        if teacher.is_ours and own.vocab == teacher.tokenizer.vocab:
-            own, origin = teacher.tokenizer, teacher.source
-        student_config(path, own).check_vocabulary(len(own), origin, path)
-        if own is not teacher.tokenizer and (uses_layers(args) or args.copy_embeddings):
-            raise UserError(f"{source}: its vocabulary has other pieces than that of"
-                            f" {teacher.source}; expected the same, or --pred_distill alone, which"
-                            " takes any")
-        if found is not None and own.vocab != found.vocab:
-            raise UserError(f"{source}: its vocabulary has other pieces than that of"
-                            f" {args.student_model[0]}; expected a call of its own")
-        found = found or own
-    return found
-
-
-def choose_labels(args: argparse.Namespace, task: Task, teacher: Teacher) -> tuple[
-        tuple[str, ...], dict[int, str]]:
-    """Return the task's labels in the order of the students' outputs, and their names there.
-
-    They are the teacher's, or where its logits alone are read those of students that have names.
-    """
-    labels, names, is_students = teacher.labels, teacher.config.id2label, False
-    for source in args.student_model:
-        path = find_config(model_settings(args, source))
-        config = read_config(path)
-        # Of another number are those of a model without classifier, or its weights will tell.
-        if not has_names(config.id2label) or config.num_labels != task.num_labels:
-            continue
-        if (own := match_labels(task, config, path)) != labels:
-            if is_students or uses_layers(args):
-                whose = args.student_model[0] if is_students else "the teacher's"
-                raise UserError(f"{source}: its labels are ordered {own}, {whose} {labels}")
-            labels, names = own, config.id2label
-        is_students = True
-    return labels, names if task.is_glue or not labels else dict(enumerate(labels))
 
 
 class Shared(NamedTuple):
@@ -364,8 +308,10 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
                 for source in as_list(args.teacher_model)]
     if uses_layers(args):
         check_layer_maps(args, teachers[0].config)
-    tokenizer = choose_tokenizer(args, teachers[0])
-    labels, names = choose_labels(args, task, teachers[0])
+    students = {source: model_settings(args, source) for source in args.student_model}
+    tokenizer = choose_tokenizer(students, teachers[0], args.do_lower_case or None,
+                                 same_pieces=uses_layers(args) or args.copy_embeddings)
+    labels, names = choose_labels(students, teachers[0], task, same_order=uses_layers(args))
     split = "aug" if args.aug_train else "train"
     train_rows = load_rows(args, task, split, tokenizer, labels, args.max_train_rows)
     dev = {split: load_rows(args, task, split, tokenizer, labels) for split in splits}
@@ -407,8 +353,8 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
         student = student_class.from_scratch(
             folder, len(shared.tokenizer), num_labels=task.num_labels)
         if args.copy_embeddings:
-            source = as_list(args.teacher_model)[0]
-            copy_embeddings(student, fetch_model(source, args.cache_dir or None))
+            first = as_list(args.teacher_model)[0]
+            copy_embeddings(student, fetch_model(first, args.cache_dir or None))
     else:
         student = student_class.from_pretrained(
             folder, new_head=True, num_labels=task.num_labels,

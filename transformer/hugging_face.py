@@ -124,7 +124,6 @@ def encode(
     return rows
 
 
-@torch.inference_mode()
 def predict_examples(
     model: nn.Module, tokenizer: Any, examples: Iterable[Example], count: int,
     max_seq_length: int, batch_size: int, device: torch.device, source: Path | str,
@@ -165,6 +164,7 @@ def equal_batches(
     return order
 
 
+@torch.inference_mode()
 def _forward(model: nn.Module, inputs: dict[str, Tensor], source: Path | str) -> Tensor:
     """Return the logits of one batch [batch, labels], float32, on the CPU."""
     try:

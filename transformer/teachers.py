@@ -1,7 +1,6 @@
 """The teachers of a task: classifiers, each with its own tokenizer and its own order of labels."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer import hugging_face
-from transformer.config import BertConfig, find_config, reads
+from transformer.config import BertConfig, find_config, has_names, reads
 from transformer.file_utils import UserError
+from transformer.hub import has_vocabulary
 from transformer.inference import match_labels, note_task, read_classifier
-from transformer.modeling import TinyBertForSequenceClassification, freeze
+from transformer.modeling import TinyBertForSequenceClassification, freeze, scratch_config
+from transformer.recurrent import RecurrentConfig, read_config
 from transformer.runtime import parameter_count
 from transformer.tasks import Task
-
-logger = logging.getLogger(__name__)
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Teacher:
     """A fine-tuned classifier: its settings, and after `load` its frozen model.
 
     source: as the user named it.
+    folder: where its settings are.
     config: of a model that only Hugging Face's library reads, what it says of the labels.
     labels: the task's labels, in the order of its outputs.
     tokenizer: ours or, where `is_ours` is false, the library's.
@@ -33,6 +34,7 @@ class Teacher:
     """
 
     source: str
+    folder: Path
     config: BertConfig
     labels: tuple[str, ...]
     tokenizer: Any
@@ -60,7 +62,7 @@ class Teacher:
         if reads(folder):
             config, tokenizer, labels = read_classifier(
                 folder, task, max_seq_length, do_lower_case)
-            return cls(source, config, labels, tokenizer, is_ours=True)
+            return cls(source, folder, config, labels, tokenizer, is_ours=True)
         if needs_layers:
             try:
                 BertConfig.from_json_file(path)
@@ -73,7 +75,7 @@ class Teacher:
         if do_lower_case and not getattr(tokenizer, "do_lower_case", False):
             raise UserError(f"--do_lower_case: the tokenizer of {source} keeps the case, and the"
                             " model was trained with it; expected a call without the flag")
-        return cls(source, config, labels, tokenizer, is_ours=False)
+        return cls(source, folder, config, labels, tokenizer, is_ours=False)
 
     def load(self, folder: Path, task: Task, device: torch.device, dtype: torch.dtype | None,
              pack: bool = True) -> None:
@@ -88,6 +90,66 @@ class Teacher:
         else:
             self.model = hugging_face.load_model(folder, task.num_labels, device, dtype)
             self.size = parameter_count(self.model)
+
+
+def choose_tokenizer(
+    students: Mapping[str, Path], teacher: Teacher, do_lower_case: bool | None = None,
+    same_pieces: bool = True,
+) -> AnyTokenizer:
+    """Return the students' tokenizer: their own, or where its pieces are the same the teacher's.
+
+    Args:
+        students: their folders, by what the user called them.
+        teacher: the first one, whose tokenizer those take that have none.
+        do_lower_case: see `load_tokenizer`.
+        same_pieces: whether they need the teacher's pieces, as the ids that both read.
+
+    Raises:
+        UserError: they need them and have others; students whose pieces differ, or that do not fit
+            their tokenizer.
+    """
+    found: AnyTokenizer | None = None
+    for source, folder in students.items():
+        of_teacher = not has_vocabulary(folder)
+        own = load_tokenizer(teacher.folder if of_teacher else folder, do_lower_case)
+        if teacher.is_ours and own.vocab == teacher.tokenizer.vocab:
+            own, of_teacher = teacher.tokenizer, True
+        path = find_config(folder)
+        config = read_config(path)
+        if isinstance(config, RecurrentConfig):  # it may leave the vocabulary's size open
+            config = scratch_config(folder, len(own), RecurrentConfig)
+        config.check_vocabulary(len(own), teacher.source if of_teacher else source, path)
+        if same_pieces and own is not teacher.tokenizer:
+            raise UserError(f"{source}: its vocabulary has other pieces than that of"
+                            f" {teacher.source}; expected the same, or --pred_distill alone, which"
+                            " takes any")
+        if found is not None and own.vocab != found.vocab:
+            raise UserError(f"{source}: its vocabulary has other pieces than that of"
+                            f" {next(iter(students))}; expected a call of its own")
+        found = found or own
+    return found
+
+
+def choose_labels(
+    students: Mapping[str, Path], teacher: Teacher, task: Task, same_order: bool = True
+) -> tuple[tuple[str, ...], dict[int, str]]:
+    """Return the task's labels in the order of the students' outputs, and their names there.
+
+    They are the teacher's, or unless `same_order` those of students that have names already; two
+    orders are a `UserError`.
+    """
+    labels, names, whose = teacher.labels, teacher.config.id2label, "the teacher's"
+    for source, folder in students.items():
+        config = read_config(path := find_config(folder))
+        # Of another number are those of a model without classifier, or its weights will tell.
+        if not has_names(config.id2label) or config.num_labels != task.num_labels:
+            continue
+        if (own := match_labels(task, config, path)) != labels:
+            if same_order:
+                raise UserError(f"{source}: its labels are ordered {own}, {whose} {labels}")
+            labels, names = own, config.id2label
+        same_order, whose = True, f"those of {source}"
+    return labels, names if task.is_glue or not labels else dict(enumerate(labels))
 
 
 def in_order(logits: Tensor, own: Sequence[str], wanted: Sequence[str]) -> Tensor:
