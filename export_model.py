@@ -275,6 +275,8 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         methods = [method for method in methods if method != "int8-dynamic"]
     model = pad(source.model) if args.padded else source.model
     config = model.config
+    if config.model_type == "shared_layer_bert":
+        config.check_own_layers(source.folder, "what others read of such a kind is an ALBERT")
     if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
         raise UserError(f"{find_config(source.folder)}: {config.model_type} is a head that no other"
                         " program computes; for ONNX Runtime use quantize.py --format onnx")

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    REPO,
     config_folder,
     error_line,
     kprune_script,
     make_glue,
+    make_model,
     make_pregenerated,
     random_batch,
     read_json,
@@ -327,6 +329,29 @@ def test_a_student_may_be_of_any_family(tmp_path, shape):
     compare(source, [(text,) for text in TEXTS])
     if shape == "albert":
         assert len(load_classifier(source).bert.encoder.layer) == 1
+
+
+def test_the_example_of_a_shared_layer_student_is_an_albert_of_tinybert4s_shape():
+    path = REPO / "profiles" / "albert_4l_config" / "config.json"
+    config = BertConfig.from_json_file(path)
+    tiny = BertConfig.from_json_file(REPO / "tinybert_4l_config" / "config.json")
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    assert [getattr(config, name) for name in names] == [getattr(tiny, name) for name in names]
+    student = TinyBertForSequenceClassification(config)
+    theirs = transformers.AutoModelForSequenceClassification.from_config(
+        transformers.AutoConfig.from_pretrained(path.parent))
+    assert student.parameter_total == theirs.num_parameters()
+    total = TinyBertForSequenceClassification(tiny).parameter_total
+    told = (REPO / "docs" / "teachers.md").read_text(encoding="utf-8")
+    assert f"{student.parameter_total / 1e6:.1f} million parameters instead of {total / 1e6:.1f}" \
+        in " ".join(told.split())
+
+
+def test_a_bert_of_shared_layers_is_not_exported(tmp_path, capsys):
+    make_model(tmp_path / "model", num_hidden_groups=1)
+    assert "its layers share their weights; what others read of such a kind is an ALBERT" in \
+        error_line(capsys, export_model, "--model", tmp_path / "model", "--output_dir",
+                   tmp_path / "out")
 
 
 def test_berts_own_config_has_no_field_of_its_relatives():

@@ -344,7 +344,7 @@ class BertConfig:
 def reads(source: Path | str) -> bool:
     """Say whether our BERT computes the model of a directory, by its model_type."""
     values = read_json(find_config(source))
-    family = families.FAMILIES.get(values.get("model_type"))
+    family = families.FAMILIES.get(str(values.get("model_type")))
     return values.get("model_type", "bert") in MODEL_TYPES and (family is None or all(
         values.get(name, expected) == expected for name, expected in family.expected.items()))
 
