@@ -284,7 +284,8 @@ def test_a_relative_without_vocab_txt_and_with_safetensors_only_is_fetched(
     ({"truncation": {"direction": "Left", "max_length": 9, "strategy": "LongestFirst",
                      "stride": 0}}, "truncation.direction is 'Left'; expected 'Right'"),
     ({"model": {"type": "BPE"}}, "not a tokenizer"),
-    ({"model": None}, "not a tokenizer"),
+    ({"model": None}, "not a tokenizer"), ({"model": "BPE"}, "not a tokenizer"),
+    ({"pre_tokenizer": "ByteLevel"}, "not a tokenizer"),
 ])
 def test_a_file_of_another_use_is_one_clear_line(roberta, values, message):
     change(roberta, **values)

@@ -35,7 +35,7 @@ from transformer.run_folder import STATE_FOLDER
 from transformer.runtime import first_line
 
 if TYPE_CHECKING:
-    from transformer.tokenization import BertTokenizer
+    from transformer.tokenization import AnyTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ def save_weights(model: nn.Module, path: Path | str, leave_out: tuple[str, ...] 
 
 
 def save_config(
-    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None,
+    model: nn.Module, output_dir: Path | str, tokenizer: "AnyTokenizer | None" = None,
     has_weights: bool = True,
 ) -> None:
     """Write what stands beside the weights: `config.json` and, if given, the vocabulary.
@@ -344,7 +344,7 @@ def save_config(
 
 
 def save_pretrained(
-    model: nn.Module, output_dir: Path | str, tokenizer: "BertTokenizer | None" = None,
+    model: nn.Module, output_dir: Path | str, tokenizer: "AnyTokenizer | None" = None,
     finished: bool = True,
 ) -> None:
     """Write `model` as a standard Hugging Face checkpoint, of BERT or of its family.

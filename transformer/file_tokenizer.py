@@ -79,11 +79,11 @@ class FileTokenizer:
                       if (folder / name).is_file()}
         content = read_json(self.file)
         check_settings(folder, content, ONLY_ANY)
-        check_prefix_space(folder, content)
         try:
             self._fast = Tokenizer.from_buffer(self.files[FAST_TOKENIZER_NAME])
         except Exception as error:  # of the library, which raises no other class
             raise UserError(f"{self.file}: not a tokenizer ({error})") from error
+        check_prefix_space(folder, content)
         self._fast.no_padding()
         self._fast.no_truncation()
         self.fingerprint = hashlib.sha256(self.files[FAST_TOKENIZER_NAME]).hexdigest()

@@ -32,7 +32,7 @@ from transformer.own_tasks import save_task
 from transformer.run_folder import STATE_FOLDER, JsonLog, RunningMean, remove_training_states
 from transformer.runtime import Stopped, check_disk, format_values
 from transformer.tasks import Task
-from transformer.tokenization import BertTokenizer
+from transformer.tokenization import AnyTokenizer
 from transformer.training import Step, StudentTrainer, train
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class StudentOutput:
 
     trainer: StudentTrainer
     folder: Path
-    tokenizer: BertTokenizer
+    tokenizer: AnyTokenizer
     selection: Selection | None = None  # where dev scores choose the student
     task: Task | None = None
     means: RunningMean = field(default_factory=RunningMean)

@@ -2,7 +2,8 @@
 
 The two steps are those of the original BERT (arXiv 1810.04805, appendix A): clean, space out
 Chinese characters, lower-case and strip accents where asked, split at white space and
-punctuation, then take the longest matching word piece from the left.
+punctuation, then take the longest matching word piece from the left. `load_tokenizer` reads this
+tokenizer or whatever other one a model directory has.
 """
 
 import logging

@@ -187,8 +187,9 @@ def is_berts(model_dir: Path) -> bool:
     if not file.is_file():
         return True
     fast, name = read_json(file), tokenizer_class(model_dir).removesuffix("Fast")
-    vocab = (fast.get("model") or {}).get("vocab")
-    if not isinstance(vocab, dict) or "merges" in fast["model"]:
+    model = fast.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or "merges" in model:
         return False
     return name in BERT_CLASSES or (
         vocab.keys() >= {*SPECIAL_TOKENS}
