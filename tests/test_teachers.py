@@ -20,10 +20,12 @@ from helpers import (
     read_json,
     read_log,
     run,
+    same_weights,
     weights,
     write_vocab,
 )
 
+import export_model
 import task_distill
 from transformer.evaluation import predict_logits
 from transformer.features import encode_examples
@@ -199,6 +201,24 @@ def test_a_bert_of_another_vocabulary_teaches_each_row_by_its_own_pieces(tmp_pat
     assert setup.loss("out") == pytest.approx(soft_loss(setup.own_logits(), targets), rel=1e-5)
 
 
+def test_a_bilstm_without_vocabulary_takes_the_tokenizer_json_beside_such_a_teacher(tmp_path):
+    setup = TaskSetup(tmp_path, rows=8)
+    library_model(setup.teacher, ("negative", "positive"))
+    (tmp_path / "student" / "config.json").write_text(
+        '{"model_type": "bilstm", "embedding_size": 6, "hidden_size": 8}')
+    for path in tmp_path.glob("student/*[!g].*"):
+        path.unlink()
+    (tmp_path / "student" / "tokenizer_config.json").unlink()
+    output = setup.run("out", "--pred_distill", "--num_train_epochs", 1, "--max_seq_length", 64)
+    assert read_json(output / "config.json")["vocab_size"] == len(WORDS)
+    assert (output / "tokenizer.json").read_bytes() == (
+        setup.teacher / "tokenizer.json").read_bytes()
+    run(task_distill, "--do_eval", "--student_model", output, "--data_dir", setup.data,
+        "--task_name", "SST-2", "--output_dir", tmp_path / "eval", "--precision", "fp32")
+    assert (read_json(tmp_path / "eval" / "eval_results.json")["metrics"]
+            == read_json(output / "eval_results.json")["best"])
+
+
 # ------------------------------------------------------------------ several teachers
 
 
@@ -233,6 +253,30 @@ def test_the_same_teacher_twice_teaches_as_once(tmp_path):
         torch.testing.assert_close(weights(twice)[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_a_sweep_under_several_teachers_trains_each_setting_as_if_alone(tmp_path):
+    setup = TaskSetup(tmp_path, rows=16)
+    library_model(tmp_path / "second", ("positive", "negative"))
+    more = ("--pred_distill", "--num_train_epochs", 1, "--max_seq_length", 64, "--temperature", 2,
+            "--teacher_model", setup.teacher, tmp_path / "second")
+    swept = setup.run("swept", *more, "--sweep", "--learning_rate", 1e-3, 1e-2)
+    alone = setup.run("alone", *more, "--learning_rate", 1e-2)
+    assert same_weights(weights(alone), weights(swept / "lr0.01_batch8"))
+    assert read_json(alone / "args.json")["arguments"]["teacher_model"] == [
+        str(setup.teacher), str(tmp_path / "second")]
+    setup.run("alone", *more, "--learning_rate", 1e-2, "--resume")  # it has finished
+
+
+def test_the_model_card_names_all_teachers(tmp_path):
+    setup = TaskSetup(tmp_path, rows=8)
+    make_model(tmp_path / "second", labels=setup.task.labels)
+    student = setup.run("student_of_two", "--pred_distill", "--num_train_epochs", 1,
+                        "--teacher_model", setup.teacher, tmp_path / "second",
+                        "--teacher_weights", 3, 0.5)
+    run(export_model, "--model", student, "--output_dir", tmp_path / "card")
+    assert "teacher and second (the mean of their predictions, weights 3:0.5)" in (
+        tmp_path / "card" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_mean_logits_give_the_mean_of_probabilities_at_the_losss_temperature(temperature):
     torch.manual_seed(0)
@@ -255,14 +299,11 @@ def library(tmp_path):
     return setup
 
 
-def test_the_intermediate_stage_refuses_a_teacher_whose_logits_alone_are_read(library, capsys):
-    library.expect_error(capsys, contains=["mobilebert", "--pred_distill"])
-
-
-def test_the_intermediate_stage_refuses_several_teachers(tmp_path, capsys):
-    setup = TaskSetup(tmp_path, rows=4)
-    setup.expect_error(capsys, "--teacher_model", setup.teacher, setup.teacher,
-                       contains=["2 teachers", "--pred_distill"])
+@pytest.mark.parametrize("flags", [(), ("--pred_distill", "--joint")])
+def test_who_learns_from_layers_has_one_teacher_whose_layers_are_read(library, capsys, flags):
+    library.expect_error(capsys, *flags, contains=["mobilebert", "by --pred_distill"])
+    library.expect_error(capsys, *flags, "--teacher_model", library.student, library.student,
+                         contains=["2 teachers", "--pred_distill without --joint"])
 
 
 @pytest.mark.parametrize(("more", "contains"), [

@@ -57,7 +57,7 @@ def read_classifier(
     labels = match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, do_lower_case)
     config.check_vocabulary(len(tokenizer), folder)
-    config.check_length(max_seq_length, "the model")
+    config.check_length(max_seq_length, folder)
     return config, tokenizer, labels
 
 

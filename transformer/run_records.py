@@ -127,7 +127,8 @@ def read_model(folder: Path) -> Model | None:
 
 def layers(folder: Path) -> int:
     """Return the number of layers of the model in a folder, 0 where there is none."""
-    return read_if_there(folder / "config.json").get("num_hidden_layers", 0)
+    config = read_if_there(folder / "config.json")
+    return config.get("num_hidden_layers", config.get("n_layers", 0))  # a DistilBERT's name
 
 
 def read_models(models_dir: Path, evaluation_dir: Path) -> dict[str, Model]:

@@ -68,7 +68,7 @@ class Teacher:
                 BertConfig.from_json_file(path)
             except UserError as error:
                 raise UserError(f"{error}. Of {source} only the logits can be read, by"
-                                " --pred_distill") from error
+                                " --pred_distill without --joint") from error
         config = hugging_face.read_labels(path)
         labels = match_labels(task, config, path)
         tokenizer = hugging_face.load_tokenizer(folder, max_seq_length)
