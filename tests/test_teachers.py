@@ -42,6 +42,7 @@ SHAPES = {
                    "position_biased_input": False},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 0,
                    "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2},
+    "fnet": {},
 }
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "we", "the", "a", "was", "of", "film", "book", "sad",
          "good", "great", "bad", "poor", "happy", ".", "saw"]  # others than the students'
@@ -342,6 +343,17 @@ def test_code_that_comes_with_a_model_is_never_run(library, capsys, name):
     write_json(path, read_json(path) | {"auto_map": {"AutoConfig": "own.Config",
                                                      "AutoTokenizer": ["own.Tokenizer", None]}})
     library.expect_error(capsys, "--pred_distill", contains=[name, "auto_map", "never run"])
+
+
+def test_what_the_library_cannot_compute_is_one_line(library, capsys):
+    library_model(library.teacher, ("negative", "positive"), "fnet")
+    library.expect_error(capsys, "--pred_distill", "--precision", "bf16", "--max_seq_length", 64,
+                         contains=["cannot compute its logits", "--precision fp32"])
+    tokenizer = library.teacher / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('".": 17', '".": 99'))
+    message = error_line(capsys, task_distill, *library.arguments(
+        "out", "--pred_distill", "--max_seq_length", 64))
+    assert "teacher: the package transformers cannot compute its logits" in message
 
 
 def test_a_network_that_nobody_knows_is_one_line(library, capsys):

@@ -92,9 +92,13 @@ def load_tokenizer(folder: Path, max_seq_length: int) -> Any:
 
 
 def load_model(
-    folder: Path, num_labels: int, device: torch.device, dtype: torch.dtype | None
+    folder: Path, tokenizer: Any, num_labels: int, device: torch.device, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Load a frozen classifier strictly, to compute in `dtype` (None: float32) on a device."""
+    """Load a frozen classifier strictly, to compute in `dtype` (None: float32) on a device.
+
+    Raises:
+        UserError: no trained classifier for so many labels, or it cannot compute a row of text.
+    """
     library = load_library(folder)
     with _one_line(folder, library):
         model, found = library.AutoModelForSequenceClassification.from_pretrained(
@@ -104,7 +108,9 @@ def load_model(
     if model.config.num_labels != num_labels:
         raise UserError(f"{folder / CONFIG_NAME}: its classifier has {model.config.num_labels}"
                         f" labels; expected {num_labels}")
-    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    predict_examples(model, tokenizer, [Example("", "a", None, None)], 1, 8, 1, device, folder)
+    return model
 
 
 def encode(
@@ -169,10 +175,12 @@ def _forward(model: nn.Module, inputs: dict[str, Tensor], source: Path | str) ->
     """Return the logits of one batch [batch, labels], float32, on the CPU."""
     try:
         logits = model(**inputs).logits.float().cpu()
-    except (IndexError, ValueError) as error:
+    except Exception as error:  # of any class, by the network
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
         raise UserError(f"{source}: the package transformers cannot compute its logits"
-                        f" ({first_line(error)}); expected the tokenizer that it was trained with"
-                        ) from error
+                        f" ({first_line(error)}); expected the tokenizer that it was trained with,"
+                        " or perhaps --precision fp32") from error
     if not logits.isfinite().all():
         raise UserError(f"{source}: logits that are not finite; expected numbers, as perhaps with"
                         " --precision fp32")

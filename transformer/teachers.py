@@ -88,7 +88,8 @@ class Teacher:
             self.size = parameter_count(self.model)
             freeze(self.model, dtype, device, pack)
         else:
-            self.model = hugging_face.load_model(folder, task.num_labels, device, dtype)
+            self.model = hugging_face.load_model(
+                folder, self.tokenizer, task.num_labels, device, dtype)
             self.size = parameter_count(self.model)
 
 
