@@ -93,7 +93,7 @@ def read_settings(
     tokenizer = load_tokenizer(
         fetch_model(args.vocab_dir or args.bert_model, weights=False), args.do_lower_case or None)
     if args.from_scratch:
-        config = scratch_config(folder, len(tokenizer), type(config))
+        config = scratch_config(folder, tokenizer, type(config))
     config.check_vocabulary(len(tokenizer), args.vocab_dir or args.bert_model,
                             folder if args.vocab_dir else None)
     config.check_length(args.max_seq_length, args.bert_model)
@@ -101,13 +101,13 @@ def read_settings(
 
 
 def load_model(
-    args: argparse.Namespace, task: Task, labels: tuple[str, ...], pieces: int
+    args: argparse.Namespace, task: Task, labels: tuple[str, ...], tokenizer: AnyTokenizer
 ) -> SequenceClassifier:
     """Load, or with --from_scratch make, the classifier; its outputs get the task's label names."""
     folder = fetch_model(args.bert_model, weights=not args.from_scratch)
     model_class = classifier_class(read_config(find_config(folder)))
     if args.from_scratch:
-        model = model_class.from_scratch(folder, pieces, num_labels=task.num_labels)
+        model = model_class.from_scratch(folder, tokenizer, num_labels=task.num_labels)
     elif args.new_classifier:
         model = model_class.from_pretrained(folder, new_head=True)
         model.renew_classifier(task.num_labels)
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
                                args.max_train_rows, cache=True)
     dev = {split: load_features(task, args.data_dir, split, *data, cache=True)
            for split in splits}
-    model = load_model(args, task, labels, len(tokenizer)).to(device)
+    model = load_model(args, task, labels, tokenizer).to(device)
     steps_per_epoch = -(-len(train_rows) // args.train_batch_size)
     total_steps = round(args.num_train_epochs * steps_per_epoch)
     loss = LabelLoss(model)

@@ -227,8 +227,7 @@ def teacher_tokenizer(args: argparse.Namespace) -> AnyTokenizer:
         folder = fetch_model(source, weights=trained)
         if trained:
             weights_path(folder)
-        config = scratch_config(
-            folder, None if trained else len(tokenizer), teacher=teacher)
+        config = scratch_config(folder, None if trained else tokenizer)
         config.check_vocabulary(len(tokenizer), args.teacher_model, folder)
         if trained and has_vocabulary(folder) and load_tokenizer(folder).vocab != tokenizer.vocab:
             raise UserError(f"{folder}: its vocabulary has other pieces than that of"
@@ -264,8 +263,7 @@ def make_trainer(
     if trained:
         student = TinyBertForPreTraining.from_pretrained(folder, fit_size=fit_size)
     else:
-        student = TinyBertForPreTraining.from_scratch(
-            folder, len(reader.tokenizer), teacher.config, fit_size=fit_size)
+        student = TinyBertForPreTraining.from_scratch(folder, reader.tokenizer, fit_size=fit_size)
     student.to(device)
     size = args.train_batch_size[number]
     optimizer = BertAdam(

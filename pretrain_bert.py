@@ -183,6 +183,7 @@ def build_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenize
     if args.config is not None:
         config = BertConfig.from_json_file(path := find_config(source))
         BertForMaskedLM.check_family(config, path)
+        config.pad_token_id = tokenizer.pad_id
         if args.vocab_size:
             config.vocab_size = len(tokenizer)
         model = BertForMaskedLM(config)

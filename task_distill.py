@@ -351,7 +351,7 @@ def load_student(args: argparse.Namespace, shared: Shared, source: str) -> nn.Mo
     student_class = classifier_class(read_config(find_config(folder)))
     if student_class is RecurrentClassifier and not has_weights(folder):
         student = student_class.from_scratch(
-            folder, len(shared.tokenizer), num_labels=task.num_labels)
+            folder, shared.tokenizer, num_labels=task.num_labels)
         if args.copy_embeddings:
             first = as_list(args.teacher_model)[0]
             copy_embeddings(student, fetch_model(first, args.cache_dir or None))

@@ -301,9 +301,9 @@ def test_a_general_student_takes_its_teachers_vocabulary(tmp_path, caplog):
         "--student_model", tmp_path / "student", "--output_dir", tmp_path / "out",
         "--train_batch_size", 4, "--precision", "fp32", "--no_cuda")
     config = BertConfig.from_json_file(tmp_path / "out" / "config.json")
-    assert (config.vocab_size, config.pad_token_id, config.type_vocab_size) == (231, 3, 1)
+    assert (config.vocab_size, config.pad_token_id, config.type_vocab_size) == (231, 0, 1)
     assert config.model_type == "bert" and config.max_position_embeddings == 128
-    assert "vocab_size is 31; the model takes the vocabulary's, 231 (pad_token_id 3" in caplog.text
+    assert "vocab_size is 31; the model takes the vocabulary's, 231 (pad_token_id 0" in caplog.text
 
 
 @each_family

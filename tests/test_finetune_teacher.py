@@ -16,6 +16,7 @@ from helpers import (
     weights,
     write_vocab,
 )
+from tiny_tokenizers import byte_bpe
 from transformers import AutoModelForSequenceClassification
 
 import finetune_teacher
@@ -24,6 +25,7 @@ from transformer.modeling import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
+from transformer.tokenization import load_tokenizer
 
 
 @pytest.fixture
@@ -128,6 +130,19 @@ def test_random_weights_in_a_given_shape_need_only_config_and_vocabulary(sst2):
     words = (sst2.root / "words" / "vocab.txt").read_text().splitlines()
     assert weights(output)["bert.embeddings.word_embeddings.weight"].shape == (len(words), 12)
     assert (output / "vocab.txt").read_text() == (sst2.root / "words" / "vocab.txt").read_text()
+
+
+@pytest.mark.parametrize("stated", [{}, {"vocab_size": 360}])
+def test_random_weights_train_the_first_token_of_any_tokenizer(sst2, stated):
+    """RoBERTa's padding has the id 1, and id 0 is <s>, which a BERT's padding_idx would freeze."""
+    sst2.model = config_folder(sst2.root / "shape", num_hidden_layers=1, hidden_size=12, **stated)
+    words = byte_bpe(sst2.root / "words")
+    output = sst2.run("out", "--from_scratch", "--vocab_dir", words, "--num_train_epochs", 0)
+    model = TinyBertForSequenceClassification.from_pretrained(output)
+    assert (model.config.pad_token_id, model.config.type_vocab_size) == (1, 1)
+    model(torch.tensor([[0, 7, 2, 1]]))[0][0, 0].backward()
+    gradient = model.bert.embeddings.word_embeddings.weight.grad
+    assert gradient[0].any() and len(gradient) == len(load_tokenizer(words))
 
 
 def test_a_general_student_can_be_trained_without_distillation(sst2):

@@ -262,12 +262,6 @@ class BertConfig:
             self.neurons_per_layer = [self.neurons_per_layer[layer] for layer in layers]
         self.num_hidden_layers = len(layers)
 
-    def take_vocabulary(self, teacher: "BertConfig") -> None:
-        """Describe a model with random weights that reads its teacher's vocabulary."""
-        self.vocab_size, self.pad_token_id = teacher.vocab_size, teacher.pad_token_id
-        if self.family != "distilbert":  # which has no segments
-            self.type_vocab_size = teacher.type_vocab_size
-
     def check_own_layers(self, source: Path | str, why: str) -> None:
         """Raise a `UserError` where layers share their weights, so that none can be changed."""
         if self.num_hidden_groups is not None:

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from transformer import families
 from transformer.checkpoint import has_weights, key_list, load_state, load_weights
 from transformer.config import ACTIVATIONS, BertConfig, find_config, has_names
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
+
+if TYPE_CHECKING:
+    from transformer.tokenization import AnyTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -328,22 +331,25 @@ class MaskedLMOutput(NamedTuple):
 
 
 def scratch_config(
-    config_dir: Path | str, pieces: int | None = None,
-    config_class: type[BertConfig] = BertConfig, teacher: BertConfig | None = None,
+    config_dir: Path | str, tokenizer: "AnyTokenizer | None" = None,
+    config_class: type[BertConfig] = BertConfig,
 ) -> BertConfig:
     """Read the `config.json` of a directory for a model with random weights.
 
-    Where the directory holds no weights, a vocab_size that is missing or does not fit a vocabulary
-    of `pieces` word pieces gives way to it, and to what else its `teacher` has of one.
+    Where the directory holds no weights, a vocab_size that is missing or does not fit the
+    tokenizer, a pad_token_id that is another token's, and the number of segments give way to it.
     """
     path = find_config(config_dir)
     config, stated = config_class.from_json_file(path), "vocab_size" in read_json(path)
-    if pieces is None or has_weights(path.parent) or (
-            stated and config.fits_vocabulary(pieces)):
+    if tokenizer is None or has_weights(path.parent):
         return config
-    if teacher is not None:
-        config.take_vocabulary(teacher)
-    return dataclasses.replace(config, vocab_size=pieces)
+    fits = stated and config.fits_vocabulary(len(tokenizer))
+    segments = config.type_vocab_size
+    if config.family != "distilbert":  # which has none
+        segments = max(2, segments) if tokenizer.segments else 1
+    return dataclasses.replace(
+        config, vocab_size=config.vocab_size if fits else len(tokenizer),
+        pad_token_id=tokenizer.pad_id, type_vocab_size=segments)
 
 
 class BertPreTrainedModel(nn.Module):
@@ -380,17 +386,16 @@ class BertPreTrainedModel(nn.Module):
 
     @classmethod
     def from_scratch(
-        cls, config_dir: Path | str, pieces: int | None = None,
-        teacher: BertConfig | None = None, **kwargs: Any,
+        cls, config_dir: Path | str, tokenizer: "AnyTokenizer | None" = None, **kwargs: Any
     ) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory.
 
-        `pieces` and `teacher` are those of `scratch_config`; what gives way to them is logged.
+        `tokenizer` is that of `scratch_config`; what gives way to it is logged.
         """
-        config = scratch_config(config_dir, pieces, cls.config_class, teacher)
+        config = scratch_config(config_dir, tokenizer, cls.config_class)
         cls.check_family(config, path := find_config(config_dir))
         stated = read_json(path).get("vocab_size", "missing")
-        if pieces is not None and stated != config.vocab_size:
+        if tokenizer is not None and stated != config.vocab_size:
             logger.info("%s: vocab_size is %s; the model takes the vocabulary's, %d (pad_token_id"
                         " %s, type_vocab_size %d)", path, stated, config.vocab_size,
                         config.pad_token_id, config.type_vocab_size)

@@ -118,7 +118,7 @@ def choose_tokenizer(
         path = find_config(folder)
         config = read_config(path)
         if isinstance(config, RecurrentConfig):  # it may leave the vocabulary's size open
-            config = scratch_config(folder, len(own), RecurrentConfig)
+            config = scratch_config(folder, own, RecurrentConfig)
         config.check_vocabulary(len(own), teacher.source if of_teacher else source, path)
         if same_pieces and own is not teacher.tokenizer:
             raise UserError(f"{source}: its vocabulary has other pieces than that of"
