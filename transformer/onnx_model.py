@@ -300,14 +300,13 @@ def build(model: SequenceClassifier, scale_rows: bool = False) -> onnx.ModelProt
 
 def graph_shape(config: BertConfig) -> dict[str, Any]:
     """Return the sizes that an ONNX file has in its graph."""
-    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-             "positions": config.max_position_embeddings, "segments": config.type_vocab_size,
-             "labels": config.num_labels}
+    own = {"head_width": config.head_width, "heads": config.heads, "neurons": config.neurons}
     if isinstance(config, RecurrentConfig):
-        return {**sizes, "model_type": config.model_type, "layers": config.num_hidden_layers,
-                "embedding_size": config.embedding_size}
-    return {**sizes, "head_width": config.head_width, "heads": config.heads,
-            "neurons": config.neurons}
+        own = {"model_type": config.model_type, "layers": config.num_hidden_layers,
+               "embedding_size": config.embedding_size}
+    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size, **own,
+            "positions": config.max_position_embeddings, "segments": config.type_vocab_size,
+            "labels": config.num_labels}
 
 
 # ------------------------------------------------------------------ ONNX Runtime's tools
