@@ -55,10 +55,9 @@ measure() { # DATA ROWS TEACHER_ROWS TEACHER_EPOCHS TEACHER_RATE INTERMEDIATE PR
   distil "${recurrent[@]}" -- bilstm_paper bigru_paper -- "${slow[@]}"
 
   # Two stages, the second with the paper's loss and with Hinton's
-  [ -f "$out/intermediate_4l/done" ] || { python task_distill.py --teacher_model "$teacher" \
-    --student_model "$out/start_3l" "$out/start_4l" --output_dir "$out/intermediate_3l" \
-    "$out/intermediate_4l" "${common[@]}" --num_train_epochs "$6" --learning_rate 1.5e-4 \
-    --overwrite_output_dir && touch "$out/intermediate_4l/done"; }
+  run task_distill.py --teacher_model "$teacher" --student_model "$out/start_3l" "$out/start_4l" \
+    --output_dir "$out/intermediate_3l" "$out/intermediate_4l" "${common[@]}" \
+    --num_train_epochs "$6" --learning_rate 1.5e-4
   local second=(--num_train_epochs "$7" --learning_rate 1e-4)
   distil "$out/intermediate_3l" "$out/intermediate_4l" -- paper_3l paper_4l -- "${second[@]}"
   distil "$out/intermediate_3l" -- hinton_3l -- "${second[@]}" \
