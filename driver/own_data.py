@@ -40,6 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--new_classifier", default="no", help="yes: fine-tune the teacher, whatever it has")
     add("--max_seq_length", type=int, help="not given: the task's")
     add("--masked_lm", default="no", help="yes: the teacher has to have that head")
+    add("--own_layers", default="no", help="yes: the student's layers may not share weights")
     return parser
 
 

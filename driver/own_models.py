@@ -62,7 +62,12 @@ def describe_models(args: argparse.Namespace, task: Task) -> Iterator[tuple[str,
     teacher = read_model(args.teacher, "teacher", length)
     yield from describe_teacher(args, task, teacher)
     if args.student:
-        yield from describe_student(read_model(args.student, "student", length), teacher)
+        student = read_model(args.student, "student", length)
+        if args.own_layers == "yes":
+            student.config.check_own_layers(
+                student.folder, "none is pruned or made a graph; expected PRUNE_STUDENTS="
+                " QUANTIZE_STUDENTS= EXPORT_STUDENTS=, all empty")
+        yield from describe_student(student, teacher)
     else:
         teacher.config.check_own_layers(
             teacher.folder, "expected --student FOLDER_OR_HUB_ID, a shape for one to start from")

@@ -141,6 +141,7 @@ own_data() {
       ${STUDENT_LAYERS:+--num_layers "$STUDENT_LAYERS"}
       ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"})
     [[ -z $WORD_VECTORS || -n $AUGMENTATION_MODEL ]] || models+=(--masked_lm yes)
+    [[ -z $PRUNE_STUDENTS$QUANTIZE_STUDENTS$EXPORT_STUDENTS ]] || models+=(--own_layers yes)
   fi
   for word in "${words[@]}"; do
     if [[ $MODEL_SOURCE == given || $word == */* || (-e $word && -z ${SLUG[$word]-}) ]]; then

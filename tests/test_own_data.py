@@ -176,6 +176,8 @@ def test_the_content_of_a_model_changes_with_its_weights(mine, base, capsys):
     ("--tasks {mine} --teacher {root}/ready --masked_lm yes", "has no masked-LM head"),
     ("--tasks {mine} --teacher {root}/electra --masked_lm yes", "has no masked-LM head"),
     ("--tasks {mine} --teacher {root}/albert", "layers share their weights; expected --student"),
+    ("--tasks {mine} --teacher {base} --student {root}/albert --own_layers yes",
+     "expected PRUNE_STUDENTS= QUANTIZE_STUDENTS= EXPORT_STUDENTS=, all empty"),
 ])
 def test_a_mistake_is_one_line(mine, base, tmp_path, capsys, arguments, message):
     write_csv(tmp_path / "other" / "mine" / "train.csv", 40)
