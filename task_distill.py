@@ -32,7 +32,7 @@ import functools
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,6 +207,10 @@ def check_losses(args: argparse.Namespace) -> None:
     if not args.hard_label_weight and not args.soft_label_weight:
         raise UserError("--hard_label_weight 0 --soft_label_weight 0: the classifier would learn"
                         " nothing; expected one above 0")
+    if not args.pred_distill and not args.hidden_loss_weight and (
+            args.no_attention_loss or not args.attention_loss_weight):
+        raise UserError("--hidden_loss_weight 0 without an attention loss: the student would learn"
+                        " nothing; expected a weight above 0")
     if args.hard_labels == "original" and not (args.aug_train and args.hard_label_weight):
         raise UserError("--hard_labels original: expected --aug_train and --hard_label_weight, too")
     args.layer_map = per_student("layer_map", args.layer_map, len(args.student_model))
@@ -271,6 +275,17 @@ def check_layer_maps(args: argparse.Namespace, teacher: BertConfig) -> None:
         check_layers(teacher, config, chosen, attention=not args.no_attention_loss)
 
 
+def check_copied(students: Mapping[str, Path], teacher: Teacher) -> None:
+    """Raise a `UserError` where there are no word embeddings to copy, or nobody to take them."""
+    if not teacher.is_ours:
+        raise UserError(f"--copy_embeddings: of {teacher.source} only the logits are read; expected"
+                        " a BERT or a relative of it as the first teacher")
+    if not any(isinstance(read_config(find_config(folder)), RecurrentConfig)
+               and not has_weights(folder) for folder in students.values()):
+        raise UserError("--copy_embeddings: no student is a bilstm or bigru without weights;"
+                        " expected one, or a call without the flag")
+
+
 class Shared(NamedTuple):
     """What all students of a call learn from.
 
@@ -309,6 +324,8 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     if uses_layers(args):
         check_layer_maps(args, teachers[0].config)
     students = {source: model_settings(args, source) for source in args.student_model}
+    if args.copy_embeddings:
+        check_copied(students, teachers[0])
     tokenizer = choose_tokenizer(students, teachers[0], args.do_lower_case or None,
                                  same_pieces=uses_layers(args) or args.copy_embeddings)
     labels, names = choose_labels(students, teachers[0], task, same_order=uses_layers(args))

@@ -277,6 +277,11 @@ def test_embeddings_wider_than_the_teachers_are_refused(tmp_path, capsys):
     setup.expect_error(capsys, "--copy_embeddings", contains=["16 wide", "embedding_size is 20"])
 
 
+def test_embeddings_that_nobody_takes_are_refused(tmp_path, capsys):
+    TaskSetup(tmp_path).expect_error(capsys, "--pred_distill", "--copy_embeddings",
+                                     contains=["no student is a bilstm or bigru without weights"])
+
+
 @pytest.mark.parametrize("script", [general_distill, predict])
 def test_scripts_of_berts_say_what_they_expect(tmp_path, capsys, script):
     make_recurrent(tmp_path / "model")

@@ -176,6 +176,8 @@ def test_augmented_rows_of_another_task_have_no_original(tmp_path, capsys):
     ((*HINTON, "--hard_labels", "original"), "expected --aug_train and --hard_label_weight"),
     (("--layer_map", 2, 4, "--layer_map", 1, 2), "--layer_map: 2 values for 1 students"),
     (("--layer_map", 0, 4), "--layer_map 0 4: expected 2 ascending numbers from 1 to 4"),
+    (("--hidden_loss_weight", 0, "--no_attention_loss"), "the student would learn nothing"),
+    (("--hidden_loss_weight", 0, "--attention_loss_weight", 0), "the student would learn nothing"),
 ])
 def test_flags_of_losses_that_do_not_fit_together_are_one_line(sst2, capsys, flags, contains):
     sst2.expect_error(capsys, *flags, contains=[contains])
@@ -431,7 +433,7 @@ def test_a_missing_file_of_the_teacher_is_named(sst2, capsys, name):
 
 def test_a_teacher_without_classifier_is_an_error(sst2, capsys):
     make_model(sst2.teacher, BertModel)
-    sst2.expect_error(capsys, contains=["classifier.weight", "teacher"])
+    sst2.expect_error(capsys, contains=["classifier.weight", "teacher", "--new_classifier"])
 
 
 def test_evaluating_a_general_student_without_classifier_is_an_error(sst2, capsys):

@@ -313,6 +313,7 @@ def test_who_learns_from_layers_has_one_teacher_whose_layers_are_read(library, c
     (("--teacher_weights", "nan"), ["--teacher_weights nan"]),
     (("--do_lower_case",), ["--do_lower_case", "teacher"]),
     (("--max_seq_length", 65), ["--max_seq_length 65", "64 tokens"]),
+    (("--copy_embeddings",), ["--copy_embeddings: of", "teacher only the logits are read"]),
 ])
 def test_flags_that_do_not_fit_such_a_teacher_are_one_line(library, capsys, more, contains):
     library.expect_error(capsys, "--pred_distill", "--max_seq_length", 64, *more,

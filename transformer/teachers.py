@@ -122,8 +122,8 @@ def choose_tokenizer(
         config.check_vocabulary(len(own), teacher.source if of_teacher else source, path)
         if same_pieces and own is not teacher.tokenizer:
             raise UserError(f"{source}: its vocabulary has other pieces than that of"
-                            f" {teacher.source}; expected the same, or --pred_distill alone, which"
-                            " takes any")
+                            f" {teacher.source}; expected the same, or --pred_distill without"
+                            " --joint and --copy_embeddings, which takes any")
         if found is not None and own.vocab != found.vocab:
             raise UserError(f"{source}: its vocabulary has other pieces than that of"
                             f" {next(iter(students))}; expected a call of its own")
