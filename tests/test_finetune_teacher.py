@@ -102,7 +102,7 @@ def test_the_result_gives_the_same_logits_in_hugging_face(sst2):
 def test_a_base_model_needs_the_word_for_a_new_classifier(sst2, capsys):
     make_model(sst2.model, BertForMaskedLM, num_hidden_layers=2)
     message = error_line(capsys, finetune_teacher, *sst2.arguments("out"))
-    assert "classifier.weight" in message
+    assert "classifier.weight" in message and "--new_classifier" in message
     assert not (sst2.root / "out").exists()
     output = sst2.run("out", "--new_classifier", "--num_train_epochs", 1)
     assert list(read_json(output / "config.json")["id2label"].values()) == ["0", "1"]

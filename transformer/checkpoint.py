@@ -279,9 +279,12 @@ def load_weights(
     unread = [key for key in state if key not in own]
     strange = [key for key in unread if not key.startswith((*HEADS, "bert.pooler."))]
     if fatal or strange:
+        # A model that was trained on no task yet, rather than a damaged one.
+        hint = (" It has no trained classifier; finetune_teacher.py --new_classifier trains one."
+                if {*fatal} == {"classifier.weight", "classifier.bias"} else "")
         raise UserError(f"{source}: the checkpoint does not fit {type(model).__name__}."
                         f" Missing from it: [{key_list(fatal)}]."
-                        f" In it but not in the model: [{key_list(strange or unread)}].")
+                        f" In it but not in the model: [{key_list(strange or unread)}].{hint}")
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:
             raise UserError(f"{source}: {key} is {list(state[key].shape)} in the checkpoint,"

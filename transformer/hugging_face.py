@@ -104,7 +104,8 @@ def load_model(
         model, found = library.AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **OPTIONS)
     if missing := found["missing_keys"]:
-        raise UserError(f"{folder}: holds no trained classifier; missing are {key_list(missing)}")
+        raise UserError(f"{folder}: holds no trained classifier; missing are {key_list(missing)};"
+                        " expected a model that the package transformers has fine-tuned")
     if model.config.num_labels != num_labels:
         raise UserError(f"{folder / CONFIG_NAME}: its classifier has {model.config.num_labels}"
                         f" labels; expected {num_labels}")
