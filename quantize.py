@@ -154,7 +154,8 @@ def read_settings(args: argparse.Namespace, task: Task | None) -> tuple[
     config = read_config(path := find_config(folder))
     check_method(args.method, config, path)
     if args.format == "onnx":
-        config.check_own_layers(folder, "expected --format torch")
+        config.check_own_layers(
+            folder, "expected --method fp16 or bf16 with --format torch")
     labels = () if task is None else match_labels(task, config, path)
     tokenizer = load_tokenizer(folder, args.do_lower_case or None)
     config.check_vocabulary(len(tokenizer), folder)

@@ -270,7 +270,7 @@ def test_where_layers_share_weights_none_can_be_taken_out(tmp_path, capsys):
         "--data_dir", tmp_path / "glue", *out, "--constraint", 0.3)
     assert shared + "there is none to choose" in error_line(
         capsys, tinybert_6_from_bert, "--bert_model", model, *out, "--num_layers", 2)
-    assert shared + "expected --format torch" in error_line(
+    assert shared + "expected --method fp16 or bf16 with --format torch" in error_line(
         capsys, quantize, "--model", model, *out, "--method", "int8-dynamic")
     assert shared + "leave out --onnx and --int8" in error_line(
         capsys, export_model, "--model", model, *out, "--int8")
