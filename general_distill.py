@@ -49,8 +49,8 @@ from transformer.distillation import (
     map_layers,
 )
 from transformer.evaluation import write_results
-from transformer.file_utils import WEIGHTS_NAME, UserError, read_json
-from transformer.hub import fetch_model, has_vocabulary
+from transformer.file_utils import WEIGHTS_NAME, UserError, has_vocabulary, read_json
+from transformer.hub import fetch_model
 from transformer.modeling import BertModel, TinyBertForPreTraining, freeze, scratch_config
 from transformer.optimization import BertAdam, param_groups
 from transformer.pregeneration import (

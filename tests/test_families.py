@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 import fix_teacher_layers
 from transformer.checkpoint import save_pretrained
-from transformer.config import BertConfig, reads
+from transformer.config import BertConfig, is_supported
 from transformer.families import FAMILIES, our_key, their_key
 from transformer.file_utils import UserError
 from transformer.modeling import (
@@ -446,7 +446,7 @@ def test_which_folders_our_bert_computes(tmp_path):
             ({"model_type": "albert", "inner_group_num": 2}, False),
             ({"model_type": "mobilebert"}, False), ({"model_type": "deberta-v2"}, False)):
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert reads(tmp_path) is expected
+        assert is_supported(tmp_path) is expected
 
 
 @pytest.mark.parametrize("changes", [

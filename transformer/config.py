@@ -337,7 +337,7 @@ class BertConfig:
                 "num_labels": self.num_labels, "id2label": labels, "label2id": self.label2id}
 
 
-def reads(source: Path | str) -> bool:
+def is_supported(source: Path | str) -> bool:
     """Say whether our BERT computes the model of a directory, by its model_type."""
     values = read_json(find_config(source))
     family = families.FAMILIES.get(str(values.get("model_type")))

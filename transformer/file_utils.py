@@ -61,6 +61,11 @@ class UnreachableError(UserError):
     """A server did not answer, or not well, however often it was asked."""
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer that is read here."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
+
+
 def check_output_file(path: Path | str) -> None:
     """Raise a `UserError` for a folder, a device and a pipe."""
     path = Path(path)

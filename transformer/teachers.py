@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer import hugging_face
-from transformer.config import BertConfig, find_config, has_names, reads
-from transformer.file_utils import UserError
-from transformer.hub import has_vocabulary
+from transformer.config import BertConfig, find_config, has_names, is_supported
+from transformer.file_utils import UserError, has_vocabulary
 from transformer.inference import match_labels, note_task, read_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze, scratch_config
 from transformer.recurrent import RecurrentConfig, read_config
@@ -59,7 +58,7 @@ class Teacher:
             UserError: labels, vocabulary or length do not fit, or nothing here can read it.
         """
         path = find_config(folder)
-        if reads(folder):
+        if is_supported(folder):
             config, tokenizer, labels = read_classifier(
                 folder, task, max_seq_length, do_lower_case)
             return cls(source, folder, config, labels, tokenizer, is_ours=True)

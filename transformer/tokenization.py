@@ -28,6 +28,7 @@ from transformer.file_utils import (
     TOKENIZER_CONFIG_NAME,
     VOCAB_NAME,
     UserError,
+    has_vocabulary,
     write_json,
     write_text,
 )
@@ -389,8 +390,7 @@ def load_tokenizer(model_dir: Path | str, do_lower_case: bool | None = None) -> 
         UserError: neither file; `do_lower_case` for a `tokenizer.json` that keeps the case.
     """
     path = Path(model_dir)
-    if path.is_dir() and not any(
-            (path / name).is_file() for name in (VOCAB_NAME, FAST_TOKENIZER_NAME)):
+    if path.is_dir() and not has_vocabulary(path):
         found = next((name for name in OTHER_VOCABULARIES if (path / name).is_file()), None)
         raise UserError(f"{path / VOCAB_NAME}: no such file, and no {FAST_TOKENIZER_NAME}; expected"
                         " one of the two" + (f" (Hugging Face's AutoTokenizer makes the second of"

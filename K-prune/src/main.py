@@ -37,14 +37,14 @@ from utils.checkpoint import load_model, read_config
 from transformer.checkpoint import save_pretrained
 from transformer.config import BertConfig, find_config
 from transformer.families import FAMILIES
-from transformer.file_utils import VOCAB_NAME, UserError, write_json
+from transformer.file_utils import UserError, has_vocabulary, write_json
 from transformer.hub import fetch_model
 from transformer.inference import match_labels, note_task
 from transformer.modeling import freeze
 from transformer.own_tasks import add_data_arguments, save_task
 from transformer.run_folder import check_output_dir, prepare_output_dir, save_arguments
 from transformer.runtime import get_device, log_start, run_script, set_seed
-from transformer.tokenization import FAST_TOKENIZER_NAME, AnyTokenizer, load_tokenizer
+from transformer.tokenization import AnyTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def choose_tokenizer(args: argparse.Namespace, folder: Path) -> AnyTokenizer:
                             f" nor the published name of what {folder} was made from")
         return load_tokenizer(folder, "uncased" in name if "cased" in name else None)
     tokenizer = load_tokenizer(fetch_model(args.model_name, weights=False))
-    if any((folder / file).is_file() for file in (VOCAB_NAME, FAST_TOKENIZER_NAME)):
+    if has_vocabulary(folder):
         own = load_tokenizer(folder)
         if (own.vocab, own.settings) != (tokenizer.vocab, tokenizer.settings):
             raise UserError(f"--model_name {args.model_name}: another vocabulary or lower-casing"
