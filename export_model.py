@@ -278,9 +278,8 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     if config.model_type == "shared_layer_bert":
         config.check_own_layers(source.folder, "what others read of such a kind is an ALBERT")
     if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
-        raise UserError(f"{find_config(source.folder)}: {config.model_type} is a head that no other"
+        raise UserError(f"{find_config(source.folder)}: {config.model_type} is a kind that no other"
                         " program computes; for ONNX Runtime use quantize.py --format onnx")
-
     if config.is_pruned or config.model_type in LAYERS:
         kind = config.model_type if config.model_type in LAYERS else "pruned, without --padded"
         logger.warning("%s: %s: only this package reads the weights, --onnx is for all others",

@@ -2,13 +2,14 @@
 
 import fcntl
 import importlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ if str(REPO) not in sys.path:
 
 import finetune_teacher  # noqa: E402
 import general_distill  # noqa: E402
+import predict  # noqa: E402
 import task_distill  # noqa: E402
 from transformer.checkpoint import save_pretrained  # noqa: E402
 from transformer.modeling import (  # noqa: E402
@@ -206,6 +208,19 @@ def make_pregenerated(folder: Path, rows: int = 10, epochs: int = 1, max_length:
 def run(module, *arguments) -> None:
     """Run a script in this process, as its command line would."""
     run_script(module.main, module.get_args_parser(), [str(a) for a in arguments])
+
+
+def predicted(folder: Path, rows: list[tuple[str, ...]]) -> list[dict[str, float]]:
+    """What predict.py says of each row of one text or two: probabilities by label, or the score."""
+    texts = [dict(zip(("text", "text_pair"), row, strict=False)) for row in rows]
+    path = folder.parent / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in texts), encoding="utf-8")
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as printed:
+        run(predict, "--model", folder, "--input_file", path, "--format", "jsonl", "--no_cuda",
+            "--precision", "fp32")
+        printed.seek(0)
+        answers = [json.loads(line) for line in printed]
+    return [answer.get("probabilities", {"LABEL_0": answer.get("score")}) for answer in answers]
 
 
 def kprune_script() -> ModuleType:

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 import transformers
 from helpers import random_batch, read_json, tiny_config, write_vocab
+from tiny_tokenizers import byte_bpe, unigram
 
 from transformer.config import BertConfig
+from transformer.tokenization import load_tokenizer
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
         "intermediate_size": 24, "vocab_size": tiny_config().vocab_size,
@@ -24,6 +26,13 @@ SHAPES = {
     "albert, two groups": ("albert", {"embedding_size": 16, "num_hidden_groups": 2}),
     "distilbert": ("distilbert", {}),
     "distilbert, waves": ("distilbert", {"sinusoidal_pos_embds": True, "activation": "relu"}),
+}
+INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
+# How a family's tokenizer is made, where it is not BERT's, and its tokenizer_config.json.
+TOKENIZERS = {
+    "roberta": (byte_bpe, {"tokenizer_class": "RobertaTokenizer"}),
+    # Hugging Face's class makes no segments unless it is told to.
+    "albert": (unigram, {"tokenizer_class": "AlbertTokenizer", "model_input_names": INPUTS}),
 }
 
 
@@ -52,6 +61,21 @@ def their_model(folder: Path, shape: str, kind: str = "SequenceClassification", 
         path.write_text(json.dumps(
             {**read_json(path), "model_input_names": ["input_ids", "attention_mask"]}))
     return model.eval()
+
+
+def published(folder: Path, shape: str, kind: str = "SequenceClassification"):
+    """Save a random tiny model of a family with a tokenizer of the kind that it has."""
+    values = {"max_position_embeddings": 140, "pad_token_id": 0}
+    if shape in TOKENIZERS:
+        make, settings = TOKENIZERS[shape]
+        pieces = load_tokenizer(make(folder))
+        values |= {"vocab_size": len(pieces), "pad_token_id": pieces.pad_id}
+    model = their_model(folder, shape, kind, **values)
+    if shape in TOKENIZERS:
+        for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        make(folder, settings)
+    return model
 
 
 def batch_of(config, rows: int = 4, length: int = 11):

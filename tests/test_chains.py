@@ -1,8 +1,5 @@
 """Each family from its teacher to the exported student, by the scripts alone."""
 
-import io
-import json
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +12,22 @@ from helpers import (
     config_folder,
     make_glue,
     make_model,
+    predicted,
     read_json,
     run,
     same_weights,
     weights,
 )
-from relatives import their_model
+from relatives import INPUTS, TOKENIZERS, published
 from test_own_data import write_csv
 from test_reproduction import dry_run, given
 from test_teachers import library_model
-from tiny_tokenizers import LINES, byte_bpe, unigram
+from tiny_tokenizers import LINES
 
 import export_model
 import finetune_teacher
 import general_distill
-import predict
 import task_distill
-from driver import checks
 from transformer.modeling import BertForMaskedLM
 from transformer.tokenization import load_tokenizer
 
@@ -39,25 +35,6 @@ COMMON = ("--train_batch_size", 8, "--num_train_epochs", 1, "--precision", "fp32
           "--max_seq_length", 48)
 PAIRS = [("The film was good.", "we saw an awful book"), ("it was a POOR one", "a lovely story"),
          ("a happy film: great!", "the ugly film was sad, it was")]
-SEGMENTS = ["input_ids", "token_type_ids", "attention_mask"]
-BASES = {
-    "roberta": (byte_bpe, {"tokenizer_class": "RobertaTokenizer"}, 360),
-    "electra": (None, {}, len(PIECES)),
-    "albert": (unigram, {"tokenizer_class": "AlbertTokenizer", "model_input_names": SEGMENTS}, 120),
-    "distilbert": (None, {}, len(PIECES)),
-}
-
-
-def make_base(folder: Path, name: str) -> Path:
-    """Save a random pre-trained model of a family, with a tokenizer of the kind that it has."""
-    make, settings, pieces = BASES[name]
-    their_model(folder, name, "", vocab_size=pieces, max_position_embeddings=66,
-                pad_token_id=1 if name == "roberta" else 0)
-    if make is not None:
-        for file in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
-            (folder / file).unlink()
-        make(folder, {**settings, "model_max_length": 64})
-    return folder
 
 
 def stage(script, root: Path, output: str, *arguments) -> Path:
@@ -73,20 +50,9 @@ def general_student(root: Path, teacher: Path) -> Path:
                  "--teacher_model", teacher, "--student_model", root / "shape")
 
 
-def predicted(folder: Path) -> list[dict[str, float]]:
-    """What predict.py says of each pair."""
-    rows = folder.parent / "pairs.jsonl"
-    rows.write_text("".join(json.dumps({"sentence1": a, "sentence2": b}) + "\n" for a, b in PAIRS))
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as printed:
-        run(predict, "--model", folder, "--input_file", rows, "--format", "jsonl", "--no_cuda",
-            "--precision", "fp32", "--max_seq_length", 48)
-        printed.seek(0)
-        return [json.loads(line)["probabilities"] for line in printed]
-
-
 def check_export(folder: Path) -> None:
     """Pipeline, ONNX graph and predict.py agree on every pair; int8 is near."""
-    expected = predicted(folder)
+    expected = predicted(folder, PAIRS)
     labels = [*read_json(folder / "config.json")["id2label"].values()]
     values = [[row[label] for label in labels] for row in expected]
     assert np.ptp(values, axis=0).min() > 1e-4  # rows differ
@@ -97,7 +63,7 @@ def check_export(folder: Path) -> None:
         assert {each["label"]: each["score"] for each in found} == pytest.approx(row, abs=1e-5)
         encoded = tokenizer(first, second)
         inputs = {name: np.array([encoded.get(name, np.zeros_like(encoded["input_ids"]))])
-                  for name in SEGMENTS}
+                  for name in INPUTS}
         for graph, tolerance in (("model", 1e-5), ("model_quantized", 0.05)):
             session = onnxruntime.InferenceSession(folder / "onnx" / f"{graph}.onnx")
             logits = torch.from_numpy(session.run(["logits"], inputs)[0][0])
@@ -105,9 +71,10 @@ def check_export(folder: Path) -> None:
             assert probabilities == pytest.approx(row, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", ["roberta", "electra", "albert", "distilbert"])
 def test_a_relative_teaches_and_its_student_is_a_bert_with_its_vocabulary(tmp_path, name):
-    base, data = make_base(tmp_path / "base", name), make_glue(tmp_path / "data", "RTE")
+    base, data = tmp_path / "base", make_glue(tmp_path / "data", "RTE")
+    published(base, name, "")
     task = ("--task_name", "RTE", "--data_dir", data)
     teacher = stage(finetune_teacher, tmp_path, "teacher", *task, "--bert_model", base,
                     "--new_classifier", "--learning_rate", 1e-2)
@@ -119,7 +86,7 @@ def test_a_relative_teaches_and_its_student_is_a_bert_with_its_vocabulary(tmp_pa
     config = read_json(tmp_path / "out" / "config.json")
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["vocab_size"] == len(load_tokenizer(base))
-    file = "vocab.txt" if BASES[name][0] is None else "tokenizer.json"
+    file = "tokenizer.json" if name in TOKENIZERS else "vocab.txt"
     assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
     check_export(tmp_path / "out")
 
@@ -143,7 +110,7 @@ def test_a_mobilebert_teaches_by_its_logits_and_the_student_stays_as_it_was(tmp_
 def test_the_profile_of_roberta_plans_its_own_layers_or_a_small_bert_as_the_student(tmp_path):
     for split, first in (("train", 0), ("dev", 40)):
         write_csv(tmp_path / "mine" / f"{split}.csv", 40, first)
-    make_base(tmp_path / "roberta", "roberta")
+    published(tmp_path / "roberta", "roberta", "")
     config_folder(tmp_path / "shape", num_hidden_layers=2)
     settings = {"MAX_SEQ_LENGTH": "48", "MODELS_DIR": "m", "RESULTS_DIR": "r", "WORK_DIR": "w"}
     call = ("--profile", "roberta", "--task", str(tmp_path / "mine"), "--teacher",
@@ -151,7 +118,6 @@ def test_the_profile_of_roberta_plans_its_own_layers_or_a_small_bert_as_the_stud
     for student, script in (((), "tinybert_6_from_bert.py"),
                             (("--student", str(tmp_path / "shape")), "general_distill.py")):
         commands = dry_run(*call, *student, **settings)
-        assert not list(checks.problems(commands))
         (teacher,) = (given(c) for c in commands if c[1] == "finetune_teacher.py")
         assert teacher["learning_rate"] == 2e-5 and teacher["new_classifier"]
         assert script in [command[1] for command in commands]

@@ -464,8 +464,7 @@ def test_a_student_with_fewer_heads_in_any_layer_is_refused_with_both_numbers():
         with pytest.raises(UserError, match=rf"teacher has 2 .* student {min(heads)}"):
             check_layers(teacher, student)
     with pytest.raises(UserError, match=r"teacher has 0 .* student 0"):
-        check_layers(tiny_config(heads_per_layer=[0] * 4),
-                          tiny_config(heads_per_layer=[0] * 4))
+        check_layers(tiny_config(heads_per_layer=[0] * 4), tiny_config(heads_per_layer=[0] * 4))
 
 
 def test_the_loss_refuses_pruned_heads_of_a_layer_that_is_not_the_last():

@@ -1,13 +1,11 @@
 """export_model.py: what other programs read in its folders, and that they answer as we do."""
 
 import base64
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +13,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import REPO, error_line, make_glue, make_model, random_batch, read_json, run
+from helpers import (
+    REPO,
+    error_line,
+    make_glue,
+    make_model,
+    predicted,
+    random_batch,
+    read_json,
+    run,
+)
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import export_model
-import predict
 import quantize
 from transformer.checkpoint import save_pretrained
 from transformer.file_utils import write_json
@@ -48,18 +54,6 @@ def export(tmp_path: Path, *flags, model="model", output="out") -> Path:
     return tmp_path / output
 
 
-def our_answers(folder: Path, rows: list[tuple[str, ...]], **flags) -> list[dict[str, float]]:
-    """What predict.py says of each row: probabilities by label, or the score."""
-    lines = folder.parent / "rows.tsv"
-    lines.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as printed:
-        run(predict, "--model", folder, "--input_file", lines, "--format", "jsonl", "--no_cuda",
-            "--precision", "fp32", "--max_seq_length", 128)
-        printed.seek(0)
-        answers = [json.loads(line) for line in printed]
-    return [a.get("probabilities", {"LABEL_0": a.get("score")}) for a in answers]
-
-
 def rows_of(task_name: str) -> list[tuple[str, ...]]:
     pairs = get_task(task_name).text_b is not None
     return [*zip(TEXTS, SECONDS, strict=True)] if pairs else [(text,) for text in TEXTS]
@@ -80,8 +74,8 @@ def test_transformers_and_onnxruntime_answer_as_predict_py(tmp_path, task):
     make_model(tmp_path / "model", labels=labels)
     out = export(tmp_path, "--onnx", "--int8")
     rows = rows_of(task)
-    expected = our_answers(tmp_path / "model", rows)
-    close(our_answers(out, rows), expected, 1e-6)
+    expected = predicted(tmp_path / "model", rows)
+    close(predicted(out, rows), expected, 1e-6)
 
     classify = transformers.pipeline("text-classification", model=str(out), device="cpu")
     inputs = [dict(zip(("text", "text_pair"), row, strict=False)) for row in rows]
@@ -93,7 +87,7 @@ def test_transformers_and_onnxruntime_answer_as_predict_py(tmp_path, task):
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     tokenizer.enable_truncation(128)
     for file, wanted in (("model.onnx", expected),
-                         ("model_quantized.onnx", our_answers(tmp_path / "int8", rows))):
+                         ("model_quantized.onnx", predicted(tmp_path / "int8", rows))):
         session = onnxruntime.InferenceSession(out / "onnx" / file)
         found = []
         for row in rows:
@@ -206,9 +200,10 @@ def test_graphs_that_quantize_py_made_are_taken_with_the_weights_they_were_made_
 
 
 @pytest.mark.parametrize(("changes", "flags", "message"), [
-    ({"classifier_relu": True}, [], "relu_head_bert is a head"),
-    ({"classifier_relu": True, **PRUNED}, ["--padded"], "relu_head_bert is a head"),
-    ({"pooler_act": "relu"}, [], "other_pooler_bert is a head"),
+    ({"classifier_relu": True}, [], "relu_head_bert is a kind"),
+    ({"classifier_relu": True, **PRUNED}, ["--padded"], "relu_head_bert is a kind"),
+    ({"pooler_act": "relu"}, [], "other_pooler_bert is a kind"),
+    ({"embedding_size": 8}, [], "projected_bert is a kind"),
     ({}, ["--output_dir", "a", "b"], "2 folders for 1 models"),
     ({}, ["--output_dir", "model", "--overwrite_output_dir"], "and would write over it"),
 ])
@@ -342,8 +337,8 @@ def test_an_own_task_with_chinese_labels_goes_with_its_model(tmp_path, monkeypat
         "all_metrics": {"test": {"acc": 0.7, "macro_f1": 0.6}}})
     out = export(tmp_path, "--onnx", "--language", "zh", "--results", tmp_path / "eval")
     assert stored_task(out) == stored_task(tmp_path / "model") is not None
-    expected = our_answers(tmp_path / "model", rows_of("SST-2"))
-    close(our_answers(out, rows_of("SST-2")), expected, 1e-6)
+    expected = predicted(tmp_path / "model", rows_of("SST-2"))
+    close(predicted(out, rows_of("SST-2")), expected, 1e-6)
     classify = transformers.pipeline("text-classification", model=str(out), device="cpu")
     found = [classify(text, top_k=None, truncation=True) for text in TEXTS]
     close([{each["label"]: each["score"] for each in row} for row in found], expected, 1e-5)
@@ -545,4 +540,4 @@ def test_programs_in_folders_of_their_own_answer_as_we_do(tmp_path, client):
             ("model.onnx", tmp_path / "model", 1e-5),
             ("model_quantized.onnx", tmp_path / "int8", 1e-2)):
         found = [{each["label"]: each["score"] for each in row} for row in answers[file]]
-        close(found, our_answers(folder, rows_of("SST-2")[: len(texts)]), tolerance)
+        close(found, predicted(folder, rows_of("SST-2")[: len(texts)]), tolerance)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PIECES, config_folder, error_line, make_model, run, write_vocab
+from helpers import PIECES, config_folder, error_line, make_model, predicted, run, write_vocab
 from huggingface_hub import constants
 from server import publish
 from tiny_tokenizers import LINES, byte_bpe, unigram, xlm_unigram
@@ -578,44 +578,29 @@ def their_classifier(folder: Path, make=byte_bpe) -> Path:
 
 
 @pytest.mark.parametrize("make", [byte_bpe, unigram])
-def test_predict_answers_as_the_pipeline_of_the_same_folder(make, tmp_path, capsys):
+def test_predict_answers_as_the_pipeline_of_the_same_folder(make, tmp_path):
     folder = their_classifier(tmp_path / "model", make)
     settings(folder, model_max_length=32)
     if make is unigram:  # as the published one was trained; the library's class leaves them out
         settings(folder, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     pipeline = transformers.pipeline("text-classification", str(folder), top_k=None, device="cpu")
-    rows = [*((line, None) for line in LINES[:6]), ("x " * 40, None), ("a </s> b<mask>", None),
+    rows = [*((line,) for line in LINES[:6]), ("x " * 40,), ("a </s> b<mask>",),
             *zip(LINES, LINES[1:4], strict=False), ("a " * 40, "b " * 29)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(
-        json.dumps({"sentence": a} if b is None else {"sentence1": a, "sentence2": b})
-        for a, b in rows), encoding="utf-8")
-    capsys.readouterr()
-    run(predict, "--model", folder, "--input_file", tmp_path / "rows.jsonl", "--format", "jsonl",
-        "--precision", "fp32", "--no_cuda")
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == len(rows)
-    for (a, b), line in zip(rows, lines, strict=True):
-        text = {"text": a} if b is None else {"text": a, "text_pair": b}
+    for row, found in zip(rows, predicted(folder, rows), strict=True):
         expected = {each["label"]: each["score"] for each in pipeline(
-            text, truncation=True, max_length=32)}
-        assert line["probabilities"] == pytest.approx(expected, abs=1e-5), (a, b)
+            dict(zip(("text", "text_pair"), row, strict=False)), truncation=True, max_length=32)}
+        assert found == pytest.approx(expected, abs=1e-5), row
 
 
 @pytest.mark.parametrize("of", ["roberta", "albert"])
 def test_a_quantized_folder_has_the_tokenizer_and_the_frame_of_its_model(
-        of, request, tmp_path, capsys):
+        of, request, tmp_path):
     folder = student_of(request.getfixturevalue(of), initializer_range=0.5)
     run(quantize, "--model", folder, "--output_dir", tmp_path / "onnx", "--method", "fp32",
         "--format", "onnx")
-    (tmp_path / "rows.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in zip(
-        LINES, LINES[1:4], strict=False)), encoding="utf-8")
-    answers = []
-    for model in (folder, tmp_path / "onnx"):
-        capsys.readouterr()
-        run(predict, "--model", model, "--input_file", tmp_path / "rows.tsv", "--format", "jsonl",
-            "--precision", "fp32", "--no_cuda")
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        answers.append([line["probabilities"]["LABEL_0"] for line in lines])
+    rows = list(zip(LINES, LINES[1:4], strict=False))
+    answers = [[row["LABEL_0"] for row in predicted(model, rows)]
+               for model in (folder, tmp_path / "onnx")]
     assert answers[0] == pytest.approx(answers[1], abs=1e-5) and len({*answers[0]}) == 3
     assert auto(tmp_path / "onnx")(*LINES[:2]) == auto(folder)(*LINES[:2])
 
