@@ -386,6 +386,26 @@ def test_the_encoder_of_a_pre_trained_model_is_read_without_its_heads(tmp_path, 
         close(mine[inputs[2].bool()], other[inputs[2].bool()])
 
 
+@pytest.mark.parametrize(("shape", "decoder"), [
+    ("roberta", "lm_head.decoder."), ("distilbert", "vocab_projector."),
+    ("albert", "predictions.decoder."), ("electra", "generator_lm_head."),
+])
+def test_two_forms_of_weights_may_hold_different_parts_of_a_head_that_is_not_read(
+        tmp_path, shape, decoder):
+    """As published: one file with the decoder, which is the word embeddings, the other without."""
+    their_model(tmp_path, shape, "MaskedLM")
+    state = load_file(tmp_path / "model.safetensors")
+    words = next(tensor for key, tensor in state.items() if "word_embeddings" in key)
+    torch.save({**state, f"{decoder}weight": words, f"{decoder}bias": words[:, 0]},
+               tmp_path / "pytorch_model.bin")
+    BertModel.from_pretrained(tmp_path)
+    state = {key: 2 * tensor if "word_embeddings" in key else tensor
+             for key, tensor in state.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"hold different weights \(such as .*word_embeddings"):
+        BertModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("shape", ["roberta", "electra", "distilbert"])
 @pytest.mark.parametrize("kind", ["MaskedLM", ""])
 def test_a_new_classifier_brings_a_new_pooler_where_the_family_has_it_there(

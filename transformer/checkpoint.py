@@ -220,10 +220,13 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
     """
     path, *others = weights_paths(model_dir)
     family = _family(path)
+    heads = () if family == "bert" else families.FAMILIES[family].heads
     state = _read_form(path, family)
     for other in others:
         second = _read_form(other, family)
         for key in sorted(state.keys() | second.keys()):
+            if key.startswith(heads):  # which are not read
+                continue
             # One of the files may leave the decoder out, which is the word embedding.
             first, again = (form.get(key, form.get(WORD_EMBEDDINGS) if key == DECODER else None)
                             for form in (state, second))
@@ -237,7 +240,7 @@ def load_state(model_dir: Path | str) -> dict[str, torch.Tensor]:
         ours = families.our_state(family, state, config.pad_token_id)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    if unread := [key for key in state if key.startswith(families.FAMILIES[family].heads)]:
+    if unread := [key for key in state if key.startswith(heads)]:
         logger.info("%s: not needed and not read: %s", path, key_list(unread))
     return ours
 
