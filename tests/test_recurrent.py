@@ -276,6 +276,11 @@ def test_embeddings_wider_than_the_teachers_are_refused(tmp_path, capsys):
     setup.expect_error(capsys, "--copy_embeddings", contains=["16 wide", "embedding_size is 20"])
 
 
+def test_it_does_not_teach(tmp_path, capsys):
+    setup = RecurrentSetup(tmp_path)
+    setup.expect_error(capsys, "--teacher_model", setup.student, contains=["a bilstm is a student"])
+
+
 def test_embeddings_that_nobody_takes_are_refused(tmp_path, capsys):
     TaskSetup(tmp_path).expect_error(capsys, "--pred_distill", "--copy_embeddings",
                                      contains=["no student is a bilstm or bigru without weights"])

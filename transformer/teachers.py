@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from transformer import hugging_face
 from transformer.config import BertConfig, find_config, has_names, is_supported
-from transformer.file_utils import UserError, has_vocabulary
+from transformer.file_utils import UserError, has_vocabulary, read_json
 from transformer.inference import match_labels, note_task, read_classifier
 from transformer.modeling import TinyBertForSequenceClassification, freeze, scratch_config
-from transformer.recurrent import RecurrentConfig, read_config
+from transformer.recurrent import LAYERS, RecurrentConfig, read_config
 from transformer.runtime import parameter_count
 from transformer.tasks import Task
 from transformer.tokenization import AnyTokenizer, load_tokenizer
@@ -62,6 +62,9 @@ class Teacher:
             config, tokenizer, labels = read_classifier(
                 folder, task, max_seq_length, do_lower_case)
             return cls(source, folder, config, labels, tokenizer, is_ours=True)
+        if (kind := read_json(path).get("model_type")) in LAYERS:
+            raise UserError(f"{path}: a {kind} is a student; expected a BERT or a classifier of the"
+                            " package transformers as the teacher")
         if needs_layers:
             try:
                 BertConfig.from_json_file(path)
