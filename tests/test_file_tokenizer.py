@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import transformers
 from helpers import PIECES, config_folder, error_line, make_model, predicted, run, write_vocab
 from huggingface_hub import constants
+from relatives import published
 from server import publish
 from tiny_tokenizers import LINES, byte_bpe, unigram, xlm_unigram
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -28,8 +29,6 @@ from transformer.hub import fetch_model
 from transformer.pretraining_data import PregeneratedDataset
 from transformer.tasks import Example, get_task
 from transformer.tokenization import BertTokenizer, FileTokenizer, load_tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "The film was good", " with white  space around\t", "a<mask>b <mask> </s> x</s>", "<s>x<pad>",
@@ -560,29 +559,16 @@ def test_augmentation_refuses_a_model_that_is_no_bert(roberta, tmp_path, capsys)
     assert not list((tmp_path / "data").glob("train_aug*"))
 
 
-def their_classifier(folder: Path, make=byte_bpe) -> Path:
+def their_classifier(folder: Path, shape: str = "roberta") -> Path:
     """Write a random classifier of Hugging Face's library with the tokenizer that it saves."""
-    name = "Roberta" if make is byte_bpe else "Albert"
-    make(folder)
-    tokenizer = auto(folder)
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=66, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.25, id2label={0: "bad", 1: "good"},
-        **({"type_vocab_size": 1} if make is byte_bpe else {"embedding_size": 8}))
-    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    published(folder, shape)
+    auto(folder).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("make", [byte_bpe, unigram])
-def test_predict_answers_as_the_pipeline_of_the_same_folder(make, tmp_path):
-    folder = their_classifier(tmp_path / "model", make)
-    settings(folder, model_max_length=32)
-    if make is unigram:  # as the published one was trained; the library's class leaves them out
-        settings(folder, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+@pytest.mark.parametrize("shape", ["roberta", "albert"])
+def test_predict_answers_as_the_pipeline_of_the_same_folder(shape, tmp_path):
+    folder = settings(their_classifier(tmp_path / "model", shape), model_max_length=32)
     pipeline = transformers.pipeline("text-classification", str(folder), top_k=None, device="cpu")
     rows = [*((line,) for line in LINES[:6]), ("x " * 40,), ("a </s> b<mask>",),
             *zip(LINES, LINES[1:4], strict=False), ("a " * 40, "b " * 29)]
