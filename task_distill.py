@@ -207,6 +207,9 @@ def check_losses(args: argparse.Namespace) -> None:
     if not args.hard_label_weight and not args.soft_label_weight:
         raise UserError("--hard_label_weight 0 --soft_label_weight 0: the classifier would learn"
                         " nothing; expected one above 0")
+    if args.no_attention_loss and "attention_loss_weight" in args.given:
+        raise UserError("--no_attention_loss leaves no loss for --attention_loss_weight; expected"
+                        " one of the two")
     if not args.pred_distill and not args.hidden_loss_weight and (
             args.no_attention_loss or not args.attention_loss_weight):
         raise UserError("--hidden_loss_weight 0 without an attention loss: the student would learn"

@@ -171,6 +171,7 @@ def test_augmented_rows_of_another_task_have_no_original(tmp_path, capsys):
     (("--do_eval", "--temperature_squared"), "--temperature_squared is for the prediction stage"),
     (("--pred_distill", "--layer_map", 2, 4), "--layer_map is for the intermediate stage and for"),
     (("--do_eval", "--no_attention_loss"), "--no_attention_loss is for the intermediate stage"),
+    (("--no_attention_loss", "--attention_loss_weight", 2), "no loss for --attention_loss_weight"),
     (("--pred_distill", "--soft_label_weight", 0), "expected one above 0"),
     (("--pred_distill", "--hard_label_weight", -1), "--hard_label_weight -1.0; expected a finite"),
     ((*HINTON, "--hard_labels", "original"), "expected --aug_train and --hard_label_weight"),
