@@ -258,6 +258,19 @@ def push(output_dir: Path, repo: str) -> None:
     print(f"{output_dir}: uploaded to {address}")
 
 
+def check_kind(config: BertConfig, folder: Path) -> None:
+    """Raise a `UserError` for what no other program computes; warn where it reads the graph only."""
+    if config.model_type == "shared_layer_bert":
+        config.check_own_layers(folder, "what others read of such a kind is an ALBERT")
+    if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
+        raise UserError(f"{find_config(folder)}: {config.model_type} is a kind that no other"
+                        " program computes; for ONNX Runtime use quantize.py --format onnx")
+    if config.is_pruned or config.model_type in LAYERS:
+        kind = config.model_type if config.model_type in LAYERS else "pruned, without --padded"
+        logger.warning("%s: %s: only this package reads the weights, --onnx is for all others",
+                       folder, kind)
+
+
 def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
     """Export one model."""
     evaluations = read_evaluations(args.results)
@@ -275,15 +288,7 @@ def export(folder: Path, output_dir: Path, args: argparse.Namespace) -> None:
         methods = [method for method in methods if method != "int8-dynamic"]
     model = pad(source.model) if args.padded else source.model
     config = model.config
-    if config.model_type == "shared_layer_bert":
-        config.check_own_layers(source.folder, "what others read of such a kind is an ALBERT")
-    if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
-        raise UserError(f"{find_config(source.folder)}: {config.model_type} is a kind that no other"
-                        " program computes; for ONNX Runtime use quantize.py --format onnx")
-    if config.is_pruned or config.model_type in LAYERS:
-        kind = config.model_type if config.model_type in LAYERS else "pruned, without --padded"
-        logger.warning("%s: %s: only this package reads the weights, --onnx is for all others",
-                       source.folder, kind)
+    check_kind(config, source.folder)
 
     # The files
     prepare_output_dir(output_dir, args.overwrite_output_dir, [folder, source.folder])

@@ -110,8 +110,8 @@ def test_golden_prediction_loss_and_gradients_match_to_1e_5(golden):
 
 # ------------------------------------------------------------------ Vooblin/distillation's numbers
 
-HINTON = json.loads((GOLDEN / "sisters_hinton_kd.json").read_text(encoding="utf-8"))
-SINGLE_STAGE = json.loads((GOLDEN / "sisters_003_losses.json").read_text(encoding="utf-8"))
+HINTON = json.loads((GOLDEN / "vooblin_hinton_kd.json").read_text(encoding="utf-8"))
+SINGLE_STAGE = json.loads((GOLDEN / "vooblin_losses.json").read_text(encoding="utf-8"))
 
 
 def hinton_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
