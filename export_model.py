@@ -259,7 +259,7 @@ def push(output_dir: Path, repo: str) -> None:
 
 
 def check_kind(config: BertConfig, folder: Path) -> None:
-    """Raise a `UserError` for what no other program computes; warn where it reads the graph only."""
+    """Raise a `UserError` for what no other program computes; warn where it reads graphs only."""
     if config.model_type == "shared_layer_bert":
         config.check_own_layers(folder, "what others read of such a kind is an ALBERT")
     if config.model_type not in ("bert", "pruned_bert", *FAMILIES, *LAYERS):
