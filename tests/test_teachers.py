@@ -389,6 +389,17 @@ def test_without_the_package_transformers_one_line_says_what_to_install(
     library.expect_error(capsys, "--pred_distill", contains=["pip install transformers"])
 
 
+def test_without_the_package_that_reads_its_vocabulary_one_line_says_what_to_install(
+        library, capsys, monkeypatch):
+    """DeBERTa-v3 as published has no other file of pieces."""
+    for name in ("tokenizer.json", "vocab.txt"):
+        (library.teacher / name).unlink(missing_ok=True)
+    (library.teacher / "spm.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    library.expect_error(capsys, "--pred_distill",
+                         contains=["spm.model: ", "pip install sentencepiece"])
+
+
 def test_a_run_of_our_own_models_does_not_import_transformers(tmp_path):
     setup = TaskSetup(tmp_path, rows=4)
     arguments = setup.arguments("out", "--pred_distill", "--num_train_epochs", 1,

@@ -5,6 +5,7 @@ The package `transformers` is imported here only, inside functions: no other run
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,14 @@ from transformer.checkpoint import key_list
 from transformer.config import BertConfig
 from transformer.evaluation import GPU_TOKENS, merge_rows
 from transformer.features import ENCODING_CHUNK
-from transformer.file_utils import CONFIG_NAME, TOKENIZER_CONFIG_NAME, UserError, read_json
+from transformer.file_utils import (
+    CONFIG_NAME,
+    OTHER_VOCABULARIES,
+    TOKENIZER_CONFIG_NAME,
+    UserError,
+    has_vocabulary,
+    read_json,
+)
 from transformer.runtime import first_line
 from transformer.tasks import Example
 
@@ -77,6 +85,12 @@ def _one_line(folder: Path, library: ModuleType) -> Iterator[None]:
 def load_tokenizer(folder: Path, max_seq_length: int) -> Any:
     """Load the library's tokenizer of a model, which must take rows of `max_seq_length` tokens."""
     library = load_library(folder)
+    # Without the package the library asks for another, which would not help.
+    pieces = [name for name in OTHER_VOCABULARIES
+              if name.endswith(".model") and (folder / name).is_file()]
+    if pieces and not has_vocabulary(folder) and find_spec("sentencepiece") is None:
+        raise UserError(f"{folder / pieces[0]}: the package transformers needs another one to read"
+                        " it: pip install sentencepiece")
     with _one_line(folder, library):
         config = library.AutoConfig.from_pretrained(folder, **OPTIONS)
         tokenizer = library.AutoTokenizer.from_pretrained(folder, **OPTIONS)
