@@ -313,9 +313,8 @@ class BertConfig:
         values = read_json(path)
         if values.get("model_type", "bert") not in MODEL_TYPES:
             raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'bert' or a"
-                            f" relative of it: {', '.join(families.FAMILIES)}; others only by"
-                            " task_distill.py --pred_distill: any classifier as the teacher, bilstm"
-                            " and bigru as students")
+                            f" relative of it: {', '.join(families.FAMILIES)} (any classifier may"
+                            " be a teacher of task_distill.py --pred_distill)")
         if "ForMultipleChoice" in str(values.get("architectures")):  # has a classifier's names
             raise UserError(f"{path}: architectures is {values['architectures']}, whose score"
                             " compares rows; expected a model that reads each alone")
