@@ -107,8 +107,8 @@ from transformer.training import StudentTrainer
 logger = logging.getLogger(__name__)
 
 # Flags of the prediction stage's loss alone, and of those on the teacher's layers.
-PREDICTION_FLAGS = ("joint", "hard_label_weight", "soft_label_weight", "temperature_squared",
-                    "hard_labels")
+PREDICTION_FLAGS = ("joint", "hard_label_weight", "soft_label_weight", "temperature",
+                    "temperature_squared", "hard_labels")
 LAYER_FLAGS = ("layer_map", "no_attention_loss", "attention_loss_weight", "hidden_loss_weight")
 
 # What a setting's folder holds beside its model.
@@ -317,9 +317,9 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     """Read the rows, then load the fine-tuned teachers strictly."""
     if args.teacher_model is None:
         raise UserError("--teacher_model is missing; expected a fine-tuned teacher's folder")
-    if task.is_regression and args.temperature_squared:
-        raise UserError(f"--temperature_squared: {task.name} is a regression, whose loss has no"
-                        " temperature; expected a task with classes")
+    if task.is_regression and (args.temperature_squared or args.temperature != 1):
+        raise UserError(f"--temperature: {task.name} is a regression, whose loss has none; expected"
+                        " a task with classes")
     splits = evaluation_splits(task, args.data_dir)
     teachers = [Teacher.read(source, model_settings(args, source), task, args.max_seq_length,
                              args.do_lower_case or None, needs_layers=uses_layers(args))

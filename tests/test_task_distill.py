@@ -168,6 +168,7 @@ def test_augmented_rows_of_another_task_have_no_original(tmp_path, capsys):
 @pytest.mark.parametrize(("flags", "contains"), [
     (HINTON[1:], "--hard_label_weight is for the prediction stage; expected --pred_distill"),
     (("--joint",), "--joint is for the prediction stage; expected --pred_distill"),
+    (("--temperature", 2), "--temperature is for the prediction stage; expected --pred_distill"),
     (("--do_eval", "--temperature_squared"), "--temperature_squared is for the prediction stage"),
     (("--pred_distill", "--layer_map", 2, 4), "--layer_map is for the intermediate stage and for"),
     (("--do_eval", "--no_attention_loss"), "--no_attention_loss is for the intermediate stage"),
@@ -184,9 +185,10 @@ def test_flags_of_losses_that_do_not_fit_together_are_one_line(sst2, capsys, fla
     sst2.expect_error(capsys, *flags, contains=[contains])
 
 
-def test_a_regression_has_no_temperature_to_square(tmp_path, capsys):
+@pytest.mark.parametrize("flags", [("--temperature", 2), ("--temperature_squared",)])
+def test_a_regression_has_no_temperature(tmp_path, capsys, flags):
     TaskSetup(tmp_path, "STS-B").expect_error(
-        capsys, *HINTON, "--temperature_squared", contains=["sts-b is a regression"])
+        capsys, *HINTON, *flags, contains=["sts-b is a regression"])
 
 
 # ------------------------------------------------------------------ both stages in one
