@@ -268,10 +268,12 @@ def model_settings(args: argparse.Namespace, source: str) -> Path:
     return fetch_model(source, args.cache_dir or None, weights=False)
 
 
-def check_layer_maps(args: argparse.Namespace, teacher: BertConfig) -> None:
+def check_layer_maps(
+    args: argparse.Namespace, students: Mapping[str, Path], teacher: BertConfig
+) -> None:
     """Raise a `UserError` for a student that cannot learn from the teacher's layers."""
     for source, chosen in zip(args.student_model, args.layer_map, strict=True):
-        config = read_config(path := find_config(model_settings(args, source)))
+        config = read_config(path := find_config(students[source]))
         if isinstance(config, RecurrentConfig):
             raise UserError(f"{path}: a {config.model_type} has no attention scores and no states"
                             " to learn layer by layer; expected --pred_distill without --joint")
@@ -324,9 +326,9 @@ def load_shared(args: argparse.Namespace, task: Task, device: torch.device,
     teachers = [Teacher.read(source, model_settings(args, source), task, args.max_seq_length,
                              args.do_lower_case or None, needs_layers=uses_layers(args))
                 for source in as_list(args.teacher_model)]
-    if uses_layers(args):
-        check_layer_maps(args, teachers[0].config)
     students = {source: model_settings(args, source) for source in args.student_model}
+    if uses_layers(args):
+        check_layer_maps(args, students, teachers[0].config)
     if args.copy_embeddings:
         check_copied(students, teachers[0])
     tokenizer = choose_tokenizer(students, teachers[0], args.do_lower_case or None,

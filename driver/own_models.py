@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from transformer.checkpoint import WEIGHT_FORMS, weights_record
+from transformer.checkpoint import has_weights, weights_record
 from transformer.config import BertConfig, find_config
 from transformer.distillation import check_layers
 from transformer.file_utils import CONFIG_NAME, UserError, read_json
@@ -49,11 +49,11 @@ def read_model(name: str, flag: str, length: int) -> Model:
                         f" of {length} word pieces; MAX_SEQ_LENGTH={config.max_position_embeddings}"
                         " cuts them")
     parts = [find_config(folder).read_text(encoding="utf-8")]
-    has_weights = any((folder / form).is_file() for form in WEIGHT_FORMS)
-    if Path(name).is_dir() and has_weights:
+    is_trained = has_weights(folder)
+    if Path(name).is_dir() and is_trained:
         parts.append(weights_record(name)["source_sha256"])
     content = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    return Model(name, folder, config, Path(name).is_dir() and not has_weights, content)
+    return Model(name, folder, config, Path(name).is_dir() and not is_trained, content)
 
 
 def describe_models(args: argparse.Namespace, task: Task) -> Iterator[tuple[str, str]]:

@@ -59,6 +59,7 @@ print(session.run(["logits"], {{name: np.array([ids]) for name, ids in inputs.it
 OWN_CODE = ("{}: `python predict.py --model FOLDER`, of the code that made it, reads the weights,"
             " and no other program does.")
 KINDS = {"bilstm": "bidirectional LSTM", "bigru": "bidirectional GRU"}  # or BERTs
+OURS_ALONE = (*KINDS, *OWN_TYPES)  # model types of weights that no other program reads
 
 
 @dataclass
@@ -221,7 +222,7 @@ def front_matter(found: History, facts: Mapping[str, Any]) -> ModelCardData:
                 metric_name=name, metric_value=value))
     return ModelCardData(
         license=facts["license"] or None, language=facts["language"] or None,
-        library_name=None if facts["model_type"] in (*KINDS, *OWN_TYPES) else "transformers",
+        library_name=None if facts["model_type"] in OURS_ALONE else "transformers",
         pipeline_tag=facts["pipeline"], base_model=facts["base_model"] or None,
         datasets=[dataset] if dataset else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
@@ -242,7 +243,7 @@ def samples(found: History, facts: Mapping[str, Any]) -> list[str]:
                                else texts[0],
         "fill-mask": '"a charming [MASK]"', "feature-extraction": texts[0]}
     options = ", top_k=None, truncation=True" * (facts["pipeline"] == "text-classification")
-    if facts["model_type"] in (*KINDS, *OWN_TYPES):
+    if facts["model_type"] in OURS_ALONE:
         parts = [OWN_CODE.format("It is no Transformer" if facts["model_type"] in KINDS else
                                  "Its layers have unequal shapes")]
     else:

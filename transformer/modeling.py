@@ -390,7 +390,7 @@ class BertPreTrainedModel(nn.Module):
     ) -> "BertPreTrainedModel":
         """Build a model with random weights from the `config.json` of a directory.
 
-        `tokenizer` is that of `scratch_config`; what gives way to it is logged.
+        `tokenizer` is that of `scratch_config`; a vocab_size that gives way to it is logged.
         """
         config = scratch_config(config_dir, tokenizer, cls.config_class)
         cls.check_family(config, path := find_config(config_dir))
